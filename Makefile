@@ -1,0 +1,40 @@
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.PHONY: help venv lint format test demo clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+venv: $(INSTALLED) ## Make .venv with the package and the development tools; made anew where its inputs changed
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into .venv (a few minutes the first time)"
+	@python3 -m venv .venv
+	@$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off \
+		--constraint constraints.txt --editable '.[dev]' \
+		| grep --line-buffered -oE '^(Collecting [^ ]+|Installing collected packages|Successfully installed)'
+	@touch $@
+
+lint: venv ## Check style and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: venv ## Put the code into the house format
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+# One thread a process: two test processes share two cores, and sums do not depend on the machine.
+test: venv ## Run the tests, in two processes
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+
+demo: venv ## Distil a small student on synthetic data, from start to finish
+	$(PYTHON) scripts/demo.py
+
+clean: ## Remove .venv and all caches; runs/ and data/ stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

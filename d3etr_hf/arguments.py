@@ -1,0 +1,131 @@
+"""What a user of the trainer can set, beside Transformers' own training arguments."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+
+def option(default, help: str):
+    """A dataclass field with its documentation."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class D3etrTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with Conditional DETR's recipe as defaults, and D3ETR's options.
+
+    Raises:
+        ValueError: an option is out of its range, or two contradict each other; the message names them.
+    """
+
+    # Conditional DETR's recipe (its authors' code)
+    learning_rate: float = option(1e-4, "Peak learning rate of everything but the backbone.")
+    backbone_learning_rate: float = option(1e-5, "Peak learning rate of the backbone; 0 freezes it.")
+    learning_rate_drop: float | None = option(
+        None,
+        "Share of the training after which both learning rates are divided by ten (the paper: 0.8 of 50 epochs, 11/12 "
+        "of 12), instead of `lr_scheduler_type`; warmup is kept.",
+    )
+    weight_decay: float = option(1e-4, "AdamW's weight decay, on every parameter as in the paper.")
+    max_grad_norm: float = option(0.1, "Norm to which the gradient is clipped.")
+    per_device_eval_batch_size: int = option(8, "Images per device in evaluation.")
+
+    # the auxiliary query group
+    auxiliary_queries: Literal["teacher", "learned", "none"] = option(
+        "teacher",
+        "The second query group of the student's decoder: the teacher's fixed queries, learned queries of its own "
+        "(the teacherless control, as many as the student has), or none.",
+    )
+    auxiliary_reference_points: Literal["student", "teacher"] = option(
+        "student",
+        "Whose head turns the teacher's queries into reference points: the student's (the paper's literal reading) or "
+        "the teacher's (its points are handed over with the queries).",
+    )
+    auxiliary_assignment: Literal["teacher_last_layer", "teacher_last_layer_everywhere", "teacher_per_layer", "own"] = (
+        option(
+            "teacher_last_layer",
+            "Which ground-truth object a query of the auxiliary group answers for: the one its teacher query was "
+            "assigned in the last layer (earlier layers keep their own Hungarian assignment), the same in all layers, "
+            "the teacher's assignment of each layer, or its own Hungarian assignment everywhere.",
+        )
+    )
+    group_reduction: Literal["sum", "mean"] = option(
+        "sum", "Detection losses of the two groups: summed (D3ETR), or averaged (Group DETR)."
+    )
+
+    # distillation
+    adaptive_matching: bool = option(True, "Distil into the student group, by adaptive matching.")
+    fixed_matching: bool = option(True, "Distil into the auxiliary group, query i from query i.")
+    self_attention_weight: float = option(1.0, "Weight of self-attention distillation; 0 switches it off.")
+    cross_attention_weight: float = option(1.0, "Weight of cross-attention distillation; 0 switches it off.")
+    prediction_weight: float = option(1.0, "Weight of prediction distillation; 0 switches it off.")
+    detection_weight: float = option(1.0, "Weight of the detection loss of both groups; 0 switches it off.")
+    class_weight: float = option(1.0, "Weight of the class term in the adaptive matching cost and prediction loss.")
+    l1_weight: float = option(5.0, "Weight of the L1 box term in the adaptive matching cost and prediction loss.")
+    giou_weight: float = option(2.0, "Weight of the GIoU term in the adaptive matching cost and prediction loss.")
+    attention_divergence: Literal["kl", "mse"] = option(
+        "kl", "How attention maps are compared: KL(teacher || student), or the mean squared difference."
+    )
+    prediction_normaliser: Literal["pairs", "boxes"] = option(
+        "pairs",
+        "Prediction distillation is a mean over all pairs, or a mean weighted by the teacher's highest class score.",
+    )
+    layer_map: list[int] | None = option(
+        None,
+        "For each decoder layer of the student the teacher's layer that it follows, from 0; by default evenly spread, "
+        "last to last.",
+    )
+
+    # logging
+    log_each_layer: bool = option(False, "Log every loss term per decoder layer too.")
+    log_gradient_norms: bool = option(
+        False, "Log the gradient norm of every loss term at each logging step (costs one backward pass a term)."
+    )
+
+    # what a detector needs of Transformers' own arguments
+    remove_unused_columns: bool = option(False, "The data set hands over finished examples; must stay off.")
+    ddp_find_unused_parameters: bool | None = option(False, "Every parameter is used; the search costs time.")
+    logging_nan_inf_filter: bool = option(False, "Training stops on NaN instead of hiding it.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.label_names = ["labels"]
+        non_negative = (
+            "backbone_learning_rate",
+            "self_attention_weight",
+            "cross_attention_weight",
+            "prediction_weight",
+            "detection_weight",
+            "class_weight",
+            "l1_weight",
+            "giou_weight",
+        )
+        for name in non_negative:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
+        if self.learning_rate_drop is not None and not 0 < self.learning_rate_drop < 1:
+            raise ValueError(f"learning_rate_drop={self.learning_rate_drop}: must lie between 0 and 1, or be left out")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the boxes: leave it off")
+        if self.class_weight == self.l1_weight == self.giou_weight == 0:
+            raise ValueError("class_weight, l1_weight and giou_weight are all 0: at least one must be positive")
+
+    @property
+    def uses_attention(self) -> bool:
+        """Whether any loss reads attention maps."""
+        return self.self_attention_weight > 0 or self.cross_attention_weight > 0
+
+    def distilled_groups(self) -> tuple[str, ...]:
+        """Names of the groups that learn from the teacher, as far as terms are on at all."""
+        if not (self.uses_attention or self.prediction_weight > 0):
+            return ()
+        fixed = self.fixed_matching and self.auxiliary_queries == "teacher"
+        return ("student",) * self.adaptive_matching + ("auxiliary",) * fixed
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether this run reads a teacher at all: its queries, its assignment or its outputs."""
+        return self.auxiliary_queries == "teacher" or bool(self.distilled_groups())

@@ -1,0 +1,104 @@
+"""Checks of a teacher against a student and a data set before the first step: handled, or refused with the way out."""
+
+import torch
+from transformers import ConditionalDetrConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .arguments import D3etrTrainingArguments
+from .models import D3etrConditionalDetrForObjectDetection
+
+
+class IncompatibleTeacherError(ValueError):
+    """The teacher cannot teach this student as the options say."""
+
+
+def class_index_by_name(teacher: ConditionalDetrConfig, student: ConditionalDetrConfig) -> torch.Tensor:
+    """The teacher's class for each class of the student, matched by name (case and surrounding space aside).
+
+    Returns:
+        int64 `(C,)`.
+
+    Raises:
+        IncompatibleTeacherError: the teacher lacks a class of the student, or has it twice; the names are listed.
+    """
+
+    def key(name) -> str:
+        return str(name).strip().casefold()
+
+    places: dict[str, list[int]] = {}
+    for index, name in teacher.id2label.items():
+        places.setdefault(key(name), []).append(int(index))
+    names = [student.id2label[index] for index in range(student.num_labels)]
+    missing = [name for name in names if key(name) not in places]
+    if missing:
+        raise IncompatibleTeacherError(
+            f"the teacher has no class named {missing[:5]}{' ...' if len(missing) > 5 else ''} ({len(missing)} of "
+            f"{len(names)}); its classes are {list(teacher.id2label.values())[:8]} ...: set id2label in the teacher's "
+            "config.json to the names of the data set, or train a teacher on this data with scripts/train.py"
+        )
+    twice = [name for name in names if len(places[key(name)]) > 1]
+    if twice:
+        raise IncompatibleTeacherError(
+            f"the teacher has more than one class named {twice[:5]}: make the names in its config.json unique"
+        )
+    return torch.tensor([places[key(name)][0] for name in names])
+
+
+def spread_layers(teacher_layers: int, student_layers: int, layer_map: list[int] | None = None) -> list[int]:
+    """The teacher's decoder layer (from 0) that each student layer follows; by default evenly spread, last to last.
+
+    Raises:
+        IncompatibleTeacherError: a given `layer_map` has another length, or names a layer the teacher lacks.
+    """
+    if layer_map is None:
+        return [-(-(layer + 1) * teacher_layers // student_layers) - 1 for layer in range(student_layers)]
+    if len(layer_map) != student_layers or not all(0 <= layer < teacher_layers for layer in layer_map):
+        raise IncompatibleTeacherError(
+            f"layer_map={layer_map}: it needs one of the teacher's layers 0..{teacher_layers - 1} for each of the "
+            f"student's {student_layers} layers"
+        )
+    return list(layer_map)
+
+
+def check_models(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, args: D3etrTrainingArguments
+) -> None:
+    """Refuse what cannot be distilled.
+
+    Raises:
+        IncompatibleTeacherError: no teacher where the options need one, a model of another type, layer dropout.
+    """
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is not None and not isinstance(model, D3etrConditionalDetrForObjectDetection):
+            raise IncompatibleTeacherError(
+                f"the {role} is a {type(model).__name__}: load it with "
+                "D3etrConditionalDetrForObjectDetection.from_pretrained(...), which takes any Conditional DETR "
+                "checkpoint"
+            )
+    if args.needs_teacher and teacher is None:
+        raise IncompatibleTeacherError(
+            "these options read a teacher but none was given: pass teacher=..., or set auxiliary_queries to "
+            "'learned' or 'none' and adaptive_matching to false"
+        )
+    if student.config.decoder_layerdrop > 0:
+        raise IncompatibleTeacherError(
+            f"the student's decoder_layerdrop is {student.config.decoder_layerdrop}: skipped layers have nothing to "
+            "match; set it to 0"
+        )
+
+
+def check_image_processors(student: BaseImageProcessor | None, teacher: BaseImageProcessor | None) -> None:
+    """Both models see the same pixels, so they must agree on how pixels are scaled.
+
+    Raises:
+        IncompatibleTeacherError: they do not; the message names the setting and both values.
+    """
+    if student is None or teacher is None:
+        return
+    for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            raise IncompatibleTeacherError(
+                f"the image processors differ in {name}: the student's is {ours}, the teacher's {theirs}; give the "
+                "student the teacher's image processor"
+            )

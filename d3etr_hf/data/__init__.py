@@ -1,0 +1,1 @@
+from d3etr_hf.data.collate import DetectionCollator

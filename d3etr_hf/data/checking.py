@@ -1,0 +1,187 @@
+"""Checks a COCO detection dictionary once, so that nothing after it meets a box or a label it cannot use."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from d3etr_hf.data.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+TOP_LEVEL_KEYS = ("images", "annotations", "categories")
+# COCO's own files round x, y, width and height to 0.01 pixel, so a right edge may leave the image by twice that.
+ROUNDING = 0.05
+
+
+@dataclass
+class CheckedSplit:
+    """What training needs of a COCO detection dictionary.
+
+    Attributes:
+        class_names: name of each class label, in order of raw category id.
+        category_ids: raw category id of each class label.
+        images: the dictionary's images, in its order.
+        boxes: per image `(n, 4)` float32, xyxy in pixels, inside the image, each with an area, no crowds.
+        class_labels: per image `(n,)` int64, 0..C-1.
+        report: which boxes were clipped or dropped, one sentence; empty if none was.
+    """
+
+    class_names: list[str]
+    category_ids: list[int]
+    images: list[dict]
+    boxes: list[np.ndarray]
+    class_labels: list[np.ndarray]
+    report: str
+
+
+def check_coco(coco: dict, source: str) -> CheckedSplit:
+    """Checks a COCO detection dictionary and brings its boxes into the form that training uses.
+
+    Crowd regions are left out. Boxes that are not finite, of negative size, without area or wholly outside their image
+    are dropped, boxes partly outside are clipped; both are counted in the report. Images without a box are kept.
+
+    Args:
+        coco: as in a COCO detection JSON; boxes xywh in pixels.
+        source: what an error message calls the dictionary, for example its path.
+
+    Raises:
+        DatasetError: a part or a field is missing or of the wrong type, an id or a category name appears twice, an
+            annotation belongs to an unknown image or category, or no usable box is left.
+    """
+    if not isinstance(coco, dict):
+        raise DatasetError(f"{source}: holds a {type(coco).__name__} at its top level, not the object of a COCO file.")
+    for key in TOP_LEVEL_KEYS:
+        if not isinstance(coco.get(key), list):
+            found = "is missing" if key not in coco else f"is a {type(coco[key]).__name__}"
+            raise DatasetError(
+                f"{source}: the list `{key}` {found}: a COCO detection file has {', '.join(TOP_LEVEL_KEYS)} at its top "
+                "level."
+            )
+    names = _checked_categories(coco["categories"], source)
+    _check_images(coco["images"], source)
+    _check_annotations(coco["annotations"], {image["id"] for image in coco["images"]}, names, source)
+
+    category_ids = sorted(names)
+    boxes, class_labels, report = _usable_boxes(coco, category_ids, source)
+    return CheckedSplit([names[i] for i in category_ids], category_ids, coco["images"], boxes, class_labels, report)
+
+
+def _checked_categories(categories: list[dict], source: str) -> dict[int, str]:
+    if not categories:
+        raise DatasetError(f"{source}: `categories` is empty: list each category's id and name.")
+    for index, category in enumerate(categories):
+        _require_integers(category, ("id",), f"{source}: categories[{index}]")
+        if not isinstance(category.get("name"), str):
+            raise DatasetError(f"{source}: category {category['id']} has no text `name`: give it one.")
+    _require_distinct((category["id"] for category in categories), f"{source}: category id")
+    _require_distinct((category["name"] for category in categories), f"{source}: category name")
+    return {category["id"]: category["name"] for category in categories}
+
+
+def _check_images(images: list[dict], source: str) -> None:
+    for index, image in enumerate(images):
+        _require_integers(image, ("id", "width", "height"), f"{source}: images[{index}]")
+        if image["width"] < 1 or image["height"] < 1:
+            raise DatasetError(
+                f"{source}: image {image['id']} is {image['width']}×{image['height']} pixels: `width` and `height` "
+                "must be at least 1."
+            )
+    _require_distinct((image["id"] for image in images), f"{source}: image id")
+
+
+def _check_annotations(annotations: list[dict], image_ids: set[int], names: dict[int, str], source: str) -> None:
+    for index, annotation in enumerate(annotations):
+        _require_integers(annotation, ("id", "image_id", "category_id"), f"{source}: annotations[{index}]")
+        place = f"{source}: annotation {annotation['id']}"
+        if annotation["image_id"] not in image_ids:
+            raise DatasetError(
+                f"{place} belongs to image {annotation['image_id']}, which `images` does not list: add the image, or "
+                "take the annotation out."
+            )
+        if annotation["category_id"] not in names:
+            raise DatasetError(
+                f"{place} has category {annotation['category_id']}, which `categories` does not list: add the "
+                "category, or take the annotation out."
+            )
+        box = annotation.get("bbox")
+        if not isinstance(box, list) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
+            raise DatasetError(f"{place} has `bbox` {box!r}: it must be four numbers, x, y, width, height in pixels.")
+    _require_distinct((annotation["id"] for annotation in annotations), f"{source}: annotation id")
+
+
+def _usable_boxes(
+    coco: dict, category_ids: list[int], source: str
+) -> tuple[list[np.ndarray], list[np.ndarray], str]:
+    """Per image the boxes and class labels of `CheckedSplit`, and its report."""
+    annotations = [annotation for annotation in coco["annotations"] if not annotation.get("iscrowd")]
+    crowds = len(coco["annotations"]) - len(annotations)
+    if crowds:
+        logger.info("%s: %d crowd regions are left out of the training labels.", source, crowds)
+
+    ids = np.array([annotation["id"] for annotation in annotations], dtype=np.int64)
+    position = {image["id"]: index for index, image in enumerate(coco["images"])}
+    image_index = np.array([position[annotation["image_id"]] for annotation in annotations], dtype=np.int64)
+    label_of = {category_id: label for label, category_id in enumerate(category_ids)}
+    labels = np.array([label_of[annotation["category_id"]] for annotation in annotations], dtype=np.int64)
+
+    given = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
+    sizes = np.array([[image["width"], image["height"]] for image in coco["images"]], dtype=np.float64)
+    limits = np.tile(sizes.reshape(-1, 2)[image_index], 2)
+    with np.errstate(invalid="ignore", over="ignore"):
+        corners = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1)
+        clipped = np.clip(corners, 0, limits)
+        # Compared as stored: a width that float32 rounds away is no width.
+        boxes = clipped.astype(np.float32)
+        outside = (corners[:, 2:] <= 0).any(1) | (corners[:, :2] >= limits[:, :2]).any(1)
+        faults = {
+            "not finite": ~np.isfinite(corners).all(1),
+            "of negative size": (given[:, 2:] < 0).any(1),
+            "without area": (given[:, 2:] == 0).any(1),
+            "outside their image": outside,
+            "too thin to have an area": (boxes[:, 2:] <= boxes[:, :2]).any(1),
+        }
+        moved = (np.abs(corners - clipped) > ROUNDING).any(1)
+
+    usable = np.ones(len(annotations), dtype=bool)
+    counts = []
+    for kind, faulty in faults.items():
+        counts += _count(f"{kind} dropped", ids[faulty & usable])
+        usable &= ~faulty
+    counts += _count("partly outside their image clipped", ids[moved & usable])
+    if not usable.any():
+        raise DatasetError(
+            f"{source}: no usable box is left of {len(coco['annotations'])} annotations ({crowds} crowd regions"
+            f"{'; ' if counts else ''}{'; '.join(counts)}): check that this is the right file."
+        )
+
+    order = np.argsort(image_index[usable], kind="stable")
+    ends = np.cumsum(np.bincount(image_index[usable], minlength=len(coco["images"])))[:-1]
+    report = f"{source}: boxes {'; '.join(counts)}." if counts else ""
+    return np.split(boxes[usable][order], ends), np.split(labels[usable][order], ends), report
+
+
+def _count(what: str, ids: np.ndarray) -> list[str]:
+    return [f"{what}: {len(ids)} (first annotation ids {ids[:5].tolist()})"] if len(ids) else []
+
+
+def _require_integers(entry: dict, fields: tuple[str, ...], place: str) -> None:
+    if not isinstance(entry, dict):
+        raise DatasetError(f"{place} is a {type(entry).__name__}, not an object.")
+    for field in fields:
+        value = entry.get(field)
+        if type(value) is not int or not -(2**63) <= value < 2**63:
+            raise DatasetError(
+                f"{place} (id {entry.get('id')!r}) has `{field}` {value!r}: it must be an integer of at most 64 bits."
+            )
+
+
+def _require_distinct(values: Iterable, what: str) -> None:
+    repeated = [value for value, count in Counter(values).items() if count > 1]
+    if repeated:
+        raise DatasetError(
+            f"{what} {repeated[0]!r} appears more than once ({len(repeated)} such values, the first "
+            f"{repeated[:5]}): make each one unique."
+        )

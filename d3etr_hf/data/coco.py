@@ -1,0 +1,173 @@
+"""COCO-format splits: an annotation JSON and a folder of images.
+
+The checked boxes are kept as an Arrow file in the `datasets` cache, named by the *content* of the JSON: a second start,
+or a second process, maps the file into memory instead of parsing and checking the JSON again, and a changed JSON can
+never meet an old file. Nothing is written into the data folder.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path, PureWindowsPath
+
+import datasets
+import pyarrow as pa
+
+from d3etr_hf.data.checking import CheckedSplit, check_coco
+from d3etr_hf.data.dataset import BOX_FEATURES, DetectionDataset
+from d3etr_hf.data.errors import DatasetError
+
+# Part of the cache's key: raise it when the checks or the rows change.
+READER_VERSION = 1
+SUMMARY_KEY = b"d3etr_hf"
+COCO_FEATURES = datasets.Features({"image_path": datasets.Value("string"), **BOX_FEATURES})
+
+
+def find_coco_split(folder: str | Path, split: str) -> tuple[Path, Path]:
+    """Finds a split's annotation file and image folder.
+
+    `annotations/{split}.json` with `{split}/`, `images/{split}/` or `images/`; else COCO's own
+    `annotations/instances_{split}2017.json` with `{split}2017/`, `images/{split}2017/` or `images/`.
+
+    Args:
+        folder: of the data set.
+        split: `train` or `val`.
+
+    Raises:
+        DatasetError: one of the two is not there; the message lists what was looked for.
+    """
+    folder = Path(folder)
+    layouts = [(f"annotations/{split}.json", split), (f"annotations/instances_{split}2017.json", f"{split}2017")]
+    for annotations, images in layouts:
+        if (folder / annotations).is_file():
+            candidates = [images, f"images/{images}", "images"]
+            for candidate in candidates:
+                if (folder / candidate).is_dir():
+                    return folder / annotations, folder / candidate
+            raise DatasetError(
+                f"{folder}: {annotations} is there, but none of the image folders {', '.join(candidates)}: add one, "
+                f"or name the files by `{split}_annotations` and `{split}_images`."
+            )
+    raise DatasetError(
+        f"{folder}: no annotations of the {split} split; looked for {' and '.join(name for name, _ in layouts)}: add "
+        f"one, or name the files by `{split}_annotations` and `{split}_images`."
+    )
+
+
+def load_coco_split(
+    annotations: str | Path, images: str | Path, name: str | None = None, cache_dir: str | Path | None = None
+) -> DetectionDataset:
+    """Reads and checks one split in COCO format.
+
+    Boxes that had to be dropped or clipped are told in one warning.
+
+    Args:
+        annotations: COCO detection JSON.
+        images: folder that `file_name` is relative to.
+        name: for messages; by default the annotation file's name.
+        cache_dir: where the Arrow file is kept; by default `d3etr_hf` in the cache of `datasets`.
+
+    Raises:
+        DatasetError: see `check_coco`; or the JSON is malformed, a `file_name` leaves the image folder, or image files
+            are missing.
+    """
+    annotations, images = Path(annotations).absolute(), Path(images).absolute()
+    cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "d3etr_hf")
+    rows_file = cache_dir / f"{_cache_key(annotations, images)}.arrow"
+    if not rows_file.exists():
+        checked = check_coco(read_coco(annotations), source=str(annotations))
+        _write_rows(checked, _image_paths(checked.images, images, annotations), rows_file)
+
+    summary = json.loads(_schema(rows_file).metadata[SUMMARY_KEY])
+    rows = datasets.Dataset.from_file(str(rows_file))
+    _require_files(rows["image_path"], annotations)
+    if summary["report"]:
+        warnings.warn(f"{annotations}: {summary['report']}", stacklevel=2)
+    return DetectionDataset(
+        name=name or annotations.stem,
+        class_names=summary["class_names"],
+        category_ids=summary["category_ids"],
+        rows=rows,
+        load_ground_truth=partial(read_coco, annotations),
+    )
+
+
+def read_coco(annotations: Path) -> dict:
+    """The content of a COCO JSON, unchecked.
+
+    Raises:
+        DatasetError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(annotations.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DatasetError(f"{annotations}: the annotations cannot be read ({error.strerror}): check the path.") from error
+    except ValueError as error:
+        raise DatasetError(f"{annotations}: not a JSON file ({error}): write it anew.") from error
+
+
+def _cache_key(annotations: Path, images: Path) -> str:
+    try:
+        with annotations.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+    except OSError as error:
+        raise DatasetError(f"{annotations}: the annotations cannot be read ({error.strerror}): check the path.") from error
+    digest.update(json.dumps([READER_VERSION, str(annotations), str(images)]).encode())
+    return digest.hexdigest()
+
+
+def _image_paths(images: list[dict], folder: Path, annotations: Path) -> list[str]:
+    paths = []
+    for image in images:
+        file_name = image.get("file_name")
+        if not isinstance(file_name, str) or not file_name:
+            raise DatasetError(f"{annotations}: image {image['id']} has `file_name` {file_name!r}: name its file.")
+        # Read as a Windows path, which knows both separators, so that a file is refused on every system alike.
+        path = PureWindowsPath(file_name)
+        if path.anchor or ".." in path.parts:
+            raise DatasetError(
+                f"{annotations}: image {image['id']} has `file_name` {file_name!r}, which leaves the image folder: "
+                "make it relative to that folder, without `..`."
+            )
+        paths.append(str(folder / file_name))
+    return paths
+
+
+def _write_rows(checked: CheckedSplit, image_paths: list[str], rows_file: Path) -> None:
+    rows = datasets.Dataset.from_dict({"image_path": image_paths, **checked.columns()}, features=COCO_FEATURES)
+    summary = {"class_names": checked.class_names, "category_ids": checked.category_ids, "report": checked.report}
+    schema = rows.data.schema
+    table = rows.data.table.replace_schema_metadata({**schema.metadata, SUMMARY_KEY: json.dumps(summary)})
+    rows_file.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and moved, so that another process sees the whole file or none.
+    with tempfile.TemporaryDirectory(dir=rows_file.parent) as folder:
+        unfinished = os.path.join(folder, rows_file.name)
+        with pa.OSFile(unfinished, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+        os.replace(unfinished, rows_file)
+
+
+def _schema(rows_file: Path) -> pa.Schema:
+    with pa.memory_map(str(rows_file)) as file, pa.ipc.open_stream(file) as reader:
+        return reader.schema
+
+
+def _require_files(paths: Iterable[str], annotations: Path) -> None:
+    """Lists each folder once: on a network file system much faster than asking for every file."""
+    listings: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, file_name = os.path.split(path)
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if file_name not in listings[folder]:
+            missing.append(path)
+    if missing:
+        raise DatasetError(
+            f"{annotations}: {len(missing)} of its images are missing, the first {missing[:3]}: add the files, or "
+            "check the image folder."
+        )

@@ -1,0 +1,125 @@
+"""One split of a detection data set, as the Trainer takes it."""
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
+from typing import Any
+
+import datasets
+import torch
+from PIL import Image
+
+from d3etr_hf.data.images import read_rgb
+
+BOX_FEATURES = {
+    "image_id": datasets.Value("int64"),
+    "width": datasets.Value("int64"),
+    "height": datasets.Value("int64"),
+    "boxes": datasets.List(datasets.List(datasets.Value("float32"), length=4)),
+    "class_labels": datasets.List(datasets.Value("int64")),
+}
+
+
+class DetectionDataset(torch.utils.data.Dataset):
+    """Images of one split with their boxes; made by `load_coco_split` and `load_hub_split`.
+
+    Attributes:
+        name: for messages and logs, for example `bccd/val`.
+        class_names: name of each class label 0..C-1, in order of raw category id.
+        category_ids: raw category id of each class label.
+        rows: one row an image: image_id int64; image_path (or image, undecoded, for Hub data); width, height in
+            pixels; boxes (n, 4) float32 xyxy in pixels, inside the image, no crowds; class_labels (n,) int64.
+        transform: called on `(image, target)` by `__getitem__`; None gives `{"image": ..., "target": ...}`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        class_names: list[str],
+        category_ids: list[int],
+        rows: datasets.Dataset,
+        load_ground_truth: Callable[[], dict],
+        transform: Callable[[Image.Image, dict[str, Any]], dict] | None = None,
+    ) -> None:
+        self.name = name
+        self.class_names = class_names
+        self.category_ids = category_ids
+        self.rows = rows
+        self.transform = transform
+        self._load_ground_truth = load_ground_truth
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class name by class label, as a model's configuration takes it."""
+        return dict(enumerate(self.class_names))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Class label by class name."""
+        return {name: label for label, name in enumerate(self.class_names)}
+
+    @cached_property
+    def ground_truth(self) -> dict:
+        """The COCO detection dictionary as it was given: raw category ids, boxes xywh in pixels, crowds and all."""
+        return self._load_ground_truth()
+
+    def with_transform(self, transform: Callable[[Image.Image, dict[str, Any]], dict] | None) -> "DetectionDataset":
+        """The same split with another transform."""
+        changed = copy.copy(self)
+        changed.transform = transform
+        return changed
+
+    def select(self, indices: Iterable[int]) -> "DetectionDataset":
+        """These rows only, with the ground truth of their images only."""
+        selected = copy.copy(self)
+        selected.rows = self.rows.select(indices)
+        selected._load_ground_truth = partial(
+            _ground_truth_of, self._load_ground_truth, frozenset(selected.rows["image_id"])
+        )
+        selected.__dict__.pop("ground_truth", None)
+        return selected
+
+    def read_image(self, index: int) -> Image.Image:
+        """The image, upright, RGB, 8 bits a channel, of the annotated size.
+
+        Raises:
+            DatasetError: the image cannot be read, or is not of the annotated size.
+        """
+        return self._read_image(self.rows[index])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        """`transform(image, target)`; the target holds `image_id` int, `boxes` (n, 4) float32 xyxy in pixels of the
+        image, and `class_labels` (n,) int64."""
+        row = self.rows[index]
+        image = self._read_image(row)
+        target = {
+            "image_id": row["image_id"],
+            "boxes": torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4),
+            "class_labels": torch.tensor(row["class_labels"], dtype=torch.int64),
+        }
+        return {"image": image, "target": target} if self.transform is None else self.transform(image, target)
+
+    def __getstate__(self) -> dict:
+        """Without the ground truth, which data loader workers do not need and which may be hundreds of megabytes."""
+        return {key: value for key, value in self.__dict__.items() if key != "ground_truth"}
+
+    def _read_image(self, row: dict) -> Image.Image:
+        if "image_path" in row:
+            source, place = row["image_path"], row["image_path"]
+        else:
+            stored = row["image"]
+            source = stored["path"] if stored["bytes"] is None else stored["bytes"]
+            place = f"{self.name}, image {row['image_id']}"
+        return read_rgb(source, row["width"], row["height"], place)
+
+
+def _ground_truth_of(load: Callable[[], dict], image_ids: frozenset[int]) -> dict:
+    coco = load()
+    return {
+        **coco,
+        "images": [image for image in coco["images"] if image["id"] in image_ids],
+        "annotations": [region for region in coco["annotations"] if region["image_id"] in image_ids],
+    }

@@ -1,0 +1,239 @@
+"""COCO average precision of boxes, as a local `evaluate` metric over pycocotools.
+
+    metric = CocoAveragePrecision()
+    metric.compute(predictions=detections, ground_truth="annotations/val.json")
+
+or, with this file's path, `evaluate.load(path, keep_in_memory=True)`. `evaluate` copies the file alone into its cache,
+so nothing of this package is imported here.
+"""
+
+import contextlib
+import io
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+# The places of these in COCOeval.stats; 9..11 are the average recalls by size.
+STATISTICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
+
+DESCRIPTION = """\
+COCO average precision and recall of boxes, over IoU thresholds 0.50:0.95, computed by pycocotools on the original
+ground truth: crowd regions are ignored, object sizes come from the annotated areas."""
+
+INPUTS_DESCRIPTION = """
+Args:
+    predictions: detections in COCO's result format: {"image_id", "category_id", "bbox": [x, y, width, height]
+        in pixels, "score"}.
+    ground_truth: the COCO detection dictionary, or the path of its JSON file.
+    image_ids: evaluate these images only; None for all images of the ground truth.
+Returns:
+    AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10, AR_100 and "AP/<class name>", floats in 0..1.
+"""
+
+CITATION = """\
+@inproceedings{lin2014microsoft,
+  title={Microsoft {COCO}: Common Objects in Context},
+  author={Lin, Tsung-Yi and Maire, Michael and Belongie, Serge and Hays, James and Perona, Pietro and Ramanan, Deva and
+    Doll{\\'a}r, Piotr and Zitnick, C. Lawrence},
+  booktitle={European Conference on Computer Vision},
+  year={2014}
+}"""
+
+
+def coco_average_precision(
+    ground_truth: dict, predictions: list[dict], image_ids: Iterable[int] | None = None
+) -> dict[str, float]:
+    """COCO's average precision and recall of boxes. Neither argument is modified.
+
+    An image without predictions counts all its objects as missed. Crowd regions are ignored. An annotation without
+    `area` gets its box's area, one without `iscrowd` is no crowd.
+
+    Args:
+        ground_truth: COCO detection dictionary (`images`, `annotations`, `categories`), boxes xywh in pixels.
+        predictions: COCO results, `{"image_id", "category_id", "bbox": xywh in pixels, "score"}`; may be empty.
+        image_ids: the images to evaluate; None for all. Predictions for other images of the ground truth are left out.
+
+    Returns:
+        AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10, AR_100, and "AP/<class name>" for each class, as
+        Python floats in 0..1. What does not exist is left out: a class or a size range without objects, and everything
+        where no evaluated image has an object (a warning says so).
+
+    Raises:
+        ValueError: predictions or `image_ids` that the ground truth does not know, predictions that are not finite, an
+            image, category or class name that occurs twice, or no image to evaluate.
+    """
+    names = _category_names(ground_truth)
+    known_images = {image["id"] for image in ground_truth["images"]}
+    if len(known_images) < len(ground_truth["images"]):
+        counts = Counter(image["id"] for image in ground_truth["images"])
+        raise ValueError(f"image id {counts.most_common(1)[0][0]} occurs twice in the ground truth's `images`.")
+    _check_predictions(predictions, known_images, names)
+    evaluated = sorted(known_images if image_ids is None else _checked_image_ids(image_ids, known_images))
+    if not evaluated:
+        raise ValueError("There is no image to evaluate: the ground truth's `images`, or `image_ids`, are empty.")
+
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress by print
+        evaluation = COCOeval(
+            _indexed(ground_truth, _ground_truth_regions(ground_truth, names, known_images)),
+            _indexed(ground_truth, _predicted_regions(predictions)),
+            "bbox",
+        )
+        evaluation.params.imgIds = evaluated
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+
+    values = dict(zip(STATISTICS, evaluation.stats, strict=False))
+    # precision: (IoU thresholds, recall thresholds, classes, size ranges, detection limits); [0, -1]: all sizes, 100.
+    for index, category_id in enumerate(evaluation.params.catIds):
+        values[f"AP/{names[category_id]}"] = evaluation.eval["precision"][:, :, index, 0, -1].mean()
+    if values["AP"] < 0:
+        warnings.warn(
+            f"The {len(evaluated)} evaluated images have no object that is not a crowd region (first image id: "
+            f"{evaluated[0]}): average precision does not exist and is left out.",
+            stacklevel=2,
+        )
+    # pycocotools marks what does not exist by -1.
+    return {name: float(value) for name, value in values.items() if value >= 0}
+
+
+class CocoAveragePrecision(evaluate.Metric):
+    """`coco_average_precision` as an `evaluate` metric; see there for what it returns and raises.
+
+    In a distributed run gather the predictions and call `compute` on the main process alone, with `num_process` left
+    at 1. Predictions stay in memory; without `keep_in_memory` they pass through a file in the user's cache, for which
+    processes wait on each other's lock. `evaluate.load` sets it to False unless told otherwise.
+    """
+
+    def __init__(self, config_name: str | None = None, keep_in_memory: bool = True, **options):
+        super().__init__(config_name=config_name, keep_in_memory=keep_in_memory, **options)
+
+    def _info(self) -> evaluate.MetricInfo:
+        detection = {
+            "image_id": datasets.Value("int64"),
+            "category_id": datasets.Value("int64"),
+            "bbox": datasets.List(datasets.Value("float64")),
+            "score": datasets.Value("float64"),
+        }
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation=CITATION,
+            inputs_description=INPUTS_DESCRIPTION,
+            features=datasets.Features({"predictions": detection}),
+            reference_urls=["https://cocodataset.org/#detection-eval"],
+        )
+
+    def _compute(
+        self, *, predictions: list[dict], ground_truth: dict | str | Path, image_ids: Iterable[int] | None = None
+    ) -> dict[str, float]:
+        if not isinstance(ground_truth, dict):
+            ground_truth = json.loads(Path(ground_truth).read_text(encoding="utf-8"))
+        return coco_average_precision(ground_truth, predictions, image_ids)
+
+
+def _category_names(ground_truth: dict) -> dict[int, str]:
+    """The class name of each category id; each id and each name must be there once."""
+    if not ground_truth["categories"]:
+        raise ValueError("The ground truth's `categories` are empty: pass a COCO file that lists its classes.")
+    for field in ("id", "name"):
+        value, count = Counter(category[field] for category in ground_truth["categories"]).most_common(1)[0]
+        if count > 1:
+            raise ValueError(
+                f"category {field} {value!r} occurs {count} times in the ground truth's `categories`: results are "
+                "reported by name, so make ids and names unique."
+            )
+    return {category["id"]: category["name"] for category in ground_truth["categories"]}
+
+
+def _checked_image_ids(image_ids: Iterable[int], known_images: set[int]) -> set[int]:
+    image_ids = {int(image_id) for image_id in image_ids}
+    unknown = sorted(image_ids - known_images)
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of the `image_ids` are not in the ground truth's `images` (first: {unknown[0]}): "
+            "pass the annotation file of these images."
+        )
+    return image_ids
+
+
+def _check_predictions(predictions: list[dict], known_images: set[int], names: dict[int, str]) -> None:
+    for index, prediction in enumerate(predictions):
+        image_id, category_id = prediction["image_id"], prediction["category_id"]
+        if image_id not in known_images:
+            raise ValueError(
+                f"prediction {index}: image id {image_id} is not in the ground truth's `images`: pass the annotation "
+                "file of the images that the model has seen."
+            )
+        if category_id not in names:
+            raise ValueError(
+                f"prediction {index} (image id {image_id}): category id {category_id} is not in the ground truth's "
+                f"`categories` ({min(names)}..{max(names)}): map the model's labels to the file's category ids."
+            )
+        if len(prediction["bbox"]) != 4 or not np.isfinite([*prediction["bbox"], prediction["score"]]).all():
+            raise ValueError(
+                f"prediction {index} (image id {image_id}): bbox {prediction['bbox']}, score {prediction['score']}: "
+                "pass four finite numbers, x, y, width, height in pixels, and a finite score."
+            )
+
+
+def _ground_truth_regions(ground_truth: dict, names: dict[int, str], known_images: set[int]) -> list[dict]:
+    """Copies of the annotations with what pycocotools needs."""
+    regions, skipped = [], []
+    for annotation in ground_truth["annotations"]:
+        if annotation["image_id"] not in known_images or annotation["category_id"] not in names:
+            skipped.append(annotation.get("id"))
+            continue
+        width, height = annotation["bbox"][2:]
+        regions.append(
+            {
+                # pycocotools writes 0 for "not matched", so an annotation with id 0 would never count as found.
+                "id": len(regions) + 1,
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "bbox": annotation["bbox"],
+                "area": annotation.get("area", width * height),
+                "iscrowd": annotation.get("iscrowd", 0),
+            }
+        )
+    if skipped:
+        warnings.warn(
+            f"{len(skipped)} annotations of the ground truth belong to an image or category that it does not list and "
+            f"are not evaluated (first annotation ids: {skipped[:5]}).",
+            stacklevel=3,
+        )
+    return regions
+
+
+def _predicted_regions(predictions: list[dict]) -> list[dict]:
+    """Copies of the predictions with what `COCO.loadRes` adds; it modifies its argument and fails on an empty list."""
+    return [
+        {
+            "id": index + 1,
+            "image_id": prediction["image_id"],
+            "category_id": prediction["category_id"],
+            "bbox": prediction["bbox"],
+            "score": prediction["score"],
+            "area": prediction["bbox"][2] * prediction["bbox"][3],
+            "iscrowd": 0,
+        }
+        for index, prediction in enumerate(predictions)
+    ]
+
+
+def _indexed(ground_truth: dict, regions: list[dict]) -> COCO:
+    indexed = COCO()
+    indexed.dataset = {
+        "images": ground_truth["images"],
+        "categories": ground_truth["categories"],
+        "annotations": regions,
+    }
+    indexed.createIndex()
+    return indexed

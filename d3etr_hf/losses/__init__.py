@@ -1,0 +1,15 @@
+"""Losses: pure functions of outputs, pairs and targets; every one returns a value per decoder layer."""
+
+from .attention import DIVERGENCES, cross_attention_distillation, self_attention_distillation
+from .detection import detection_losses
+from .prediction import PREDICTION_NORMALISERS, pair_weights, prediction_distillation
+
+__all__ = [
+    "DIVERGENCES",
+    "PREDICTION_NORMALISERS",
+    "cross_attention_distillation",
+    "detection_losses",
+    "pair_weights",
+    "prediction_distillation",
+    "self_attention_distillation",
+]

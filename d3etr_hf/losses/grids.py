@@ -1,0 +1,54 @@
+"""Bringing a teacher's cross-attention to a student's memory grid when the two differ."""
+
+import torch
+
+
+def valid_sizes(memory_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of each memory that belong to the image, int64 `(B,)` each, from its mask `(B, H, W)`."""
+    return memory_mask.any(2).sum(1), memory_mask.any(1).sum(1)
+
+
+def overlap_weights(source: torch.Tensor, target: torch.Tensor, source_size: int, target_size: int) -> torch.Tensor:
+    """How the mass of source cells spreads over target cells along one axis that both divide evenly.
+
+    Args:
+        source, target: int64 `(B,)`, how many cells of the axis belong to the image.
+        source_size, target_size: length of the axis with padding.
+
+    Returns:
+        float64 `(B, target_size, source_size)`; the column of a source cell inside the image sums to one.
+    """
+
+    def edges(cells: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        start = torch.arange(size, device=cells.device, dtype=torch.float64) / cells[:, None]
+        return start, (start + 1 / cells[:, None]).clamp(max=1.0)
+
+    source_start, source_end = edges(source, source_size)
+    target_start, target_end = edges(target, target_size)
+    length = torch.minimum(target_end[:, :, None], source_end[:, None]) - torch.maximum(
+        target_start[:, :, None], source_start[:, None]
+    )
+    return length.clamp(min=0) * source[:, None, None]
+
+
+def resample_log_map(log_map: torch.Tensor, source_mask: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
+    """A log attention map on another memory's grid: each token's mass goes where its area of the image goes.
+
+    Works image by image on the unpadded area, for all images at once; the paper leaves this open.
+
+    Args:
+        log_map: `(B, M, N, H*W)` on the source grid, minus infinity on padding.
+        source_mask: bool `(B, H, W)`; target_mask: bool `(B, H', W')`.
+
+    Returns:
+        `(B, M, N, H'*W')`, every row again the logarithm of a distribution over the image.
+    """
+    height, width = source_mask.shape[1:]
+    (source_rows, source_columns), (rows, columns) = valid_sizes(source_mask), valid_sizes(target_mask)
+    along_y = overlap_weights(source_rows, rows, height, target_mask.shape[1]).to(log_map.dtype)
+    along_x = overlap_weights(source_columns, columns, width, target_mask.shape[2]).to(log_map.dtype)
+    grid = log_map.exp().unflatten(-1, (height, width))
+    resampled = along_y[:, None, None] @ grid @ along_x.mT[:, None, None]
+    resampled = resampled.flatten(-2).clamp(min=torch.finfo(log_map.dtype).tiny)
+    resampled = resampled.masked_fill(~target_mask.flatten(1)[:, None, None], 0.0)
+    return (resampled / resampled.sum(-1, keepdim=True)).log()

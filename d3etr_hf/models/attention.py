@@ -1,0 +1,107 @@
+"""Attention for several query groups, with maps on demand, through Transformers' attention interface.
+
+The decoder's attention modules call the function registered here instead of scaled-dot-product attention. Without
+`query_group_sizes` it hands over to whatever the model's own configuration names, so a stock forward pass is untouched.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.conditional_detr.modeling_conditional_detr import (
+    ConditionalDetrDecoderSelfAttention,
+    eager_attention_forward,
+)
+
+QUERY_GROUP_ATTENTION = "d3etr_query_groups"
+
+
+@dataclass
+class AttentionRecorder:
+    """Collects, layer by layer, the log attention maps of one forward pass.
+
+    Attributes:
+        self_attention, cross_attention: whether to record these maps (unrecorded attention runs fused).
+        log_self_attention: per layer, per group, `(B, M, N, N)`.
+        log_cross_attention: per layer `(B, M, sum of N, keys)`.
+    """
+
+    self_attention: bool
+    cross_attention: bool
+    log_self_attention: list[list[torch.Tensor]] = field(default_factory=list)
+    log_cross_attention: list[torch.Tensor] = field(default_factory=list)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float,
+    with_map: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scaled-dot-product attention, and the logarithm of its map before dropout if asked for.
+
+    Args:
+        query, key, value: `(B, M, queries, width)`, `(B, M, keys, width)`, `(B, M, keys, width of values)`.
+        mask: bool, broadcastable to `(B, M, queries, keys)`, true where a query may look; None for everywhere.
+        dropout: probability with which an attention weight is zeroed.
+
+    Returns:
+        The attended values `(B, M, queries, width of values)` and the log map `(B, M, queries, keys)`, float32 or
+        wider, or None.
+    """
+    if not with_map:
+        attended = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        )
+        return attended, None
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    log_map = scores.log_softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = nn.functional.dropout(log_map.exp(), p=dropout).to(value.dtype)
+    return torch.matmul(weights, value), log_map
+
+
+def query_group_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    query_group_sizes: list[int] | None = None,
+    recorder: AttentionRecorder | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function of a decoder whose queries are several groups one after the other.
+
+    In self-attention each group attends to itself alone: the groups are attended one by one, so no mask can leak
+    (a boolean group mask does, under eager attention). Cross-attention sees all queries at once, so the projections
+    of the memory serve every group. Arguments and return value follow Transformers' attention interface;
+    `attention_mask` is boolean or None when `query_group_sizes` is given.
+    """
+    if query_group_sizes is None:
+        stock = ALL_ATTENTION_FUNCTIONS.get_interface(
+            module.stock_config._attn_implementation, eager_attention_forward
+        )
+        return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if isinstance(module, ConditionalDetrDecoderSelfAttention):
+        parts = zip(*(tensor.split(query_group_sizes, dim=2) for tensor in (query, key, value)), strict=True)
+        attended = [attend(*part, None, dropout, scaling, recorder.self_attention) for part in parts]
+        if recorder.self_attention:
+            recorder.log_self_attention.append([log_map for _, log_map in attended])
+        output = torch.cat([part for part, _ in attended], dim=2)
+    else:
+        output, log_map = attend(query, key, value, attention_mask, dropout, scaling, recorder.cross_attention)
+        if recorder.cross_attention:
+            recorder.log_cross_attention.append(log_map)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register(QUERY_GROUP_ATTENTION, query_group_attention)

@@ -1,0 +1,177 @@
+"""The D3ETR objective: which loss is taken between which groups, with which pairs, weight and normaliser."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import ConditionalDetrConfig
+
+from .arguments import D3etrTrainingArguments
+from .losses import (
+    cross_attention_distillation,
+    detection_losses,
+    pair_weights,
+    prediction_distillation,
+    self_attention_distillation,
+)
+from .matching import AdaptiveMatcher, FixedMatcher, HungarianAssigner, MixMatcher, Targets, matched_foreground_share
+from .models import DetectorOutput, QueryGroupOutput
+
+
+@dataclass
+class Shares:
+    """What sums over this batch are divided by, so that processes and accumulated batches add up to one mean.
+
+    Attributes:
+        boxes: ground-truth boxes of the whole step (all processes, all accumulated batches) / number of processes.
+        images: images of the whole step / number of processes.
+        average: the mean of a tensor over processes (the identity on one).
+    """
+
+    boxes: torch.Tensor
+    images: torch.Tensor
+    average: Callable[[torch.Tensor], torch.Tensor]
+
+
+class D3etrObjective:
+    """L = L_det(student) + L_det(auxiliary) + sum over layers and groups of the distillation terms (METHOD.md).
+
+    Args:
+        args: the options; which terms are on, their weights, the matcher's.
+        config: the student's configuration, which holds the detection loss's weights and costs.
+        class_index: int64 `(C,)`, the teacher's class for each of the student's.
+        layer_map: the teacher's decoder layer for each of the student's.
+    """
+
+    def __init__(
+        self,
+        args: D3etrTrainingArguments,
+        config: ConditionalDetrConfig,
+        class_index: torch.Tensor | None = None,
+        layer_map: list[int] | None = None,
+    ):
+        self.args, self.class_index, self.layer_map = args, class_index, layer_map
+        groups = args.distilled_groups()
+        adaptive = AdaptiveMatcher(args.class_weight, args.l1_weight, args.giou_weight)
+        self.matcher = MixMatcher(
+            adaptive if "student" in groups else None, FixedMatcher() if "auxiliary" in groups else None
+        )
+        self.assigner = HungarianAssigner(config.class_cost, config.bbox_cost, config.giou_cost, config.focal_alpha)
+        scale = args.detection_weight / (2 if self._averages_groups else 1)
+        self.detection_weights = {
+            "class": scale * config.cls_loss_coefficient,
+            "l1": scale * config.bbox_loss_coefficient,
+            "giou": scale * config.giou_loss_coefficient,
+        }
+
+    @property
+    def _averages_groups(self) -> bool:
+        return self.args.group_reduction == "mean" and self.args.auxiliary_queries != "none"
+
+    def __call__(
+        self, student: DetectorOutput, teacher: DetectorOutput | None, targets: Targets, shares: Shares
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Every weighted loss term of one batch, and what is worth knowing of the matching.
+
+        Args:
+            student: groups "student" and, if there is one, "auxiliary", in this order.
+            teacher: its only group; None where the options need none.
+
+        Returns:
+            Terms named "group/term", `(L,)` each, whose sum is the loss; and statistics, scalars without gradient.
+
+        Raises:
+            NonFiniteCostError: a prediction is NaN or infinite.
+        """
+        groups = dict(zip(("student", "auxiliary"), student.groups, strict=False))
+        teacher_group = None if teacher is None else self._aligned(teacher.groups[0])
+        terms, statistics = {}, {}
+        if self.args.detection_weight > 0:
+            terms |= self._detection_terms(groups, teacher_group, targets, shares)
+        if teacher is not None and self.args.distilled_groups():
+            pairs = self.matcher(teacher_group, groups["student"], groups.get("auxiliary"))
+            if "student" in pairs:
+                share = matched_foreground_share(teacher_group.logits, pairs["student"])
+                statistics["matched_foreground"] = share
+            weights = self._prediction_weights(teacher_group, pairs, shares)
+            for name, matched in pairs.items():
+                group = groups[name]
+                if self.args.self_attention_weight > 0:
+                    terms[f"{name}/self_attention"] = self.args.self_attention_weight * self_attention_distillation(
+                        teacher_group.log_self_attention,
+                        group.log_self_attention,
+                        matched,
+                        shares.images,
+                        self.args.attention_divergence,
+                    )
+                if self.args.cross_attention_weight > 0:
+                    terms[f"{name}/cross_attention"] = self.args.cross_attention_weight * cross_attention_distillation(
+                        teacher_group.log_cross_attention,
+                        group.log_cross_attention,
+                        matched,
+                        teacher.memory_mask,
+                        student.memory_mask,
+                        shares.images,
+                        self.args.attention_divergence,
+                    )
+                if self.args.prediction_weight > 0:
+                    terms[f"{name}/prediction"] = self.args.prediction_weight * prediction_distillation(
+                        teacher_group,
+                        group,
+                        matched,
+                        *weights[name],
+                        self.args.class_weight,
+                        self.args.l1_weight,
+                        self.args.giou_weight,
+                    )
+        return terms, statistics
+
+    def _aligned(self, teacher: QueryGroupOutput) -> QueryGroupOutput:
+        """The teacher's outputs for the student's layers and classes."""
+
+        def layers(maps):
+            return None if maps is None else tuple(maps[layer] for layer in self.layer_map)
+
+        return QueryGroupOutput(
+            logits=teacher.logits[self.layer_map][..., self.class_index.to(teacher.logits.device)],
+            boxes=teacher.boxes[self.layer_map],
+            log_self_attention=layers(teacher.log_self_attention),
+            log_cross_attention=layers(teacher.log_cross_attention),
+        )
+
+    def _detection_terms(self, groups, teacher: QueryGroupOutput | None, targets: Targets, shares: Shares):
+        terms = {}
+        for name, group in groups.items():
+            assignment = self._assignment(name, group, teacher, targets)
+            losses = detection_losses(
+                group, targets, assignment, shares.boxes, self.assigner.focal_alpha, self.assigner.focal_gamma
+            )
+            terms |= {f"{name}/{term}": self.detection_weights[term] * value for term, value in losses.items()}
+        return terms
+
+    def _assignment(self, name: str, group: QueryGroupOutput, teacher: QueryGroupOutput | None, targets: Targets):
+        """Which object each query answers for, `(L, B, N)`; in the auxiliary group the teacher may decide."""
+        policy = self.args.auxiliary_assignment
+        if name == "student" or self.args.auxiliary_queries != "teacher" or policy == "own":
+            return self.assigner(group, targets)
+        if policy == "teacher_per_layer":
+            return self.assigner(teacher, targets)
+        last = self.assigner(QueryGroupOutput(logits=teacher.logits[-1:], boxes=teacher.boxes[-1:]), targets)
+        if policy == "teacher_last_layer_everywhere":
+            return last.expand(len(group.logits), -1, -1)
+        earlier = self.assigner(QueryGroupOutput(logits=group.logits[:-1], boxes=group.boxes[:-1]), targets)
+        return torch.cat([earlier, last])
+
+    def _prediction_weights(self, teacher: QueryGroupOutput, pairs, shares: Shares):
+        """Per group, the weight of each pair and what their sum is divided by, global over processes."""
+        weights = {name: pair_weights(teacher.logits, p, self.args.prediction_normaliser) for name, p in pairs.items()}
+        if self.args.prediction_normaliser == "pairs":
+            return {name: (w, shares.images * w.shape[-1]) for name, w in weights.items()}
+        # a weight's sum is known per batch only: scale by this batch's part of the images of the whole step
+        totals = torch.stack([w.sum(dim=(1, 2)) for w in weights.values()])
+        images = totals.new_full((1, totals.shape[1]), teacher.logits.shape[1])
+        *totals, images = shares.average(torch.cat([totals, images])).unbind()
+        return {
+            name: (w, total * shares.images / images)
+            for (name, w), total in zip(weights.items(), totals, strict=True)
+        }

@@ -1,0 +1,181 @@
+"""One training run in one output folder: guarded, resumable, with its results beside its model."""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from transformers import TrainerCallback, set_seed
+from transformers.utils import logging
+
+from .arguments import D3etrTrainingArguments
+from .command_line import write_configuration
+from .compatibility import IncompatibleTeacherError, class_index_by_name, spread_layers
+from .data import DataArguments, DatasetError, load_splits
+from .models import inherit_from_teacher
+from .models.loading import (
+    DetectorLoadError,
+    ModelArguments,
+    TeacherArguments,
+    build_model,
+    load_detector,
+    load_image_processor,
+)
+from .trainer import D3etrTrainer, NonFiniteLossError
+
+logger = logging.get_logger(__name__)
+
+CONFIGURATION, RESULTS, HISTORY, SECONDS = "run.yaml", "results.json", "log_history.json", "seconds.json"
+
+
+class OutputFolderError(ValueError):
+    """The output folder holds something that this run would overwrite."""
+
+
+def train_detector(
+    model_arguments: ModelArguments,
+    teacher_arguments: TeacherArguments,
+    data_arguments: DataArguments,
+    training_arguments: D3etrTrainingArguments,
+) -> dict:
+    """Train, evaluate and save one detector; go on where an interrupted run of the same configuration stopped.
+
+    Returns:
+        The results, as written to `results.json`: AP and AP50 (0..1) and all other metrics, parameters, optimizer
+        steps, and seconds of training (summed over interruptions; without evaluation before or after it).
+
+    Raises:
+        OutputFolderError: the output folder holds another run, or files that are no run.
+    """
+    output = Path(training_arguments.output_dir)
+    instances = (model_arguments, teacher_arguments, data_arguments, training_arguments)
+    with training_arguments.main_process_first(desc="output folder"):
+        checkpoint = claim_output_folder(output, *instances)
+    if (output / RESULTS).exists():
+        logger.warning(f"{output} holds this run already, finished: nothing to do")
+        return json.loads((output / RESULTS).read_text())
+    set_seed(training_arguments.seed)
+    source = model_arguments.model or teacher_arguments.teacher
+    processor = load_image_processor(None, data_arguments.short_side, data_arguments.long_side)
+    source_processor = None if source is None else load_image_processor(source)
+    if source_processor is not None:
+        processor.image_mean, processor.image_std = source_processor.image_mean, source_processor.image_std
+    train, val = load_splits(data_arguments, processor)
+    model = build_model(model_arguments, train.class_names)
+    teacher = teacher_processor = None
+    if teacher_arguments.teacher is not None:
+        teacher = load_detector(teacher_arguments.teacher, "teacher")
+        teacher_processor = load_image_processor(teacher_arguments.teacher)
+    if teacher_arguments.inherit_from_teacher:
+        inherit_from_teacher(
+            model,
+            teacher,
+            teacher_arguments.inherit_from_teacher,
+            class_index_by_name(teacher.config, model.config),
+            spread_layers(teacher.config.decoder_layers, model.config.decoder_layers, training_arguments.layer_map),
+        )
+    trainer = D3etrTrainer(
+        model=model,
+        args=training_arguments,
+        teacher=teacher,
+        teacher_processing_class=teacher_processor,
+        train_dataset=train,
+        eval_dataset=val,
+        processing_class=processor,
+    )
+    stopwatch = Stopwatch(output)
+    trainer.add_callback(stopwatch)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    results = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    results |= {
+        "parameters": sum(parameter.numel() for parameter in model.to_stock().parameters()),
+        "steps": trainer.state.global_step,
+        "seconds": stopwatch.seconds,
+    }
+    if trainer.is_world_process_zero():
+        (output / HISTORY).write_text(json.dumps(trainer.state.log_history, indent=1))
+        (output / RESULTS).write_text(json.dumps(results, indent=1))
+    return results
+
+
+# what the user can put right: shown by the scripts without a traceback
+USER_ERRORS = (DatasetError, IncompatibleTeacherError, DetectorLoadError, OutputFolderError, NonFiniteLossError)
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds spent on training steps and waiting for their data; evaluation and saving do not count.
+
+    Kept in the output folder at every save, so that an interrupted run knows what it spent.
+    """
+
+    def __init__(self, output: Path):
+        self.file = output / SECONDS
+        self.seconds = json.loads(self.file.read_text()) if self.file.exists() else 0.0
+        self.mark = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.mark = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.seconds, self.mark = self.seconds + now - self.mark, now
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.mark = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.file.write_text(json.dumps(self.seconds))
+        self.mark = time.perf_counter()
+
+
+def claim_output_folder(output: Path, *instances) -> str | None:
+    """Make sure an output folder is this run's, write its configuration, and find where to go on from.
+
+    Args:
+        output: the folder; made if it is not there.
+        instances: the dataclasses that describe the run.
+
+    Returns:
+        The last complete checkpoint, or None to start from the beginning.
+
+    Raises:
+        OutputFolderError: the folder holds another run, or files but no run.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_configuration(Path(folder) / CONFIGURATION, *instances)
+        wanted = (Path(folder) / CONFIGURATION).read_text()
+    existing = output / CONFIGURATION
+    if not existing.exists():
+        if any(output.iterdir()):
+            raise OutputFolderError(
+                f"{output} is not empty and holds no {CONFIGURATION} of a run: choose another output_dir, or empty it"
+            )
+        existing.write_text(wanted)
+        return None
+    if existing.read_text() != wanted:
+        old, new = yaml.safe_load(existing.read_text()) or {}, yaml.safe_load(wanted) or {}
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        raise OutputFolderError(
+            f"{output} holds another run: it differs in "
+            + ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in changed[:3])
+            + "; choose another output_dir, or remove the folder"
+        )
+    return last_complete_checkpoint(output)
+
+
+def last_complete_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint folder whose trainer state, which is written last, can be read."""
+    folders = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            logger.warning(f"{folder} is incomplete (the run stopped while saving it) and is passed over")
+            continue
+        return str(folder)
+    return None

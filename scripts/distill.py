@@ -1,0 +1,24 @@
+"""Distil a Conditional DETR student from a teacher by D3ETR.
+
+    accelerate launch scripts/distill.py configs/shapes/distill.yaml
+    accelerate launch scripts/distill.py configs/bccd/distill.yaml --data_folder data/bccd --output_dir runs/student
+
+`--auxiliary_queries learned --adaptive_matching false` is the teacherless control. Stopped, it goes on where it was
+when it is called again with the same arguments.
+"""
+
+from d3etr_hf.arguments import D3etrTrainingArguments
+from d3etr_hf.command_line import parse_arguments, run
+from d3etr_hf.data import DataArguments
+from d3etr_hf.models.loading import ModelArguments, TeacherArguments
+from d3etr_hf.runs import USER_ERRORS, train_detector
+
+
+def main() -> None:
+    types = (ModelArguments, TeacherArguments, DataArguments, D3etrTrainingArguments)
+    results = train_detector(*(arguments := parse_arguments(types, description=__doc__)))
+    print(f"{arguments[-1].output_dir}: AP {results['AP']:.3f}, AP50 {results['AP50']:.3f}")
+
+
+if __name__ == "__main__":
+    run(main, USER_ERRORS)

@@ -1,0 +1,25 @@
+"""Train a Conditional DETR detector without a teacher: one that will teach, or a student to compare with.
+
+    accelerate launch scripts/train.py configs/shapes/teacher.yaml
+    accelerate launch scripts/train.py configs/bccd/teacher.yaml --data_folder data/bccd --output_dir runs/teacher
+
+Stopped, it goes on where it was when it is called again with the same arguments.
+"""
+
+from d3etr_hf.arguments import D3etrTrainingArguments
+from d3etr_hf.command_line import parse_arguments, run
+from d3etr_hf.data import DataArguments
+from d3etr_hf.models.loading import ModelArguments, TeacherArguments
+from d3etr_hf.runs import USER_ERRORS, train_detector
+
+
+def main() -> None:
+    types = (ModelArguments, DataArguments, D3etrTrainingArguments)
+    model, data, training = parse_arguments(types, description=__doc__)
+    training.auxiliary_queries, training.adaptive_matching = "none", False
+    results = train_detector(model, TeacherArguments(), data, training)
+    print(f"{training.output_dir}: AP {results['AP']:.3f}, AP50 {results['AP50']:.3f}")
+
+
+if __name__ == "__main__":
+    run(main, USER_ERRORS)

@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+import torch
+
+from d3etr_hf.evaluation import select_detections, to_coco_detections
+
+
+def detections_by_loop(logits, boxes, original_sizes, top_k):
+    """Every (query, class) pair of every image in float64, written out and sorted."""
+    images = []
+    for image_logits, image_boxes, (height, width) in zip(logits, boxes, original_sizes.tolist(), strict=True):
+        pairs = []
+        for query_logits, (centre_x, centre_y, box_width, box_height) in zip(
+            image_logits.double().tolist(), image_boxes.double().tolist(), strict=True
+        ):
+            for label, logit in enumerate(query_logits):
+                x, y = (centre_x - box_width / 2) * width, (centre_y - box_height / 2) * height
+                score = 1 / (1 + np.exp(-logit))
+                pairs.append([x, y, box_width * width, box_height * height, score, label])
+        images.append(sorted(pairs, key=lambda pair: -pair[4])[:top_k])
+    return torch.tensor(images, dtype=torch.float32)
+
+
+@pytest.fixture
+def outputs():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 7, 5, generator=generator) * 3
+    boxes = torch.rand(3, 7, 4, generator=generator)
+    return logits, boxes, torch.tensor([[480, 640], [96, 96], [333, 500]])
+
+
+@pytest.mark.parametrize("top_k", [1, 10, 35])
+def test_selection_equals_a_loop_over_all_pairs(outputs, top_k):
+    """Guards against swapped height and width, a wrong query for a class, and selection per query instead of pair."""
+    detections = select_detections(*outputs, top_k=top_k)
+    assert detections.shape == (3, top_k, 6) and detections.dtype == torch.float32
+    torch.testing.assert_close(detections, detections_by_loop(*outputs, top_k), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_outputs_are_scaled_in_float32(outputs, dtype):
+    """In bfloat16 a position of 500 pixels has steps of 2 pixels, and labels above 256 cannot be written."""
+    logits, boxes, original_sizes = outputs
+    logits = torch.cat([logits - 20, torch.full((3, 7, 300), -30.0), logits], dim=2).to(dtype)
+    boxes = boxes.to(dtype)
+    detections = select_detections(logits, boxes, original_sizes, top_k=20)
+    exact = detections_by_loop(logits, boxes, original_sizes, 20)
+    assert detections.dtype == torch.float32
+    # Rounding makes equal logits; the order among those is free.
+    torch.testing.assert_close(detections[..., 4], exact[..., 4], rtol=1e-5, atol=1e-6)
+    for found, expected in zip(detections, exact, strict=True):
+        distinct = [row for row in expected if (expected[:, 4] == row[4]).sum() == 1][:10]
+        for row in distinct:
+            assert (found - row).abs().amax(dim=1).min() < 1e-3
+    assert detections[..., 5].min() >= 305
+
+
+def test_saturated_scores_keep_the_order_of_their_logits():
+    """sigmoid(30) and sigmoid(40) are both 1 in float32; ranking by score would lose the stronger one."""
+    logits = torch.tensor([[[30.0, -5.0], [40.0, 35.0]]])
+    detections = select_detections(logits, torch.rand(1, 2, 4), torch.tensor([[10, 10]]), top_k=2)
+    assert detections[0, :, 5].tolist() == [0, 1]
+    assert detections[0, 0, 4] == 1
+
+
+def test_fewer_pairs_than_rows_leave_no_detection(outputs):
+    detections = select_detections(*outputs, top_k=100)
+    assert (detections[:, 35:, 4] == -1).all() and (detections[:, :35, 4] >= 0).all()
+    results = to_coco_detections(detections, [5, 6, 7], [10, 20, 30, 40, 50])
+    assert [sum(result["image_id"] == image_id for result in results) for image_id in (5, 6, 7)] == [35] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("boxes", torch.rand(3, 6, 4), "boxes have shape"),
+        ("original_sizes", torch.ones(2, 2, dtype=torch.int64), "original_sizes have shape"),
+        ("top_k", 0, "top_k is 0"),
+    ],
+)
+def test_inputs_that_do_not_belong_together_are_refused(outputs, name, value, message):
+    arguments = dict(zip(("logits", "boxes", "original_sizes"), outputs, strict=True)) | {name: value}
+    with pytest.raises(ValueError, match=message):
+        select_detections(**arguments)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
+def test_coco_format_holds_plain_numbers_and_the_files_category_ids(kind):
+    rows = torch.tensor([[[1.5, 2, 3, 4, 0.25, 2], [0, 0, 5, 5, 0.5, 0]], [[7, 7, 1, 1, 1.0, 1], [0, 0, 0, 0, -1, 0]]])
+    image_ids = torch.tensor([9, -4])
+    if kind is np.ndarray:
+        rows, image_ids = rows.numpy(), image_ids.numpy()
+    results = to_coco_detections(rows, image_ids, [18, 3, 90])
+    assert results == [
+        {"image_id": 9, "category_id": 90, "bbox": [1.5, 2, 3, 4], "score": 0.25},
+        {"image_id": 9, "category_id": 18, "bbox": [0, 0, 5, 5], "score": 0.5},
+        {"image_id": -4, "category_id": 3, "bbox": [7, 7, 1, 1], "score": 1.0},
+    ]
+    for result in results:
+        assert type(result["image_id"]) is type(result["category_id"]) is int
+        assert {type(value) for value in (*result["bbox"], result["score"])} == {float}
+
+
+@pytest.mark.parametrize(("field", "value"), [(4, torch.nan), (0, torch.nan), (2, torch.inf)])
+def test_outputs_that_are_not_finite_name_their_image(outputs, field, value):
+    """pycocotools takes NaN and returns a plausible AP."""
+    detections = select_detections(*outputs, top_k=5)
+    detections[1, 3, field] = value
+    with pytest.raises(ValueError, match="image id 22:.*not finite"):
+        to_coco_detections(detections, [11, 22, 33], [1, 2, 3, 4, 5])
+
+
+def test_a_model_that_diverged_does_not_pass_as_one_without_detections(outputs):
+    logits, boxes, original_sizes = outputs
+    logits[2, 4, 1] = torch.nan
+    with pytest.raises(ValueError, match="image id 33:"):
+        to_coco_detections(select_detections(logits, boxes, original_sizes, 5), [11, 22, 33], [1, 2, 3, 4, 5])
+
+
+def test_wrong_ids_are_refused(outputs):
+    detections = select_detections(*outputs, top_k=35)
+    with pytest.raises(ValueError, match="image id 2 occurs more than once"):
+        to_coco_detections(detections, [1, 2, 2], [1, 2, 3, 4, 5])
+    with pytest.raises(ValueError, match="for 2 image ids"):
+        to_coco_detections(detections, [1, 2], [1, 2, 3, 4, 5])
+    with pytest.raises(ValueError, match="image id 1: labels range from 0 to 4, but there are 3 category ids"):
+        to_coco_detections(detections, [1, 2, 3], [1, 2, 3])

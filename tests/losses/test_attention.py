@@ -1,0 +1,99 @@
+"""Attention distillation against slow loops from METHOD.md."""
+
+import pytest
+import torch
+
+from d3etr_hf.losses import cross_attention_distillation, self_attention_distillation
+from d3etr_hf.losses.grids import resample_log_map
+from d3etr_hf.matching import AdaptiveMatcher
+from tests import slow_reference
+
+LAYERS, BATCH = 2, 3
+
+
+def mask_of(height: int, width: int, padded: bool) -> torch.Tensor:
+    mask = torch.ones(BATCH, height, width, dtype=torch.bool)
+    if padded:
+        mask[1, -1:] = False
+        mask[2, :, -2:] = False
+    return mask
+
+
+# queries, heads and grid of the teacher, of the student; whether the memory is padded
+CASES = {
+    "equal": ((5, 2, (4, 6)), (5, 2, (4, 6)), False),
+    "padding": ((5, 2, (4, 6)), (5, 2, (4, 6)), True),
+    "more teacher queries": ((8, 2, (4, 6)), (5, 2, (4, 6)), True),
+    "more student queries": ((4, 2, (4, 6)), (6, 2, (4, 6)), True),
+    "unequal heads": ((5, 4, (4, 6)), (5, 2, (4, 6)), True),
+    "finer teacher grid": ((5, 2, (8, 12)), (5, 2, (4, 6)), False),
+    "coarser teacher grid, everything unequal": ((4, 1, (3, 4)), (7, 2, (4, 6)), True),
+}
+
+
+def case(name):
+    (t_queries, t_heads, t_grid), (s_queries, s_heads, s_grid), padded = CASES[name]
+    masks = mask_of(*t_grid, padded), mask_of(*s_grid, padded)
+    teacher = slow_reference.random_group(LAYERS, BATCH, t_queries, 3, t_heads, masks[0], seed=1)
+    student = slow_reference.random_group(LAYERS, BATCH, s_queries, 3, s_heads, masks[1], seed=2)
+    return teacher, student, masks, AdaptiveMatcher()(teacher, student)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+@pytest.mark.parametrize("name", CASES)
+def test_self_attention_equals_slow_loop(name, divergence):
+    teacher, student, _, pairs = case(name)
+    loss = self_attention_distillation(
+        teacher.log_self_attention, student.log_self_attention, pairs, BATCH, divergence
+    )
+    slow = slow_reference.self_attention_loss(
+        [m.exp() for m in teacher.log_self_attention], [m.exp() for m in student.log_self_attention], pairs, divergence
+    )
+    torch.testing.assert_close(loss, torch.tensor(slow, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+@pytest.mark.parametrize("name", CASES)
+def test_cross_attention_equals_slow_loop(name, divergence):
+    teacher, student, masks, pairs = case(name)
+    loss = cross_attention_distillation(
+        teacher.log_cross_attention, student.log_cross_attention, pairs, *masks, BATCH, divergence
+    )
+    slow = slow_reference.cross_attention_loss(
+        [m.exp() for m in teacher.log_cross_attention],
+        [m.exp() for m in student.log_cross_attention],
+        pairs,
+        *masks,
+        divergence,
+    )
+    torch.testing.assert_close(loss, torch.tensor(slow, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+def test_padding_gives_no_nan_gradient(divergence):
+    """HF_NOTES 4 and METHOD.md: -inf on padded keys times zero is NaN, forwards and backwards."""
+    mask = mask_of(4, 6, padded=True)
+    teacher = slow_reference.random_group(1, BATCH, 4, 3, 2, mask, seed=1)
+    scores = torch.randn(BATCH, 2, 4, 24, dtype=torch.float64, requires_grad=True)
+    log_map = scores.masked_fill(~mask.flatten(1)[:, None, None], float("-inf")).log_softmax(-1)
+    student = slow_reference.random_group(1, BATCH, 4, 3, 2, mask, seed=2)
+    pairs = AdaptiveMatcher()(teacher, student)
+    cross_attention_distillation(teacher.log_cross_attention, [log_map], pairs, mask, mask, BATCH, divergence).sum().backward()
+    assert scores.grad.isfinite().all()
+    assert scores.grad.abs().sum() > 0
+    assert scores.grad.masked_select(~mask.flatten(1)[:, None, None]).abs().max() == 0
+
+
+def test_resampling_keeps_mass_and_place():
+    """A teacher that looks at one token of a twice finer grid makes the student look at the token that covers it."""
+    source, target = torch.ones(1, 4, 4, dtype=torch.bool), torch.ones(1, 2, 2, dtype=torch.bool)
+    looks_at = torch.full((1, 1, 1, 16), float("-inf"))
+    looks_at[..., 2 * 4 + 1] = 0.0
+    resampled = resample_log_map(looks_at, source, target).exp()
+    torch.testing.assert_close(resampled.flatten(), torch.tensor([0.0, 0.0, 1.0, 0.0]), atol=1e-6, rtol=0)
+
+
+def test_unknown_divergence_is_refused():
+    teacher, student, _, pairs = case("equal")
+    with pytest.raises(ValueError, match="'js'.*kl.*mse"):
+        self_attention_distillation(teacher.log_self_attention, student.log_self_attention, pairs, BATCH, "js")

@@ -1,0 +1,46 @@
+"""Label assignment against Transformers' matcher and its own edges."""
+
+import pytest
+import torch
+from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
+
+from d3etr_hf.matching import NO_OBJECT, HungarianAssigner, NonFiniteCostError, Targets
+from tests import slow_reference
+from tests.tiny import random_labels
+
+
+def group(queries=6, seed=0):
+    mask = torch.ones(3, 2, 2, dtype=torch.bool)
+    return slow_reference.random_group(2, 3, queries, 4, 1, mask, seed)
+
+
+def test_equals_stock_matcher_layer_by_layer():
+    """With an image that has no box and one that has more boxes than queries."""
+    labels = random_labels([3, 0, 8], classes=4)
+    for label in labels:
+        label["boxes"] = label["boxes"].double()
+    outputs = group()
+    assignment = HungarianAssigner()(outputs, Targets.from_labels(labels))
+    matcher = DeformableDetrHungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
+    for layer in range(2):
+        stock = matcher({"logits": outputs.logits[layer], "pred_boxes": outputs.boxes[layer]}, labels)
+        for image, (queries, objects) in enumerate(stock):
+            expected = torch.full((6,), NO_OBJECT)
+            expected[queries] = objects
+            assert torch.equal(assignment[layer, image], expected)
+
+
+def test_targets_pad_with_harmless_boxes():
+    labels = random_labels([2, 0, 1])
+    targets = Targets.from_labels(labels)
+    assert targets.counts == [2, 0, 1] and targets.boxes.shape == (3, 2, 4)
+    assert torch.equal(targets.boxes[0], labels[0]["boxes"])
+    assert torch.equal(targets.boxes[1, 0], torch.tensor([0.5, 0.5, 1.0, 1.0]))
+
+
+def test_non_finite_prediction_is_refused():
+    outputs = group()
+    with torch.no_grad():
+        outputs.boxes[0, 2] = float("nan")
+    with pytest.raises(NonFiniteCostError, match="ground truth to queries.*layer 0, image 2"):
+        HungarianAssigner()(outputs, Targets.from_labels(random_labels([1, 1, 1], classes=4)))
