@@ -78,8 +78,8 @@ def draw_detection_grid(
             lowest scores first; their boxes are drawn.
 
     Raises:
-        ValueError: no image, no column, a column of another length than `images`, rows that are not six numbers, or a
-            label without a name.
+        ValueError: no image, no column, a column of another length than `images`, rows that are not six finite
+            numbers, or a label without a name.
     """
     if not images or not columns:
         raise ValueError(f"{len(images)} images and {len(columns)} columns: pass at least one of each to draw a grid.")
@@ -125,6 +125,8 @@ def _checked_rows(detections: Tensor, class_names: Sequence[str], place: str) ->
         )
     rows = detections.detach().cpu().float().tolist()
     for row in rows:
+        if not all(map(math.isfinite, row)):
+            raise ValueError(f"{place}: detection {row} is not finite: the model's outputs have diverged.")
         if row[4] >= 0 and not 0 <= row[5] < len(class_names):
             raise ValueError(f"{place}: label {row[5]:g} has no name: {len(class_names)} class_names were passed.")
     return rows

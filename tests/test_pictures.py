@@ -164,6 +164,7 @@ def test_images_of_any_mode_and_no_detections(tmp_path):
         ({}, "0 columns"),
         ({"teacher": [NOTHING, NOTHING]}, "column 'teacher' has detections for 2 images, but there are 1"),
         ({"teacher": [torch.zeros(3, 5)]}, r"column 'teacher', image 0: detections have shape \(3, 5\)"),
+        ({"teacher": [box(0, x=float("nan"))]}, r"column 'teacher', image 0: detection \[nan, .*not finite"),
         ({"teacher": [box(3)]}, "column 'teacher', image 0: label 3 has no name"),
     ],
 )

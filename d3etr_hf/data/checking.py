@@ -36,6 +36,16 @@ class CheckedSplit:
     class_labels: list[np.ndarray]
     report: str
 
+    def columns(self) -> dict[str, list]:
+        """One entry an image, as the rows of a `DetectionDataset`."""
+        return {
+            "image_id": [image["id"] for image in self.images],
+            "width": [image["width"] for image in self.images],
+            "height": [image["height"] for image in self.images],
+            "boxes": [boxes.tolist() for boxes in self.boxes],
+            "class_labels": [labels.tolist() for labels in self.class_labels],
+        }
+
 
 def check_coco(coco: dict, source: str) -> CheckedSplit:
     """Checks a COCO detection dictionary and brings its boxes into the form that training uses.
@@ -57,8 +67,8 @@ def check_coco(coco: dict, source: str) -> CheckedSplit:
         if not isinstance(coco.get(key), list):
             found = "is missing" if key not in coco else f"is a {type(coco[key]).__name__}"
             raise DatasetError(
-                f"{source}: the list `{key}` {found}: a COCO detection file has {', '.join(TOP_LEVEL_KEYS)} at its top "
-                "level."
+                f"{source}: the list `{key}` {found}: a COCO detection file has {', '.join(TOP_LEVEL_KEYS)} "
+                "at its top level."
             )
     names = _checked_categories(coco["categories"], source)
     _check_images(coco["images"], source)
@@ -95,12 +105,9 @@ def _check_images(images: list[dict], source: str) -> None:
 def _check_annotations(annotations: list[dict], image_ids: set[int], names: dict[int, str], source: str) -> None:
     for index, annotation in enumerate(annotations):
         _require_integers(annotation, ("id", "image_id", "category_id"), f"{source}: annotations[{index}]")
-        place = f"{source}: annotation {annotation['id']}"
+        place = f"{source}: annotation {annotation['id']} of image {annotation['image_id']}"
         if annotation["image_id"] not in image_ids:
-            raise DatasetError(
-                f"{place} belongs to image {annotation['image_id']}, which `images` does not list: add the image, or "
-                "take the annotation out."
-            )
+            raise DatasetError(f"{place}: `images` does not list that image: add it, or take the annotation out.")
         if annotation["category_id"] not in names:
             raise DatasetError(
                 f"{place} has category {annotation['category_id']}, which `categories` does not list: add the "
@@ -112,9 +119,7 @@ def _check_annotations(annotations: list[dict], image_ids: set[int], names: dict
     _require_distinct((annotation["id"] for annotation in annotations), f"{source}: annotation id")
 
 
-def _usable_boxes(
-    coco: dict, category_ids: list[int], source: str
-) -> tuple[list[np.ndarray], list[np.ndarray], str]:
+def _usable_boxes(coco: dict, category_ids: list[int], source: str) -> tuple[list[np.ndarray], list[np.ndarray], str]:
     """Per image the boxes and class labels of `CheckedSplit`, and its report."""
     annotations = [annotation for annotation in coco["annotations"] if not annotation.get("iscrowd")]
     crowds = len(coco["annotations"]) - len(annotations)
@@ -154,7 +159,7 @@ def _usable_boxes(
     if not usable.any():
         raise DatasetError(
             f"{source}: no usable box is left of {len(coco['annotations'])} annotations ({crowds} crowd regions"
-            f"{'; ' if counts else ''}{'; '.join(counts)}): check that this is the right file."
+            f"{''.join(f'; {count}' for count in counts)}): check that this is the right file."
         )
 
     order = np.argsort(image_index[usable], kind="stable")

@@ -1,8 +1,8 @@
 """COCO-format splits: an annotation JSON and a folder of images.
 
-The checked boxes are kept as an Arrow file in the `datasets` cache, named by the *content* of the JSON: a second start,
-or a second process, maps the file into memory instead of parsing and checking the JSON again, and a changed JSON can
-never meet an old file. Nothing is written into the data folder.
+The checked boxes are kept as an Arrow file in the `datasets` cache, named by the *content* of the JSON: a second
+start, or a second process, maps the file into memory instead of parsing and checking the JSON again, and a changed
+JSON can never meet an old file. Nothing is written into the data folder.
 """
 
 import hashlib
@@ -86,7 +86,7 @@ def load_coco_split(
     rows = datasets.Dataset.from_file(str(rows_file))
     _require_files(rows["image_path"], annotations)
     if summary["report"]:
-        warnings.warn(f"{annotations}: {summary['report']}", stacklevel=2)
+        warnings.warn(summary["report"], stacklevel=2)
     return DetectionDataset(
         name=name or annotations.stem,
         class_names=summary["class_names"],
@@ -103,19 +103,22 @@ def read_coco(annotations: Path) -> dict:
         DatasetError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(annotations.read_text(encoding="utf-8"))
+        return json.loads(annotations.read_bytes())
     except OSError as error:
-        raise DatasetError(f"{annotations}: the annotations cannot be read ({error.strerror}): check the path.") from error
+        raise DatasetError(
+            f"{annotations}: the annotations cannot be read ({error.strerror}): check the path."
+        ) from error
     except ValueError as error:
         raise DatasetError(f"{annotations}: not a JSON file ({error}): write it anew.") from error
 
 
 def _cache_key(annotations: Path, images: Path) -> str:
     try:
-        with annotations.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
+        digest = hashlib.sha256(annotations.read_bytes())
     except OSError as error:
-        raise DatasetError(f"{annotations}: the annotations cannot be read ({error.strerror}): check the path.") from error
+        raise DatasetError(
+            f"{annotations}: the annotations cannot be read ({error.strerror}): check the path."
+        ) from error
     digest.update(json.dumps([READER_VERSION, str(annotations), str(images)]).encode())
     return digest.hexdigest()
 

@@ -51,14 +51,14 @@ def _turned(image: Image.Image, orientation: int, annotated: tuple[int, int], pl
     stored = image.size
     turned = stored[::-1] if orientation in ORIENTATIONS_THAT_SWAP_SIDES else stored
     if annotated == turned:
-        return ImageOps.exif_transpose(image)
+        return image if orientation == 1 else ImageOps.exif_transpose(image)
     if annotated == stored:
         return image
     orientation_note = f", {turned[0]}×{turned[1]} after its EXIF rotation" if turned != stored else ""
     raise DatasetError(
-        f"{place}: the image is {stored[0]}×{stored[1]} pixels (width × height){orientation_note}, but the annotations "
-        f"say {annotated[0]}×{annotated[1]}: their boxes would be misplaced; correct `width` and `height`, or put the "
-        "right image in place."
+        f"{place}: the image is {stored[0]}×{stored[1]} pixels (width × height){orientation_note}, but the "
+        f"annotations say {annotated[0]}×{annotated[1]}: their boxes would be misplaced; correct `width` and "
+        "`height`, or put the right image in place."
     )
 
 
@@ -78,4 +78,4 @@ def _as_rgb(image: Image.Image, place: str) -> Image.Image:
         )
     elif "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -74,9 +74,9 @@ class Augmentation:
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=region)
 
         left, top, right, bottom = region
-        scale = torch.tensor([width / (right - left), height / (bottom - top)]).repeat(2)
-        boxes = (boxes - torch.tensor([left, top]).repeat(2)) * scale
-        boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height]).repeat(2))
+        across, down = width / (right - left), height / (bottom - top)
+        boxes = (boxes - torch.tensor([left, top, left, top])) * torch.tensor([across, down, across, down])
+        boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height, width, height]))
         kept = (boxes[:, 2:] - boxes[:, :2] > THINNEST_SIDE).all(1)
         return image, boxes[kept], class_labels[kept]
 
@@ -147,7 +147,7 @@ class DetectionTransform:
                 f"({error}): take it out of the annotations, or raise `long_side`."
             ) from error
         pixel_values = processed["pixel_values"][0]
-        corners = boxes / torch.tensor([image.width, image.height]).repeat(2)
+        corners = boxes / torch.tensor([image.width, image.height, image.width, image.height])
         labels = {
             "image_id": torch.tensor([target["image_id"]]),
             "class_labels": class_labels,

@@ -62,15 +62,15 @@ class D3etrConditionalDetrForObjectDetection(ConditionalDetrForObjectDetection):
         """Give the decoder one more query group while it trains; nothing of it is saved with the model."""
         self.extra_query_groups.append(queries.to(self.device))
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """As in Transformers, but only non-reentrant: reentrant checkpointing would cut the maps off the gradient."""
-        chosen = gradient_checkpointing_kwargs or {}
-        if chosen.get("use_reentrant", False):
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant", False):
             raise ValueError(
-                "gradient_checkpointing_kwargs: use_reentrant=True leaves attention maps without a gradient; "
+                "activation_checkpointing_kwargs: use_reentrant=True leaves attention maps without a gradient; "
                 "use {'use_reentrant': False}"
             )
-        super().gradient_checkpointing_enable({**chosen, "use_reentrant": False}, **kwargs)
+        chosen = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        super().activation_checkpointing_enable(chosen, **kwargs)
 
     def forward(
         self,

@@ -122,7 +122,9 @@ def inherit_from_teacher(
             origin = name
             if name.startswith("model.decoder.layers."):
                 layer, rest = name.removeprefix("model.decoder.layers.").split(".", 1)
-                origin = f"model.decoder.layers.{layer_map[int(layer)]}.{rest}"
+                # only a first layer projects the queries' positions, so it comes from a first layer
+                first = rest.startswith("encoder_attn.q_pos_proj.")
+                origin = f"model.decoder.layers.{0 if first else layer_map[int(layer)]}.{rest}"
             tensor = source.get(origin)
             if tensor is not None and name.startswith("class_labels_classifier."):
                 tensor = tensor[class_index.to(tensor.device)]

@@ -1,0 +1,235 @@
+"""The model against the stock class, on perturbed weights: at initialisation most faults do not show."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForObjectDetection, ConditionalDetrForObjectDetection
+from transformers.models.conditional_detr.modeling_conditional_detr import inverse_sigmoid
+
+from d3etr_hf.models import AuxiliaryQueries, D3etrConditionalDetrForObjectDetection
+from tests.tiny import padded_batch, perturb, random_labels, tiny_config, tiny_model
+
+MAPS = {"return_self_attention": True, "return_cross_attention": True}
+
+
+def stock_twin(model, attention="sdpa") -> ConditionalDetrForObjectDetection:
+    """The stock class, built and loaded on its own, with the same weights."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    config._attn_implementation = {"": attention, "backbone_config": "eager"}
+    twin = ConditionalDetrForObjectDetection(config).eval()
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith("extra_query_groups")}
+    twin.load_state_dict(own)
+    return twin
+
+
+def with_auxiliary_group(model, queries=5, width=32, points=None, **options):
+    generator = torch.Generator().manual_seed(9)
+    model.add_query_group(
+        AuxiliaryQueries(torch.randn(queries, width, generator=generator), model.config.d_model, points, **options)
+    )
+    return model
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("auxiliary_loss", [False, True])
+@pytest.mark.parametrize("maps", [{}, MAPS])
+def test_group_pass_equals_stock_forward(auxiliary_loss, maps):
+    """HF_NOTES 1: `auxiliary_loss` changes what the stock class computes; a checkpoint keeps its semantics."""
+    model, batch = tiny_model(auxiliary_loss=auxiliary_loss), padded_batch()
+    stock = stock_twin(model)(**batch)
+    group = model(**batch, return_groups=True, **maps).groups[0]
+    close(group.logits[-1], stock.logits)
+    close(group.boxes[-1], stock.pred_boxes)
+    own = model(**batch)
+    assert torch.equal(own.logits, stock.logits) and torch.equal(own.pred_boxes, stock.pred_boxes)
+
+
+def test_layer_predictions_are_normed_once_on_the_side():
+    """HF_NOTES 1: predictions of earlier layers come from raw outputs, each through the norm once."""
+    model, batch = tiny_model(), padded_batch()
+    twin = stock_twin(model)
+    outputs = twin.model(**batch, output_hidden_states=True)
+    raw = outputs.decoder_hidden_states
+    hidden = torch.stack([twin.model.decoder.layernorm(h) for h in raw[1:-1]] + [raw[-1]])
+    boxes = twin.bbox_predictor(hidden)
+    boxes[..., :2] += inverse_sigmoid(outputs.reference_points).transpose(0, 1)
+    group = model(**batch, return_groups=True).groups[0]
+    close(group.logits, twin.class_labels_classifier(hidden))
+    close(group.boxes, boxes.sigmoid())
+    assert (group.logits[0] - group.logits[-1]).abs().max() > 0.01  # the layers do differ
+
+
+def test_layer_predictions_with_auxiliary_loss_equal_stock_ones():
+    model, batch = tiny_model(auxiliary_loss=True), padded_batch()
+    stock = stock_twin(model)(**batch, labels=random_labels([2, 1]))
+    group = model(**batch, return_groups=True).groups[0]
+    for layer, outputs in enumerate(stock.auxiliary_outputs):
+        close(group.logits[layer], outputs["logits"])
+        close(group.boxes[layer], outputs["pred_boxes"])
+
+
+@pytest.mark.parametrize("maps", [{}, MAPS])
+def test_group_isolation(maps):
+    """The student's outputs are what they are without the auxiliary group (HF_NOTES 5: a boolean mask leaks)."""
+    batch = padded_batch()
+    alone = tiny_model()(**batch, return_groups=True, **maps).groups[0]
+    both = with_auxiliary_group(tiny_model())(**batch, return_groups=True, **maps).groups
+    assert len(both) == 2 and both[1].logits.shape[2] == 5
+    close(both[0].logits, alone.logits)
+    close(both[0].boxes, alone.boxes)
+    for ours, without in zip(both[0].log_self_attention or (), alone.log_self_attention or (), strict=True):
+        close(ours, without)
+
+
+def test_auxiliary_group_does_not_see_the_student_group():
+    """Isolation the other way round: other student queries leave the auxiliary group as it is."""
+    model, batch = with_auxiliary_group(tiny_model()), padded_batch()
+    before = model(**batch, return_groups=True).groups[1].logits
+    with torch.no_grad():
+        model.model.query_position_embeddings.weight.normal_()
+    close(model(**batch, return_groups=True).groups[1].logits, before)
+
+
+def test_auxiliary_group_with_own_queries_equals_own_group():
+    """The auxiliary group is decoded as the student group is: fed the same queries it gives the same."""
+    model, batch = tiny_model(), padded_batch()
+    queries = model.model.query_position_embeddings.weight
+    points = model.model.decoder.ref_point_head(queries).sigmoid()
+    model.add_query_group(AuxiliaryQueries(queries, 32))
+    model.add_query_group(AuxiliaryQueries(queries, 32, points))
+    own, again, with_points = model(**batch, return_groups=True, **MAPS).groups
+    for other in (again, with_points):
+        close(other.logits, own.logits)
+        close(other.boxes, own.boxes)
+        close(other.log_cross_attention[1].exp(), own.log_cross_attention[1].exp())
+
+
+def test_given_reference_points_are_used():
+    points = torch.rand(5, 2, generator=torch.Generator().manual_seed(1))
+    batch = padded_batch()
+    literal = with_auxiliary_group(tiny_model())(**batch, return_groups=True).groups[1]
+    given = with_auxiliary_group(tiny_model(), points=points)(**batch, return_groups=True).groups[1]
+    assert (literal.boxes - given.boxes).abs().max() > 0.05
+
+
+def test_maps_equal_stock_eager_maps():
+    """HF_NOTES 4: under sdpa the stock class returns none; and no mass may fall on padding."""
+    model, batch = tiny_model(), padded_batch(3)
+    stock = stock_twin(model, attention="eager")(**batch, output_attentions=True)
+    output = model(**batch, return_groups=True, **MAPS)
+    group, padding = output.groups[0], ~output.memory_mask.flatten(1)
+    assert padding.any()
+    for layer in range(3):
+        close(group.log_self_attention[layer].exp(), stock.decoder_attentions[layer])
+        cross = group.log_cross_attention[layer].exp()
+        close(cross, stock.cross_attentions[layer])
+        close(cross.sum(-1), torch.ones_like(cross.sum(-1)))
+        assert cross.masked_select(padding[:, None, None]).max() == 0
+
+
+def test_maps_are_taken_before_dropout():
+    """HF_NOTES 4: dropout zeroes attention weights, and log 0 follows."""
+    model, batch = tiny_model(attention_dropout=0.5), padded_batch()
+    still = model(**batch, return_groups=True, **MAPS).groups[0]
+    model.train()
+    dropped = model(**batch, return_groups=True, **MAPS).groups[0]
+    close(dropped.log_self_attention[0], still.log_self_attention[0])  # the first layer: nothing dropped before it
+    assert dropped.log_self_attention[2].isfinite().all()
+    assert (dropped.logits - still.logits).abs().max() > 0.01  # dropout does act on the values
+
+
+def test_only_what_is_asked_for_is_materialised():
+    model, batch = tiny_model(), padded_batch()
+    assert model(**batch, return_groups=True).groups[0].log_self_attention is None
+    group = model(**batch, return_groups=True, return_cross_attention=True).groups[0]
+    assert group.log_self_attention is None and len(group.log_cross_attention) == 3
+    assert model.model.encoder.layers[0].self_attn.config._attn_implementation == "sdpa"
+
+
+def test_stock_attention_outputs_still_work():
+    model, batch = tiny_model(), padded_batch()
+    model.set_attn_implementation("eager")
+    assert len(model(**batch, output_attentions=True).cross_attentions) == 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_maps_carry_gradient(checkpointing):
+    """HF_NOTES 4: also under gradient checkpointing, where it must be the same gradient."""
+
+    def gradients(checkpointed):
+        model = with_auxiliary_group(tiny_model()).train()
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        groups = model(**padded_batch(), return_groups=True, **MAPS).groups
+        sum(m.exp()[..., 0].sum() for g in groups for m in (*g.log_self_attention, *g.log_cross_attention)).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, other = gradients(False), gradients(checkpointing)
+    assert plain.keys() == other.keys()
+    layer = "model.decoder.layers.2.self_attn.q_content_proj.weight"
+    assert plain[layer].abs().sum() > 0
+    for name, gradient in plain.items():
+        close(other[name], gradient)
+
+
+def test_reentrant_checkpointing_is_refused():
+    with pytest.raises(ValueError, match="use_reentrant"):
+        tiny_model().activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_teacher_queries_get_no_gradient_and_learned_ones_do():
+    fixed = with_auxiliary_group(tiny_model())
+    fixed(**padded_batch(), return_groups=True).groups[1].logits.sum().backward()
+    assert not fixed.extra_query_groups[0].position_embeddings.requires_grad
+    assert "extra_query_groups.0.position_embeddings" not in dict(fixed.named_parameters())
+    learned = with_auxiliary_group(tiny_model(), learned=True)
+    learned(**padded_batch(), return_groups=True).groups[1].logits.sum().backward()
+    assert learned.extra_query_groups[0].position_embeddings.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("width", [16, 48])
+def test_queries_of_another_width_are_carried_over_with_their_spread(width):
+    queries = AuxiliaryQueries(torch.randn(2000, width), 32)
+    assert queries().shape == (2000, 32)
+    assert 0.8 < float(queries().detach().std()) < 1.2
+
+
+def test_saved_checkpoint_is_a_plain_stock_model(tmp_path):
+    """HF_NOTES 7: right architecture, no auxiliary group, no projection, nothing of ours."""
+    model, batch = with_auxiliary_group(tiny_model(), width=16), padded_batch()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["ConditionalDetrForObjectDetection"]
+    twin = stock_twin(model)
+    twin.save_pretrained(tmp_path / "twin")
+    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "twin" / "model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    loaded = AutoModelForObjectDetection.from_pretrained(tmp_path)
+    assert type(loaded) is ConditionalDetrForObjectDetection
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_stock_checkpoint_loads(tmp_path):
+    twin = perturb(ConditionalDetrForObjectDetection(tiny_config()).eval())
+    twin.save_pretrained(tmp_path)
+    model, batch = D3etrConditionalDetrForObjectDetection.from_pretrained(tmp_path), padded_batch()
+    assert torch.equal(model(**batch).logits, twin(**batch).logits)
+    close(model(**batch, return_groups=True).groups[0].logits[-1], twin(**batch).logits)
+
+
+def test_half_precision_checkpoint_loads_in_float32(tmp_path):
+    """HF_NOTES 8: `from_pretrained` keeps the checkpoint's dtype unless told otherwise."""
+    tiny_model().half().save_pretrained(tmp_path)
+    assert D3etrConditionalDetrForObjectDetection.from_pretrained(tmp_path).dtype == torch.float32
+    half = D3etrConditionalDetrForObjectDetection.from_pretrained(tmp_path, dtype=torch.float16)
+    assert half.dtype == torch.float16
+
+
+def test_stock_loss_is_found():
+    """HF_NOTES 6: the loss function is looked up by the class's name."""
+    model, batch, labels = tiny_model(), padded_batch(), random_labels([2, 1])
+    close(model(**batch, labels=labels).loss, stock_twin(model)(**batch, labels=labels).loss)
