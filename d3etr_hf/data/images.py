@@ -41,7 +41,7 @@ def read_rgb(source: str | Path | bytes, width: int, height: int, place: str) ->
     except DatasetError:
         raise
     # Pillow's decoders raise any of these on damaged files; DecompressionBombError guards against absurd sizes.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
         raise DatasetError(
             f"{place}: the image cannot be read ({error}): restore the file, or take it out of the annotations."
         ) from error

@@ -81,11 +81,14 @@ def _same_heads(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]
     """Layer by layer, both maps as they are, or both averaged over heads where the head counts differ."""
     for teacher_map, student_map in zip(teacher, student, strict=True):
         if teacher_map.shape[1] != student_map.shape[1]:
-            teacher_map, student_map = (
-                log_map.logsumexp(1, keepdim=True) - math.log(log_map.shape[1])
-                for log_map in (teacher_map, student_map)
-            )
+            teacher_map, student_map = _mean_over_heads(teacher_map), _mean_over_heads(student_map)
         yield teacher_map, student_map
+
+
+def _mean_over_heads(log_map: torch.Tensor) -> torch.Tensor:
+    """`(B, M, N, K)` to `(B, 1, N, K)`; finite on padding, where the gradient of log 0 would be NaN."""
+    finite = log_map.clamp(min=torch.finfo(log_map.dtype).min)
+    return finite.logsumexp(1, keepdim=True) - math.log(log_map.shape[1])
 
 
 def _rows(log_map: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

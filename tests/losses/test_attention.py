@@ -67,6 +67,8 @@ def test_cross_attention_equals_slow_loop(name, divergence):
         divergence,
     )
     torch.testing.assert_close(loss, torch.tensor(slow, dtype=torch.float64), rtol=1e-6, atol=0)
+    gradients = torch.autograd.grad(loss.sum(), student.log_cross_attention)
+    assert all(gradient.isfinite().all() and gradient.abs().sum() > 0 for gradient in gradients)
 
 
 @pytest.mark.parametrize("divergence", ["kl", "mse"])

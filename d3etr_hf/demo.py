@@ -1,0 +1,166 @@
+"""The demonstration: a teacher, three students and a picture, on synthetic data, in one command.
+
+Every model is trained by the same scripts a user calls, each in a process of its own with one thread, two at a time.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .data import load_coco_split
+from .data.coco import find_coco_split
+from .data.collate import DetectionCollator
+from .data.shapes import make_shapes
+from .data.transforms import DetectionTransform
+from .evaluation import select_detections
+from .models.loading import load_detector, load_image_processor
+from .pictures import draw_detection_grid, draw_training_curves
+from .runs import HISTORY, RESULTS
+
+CONFIGURATIONS = Path("configs") / "shapes"
+PICTURED_IMAGES = 6
+COLUMNS = {"teacher": "teacher", "student_alone": "student alone", "distilled": "distilled"}
+PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
+
+
+class DemoError(RuntimeError):
+    """A run of the demonstration failed."""
+
+
+def run_demo(folder: Path, data_folder: Path) -> list[dict]:
+    """Make the data, train what is not trained yet, evaluate, and write results and pictures.
+
+    Args:
+        folder: gets one folder for each model, `results.json`, `detections.png`, `curves.png` and `logs/`.
+        data_folder: gets the shapes.
+
+    Returns:
+        What `results.json` holds: for each model name, AP and AP50 (0..1), parameters, optimizer steps and seconds of
+        training.
+
+    Raises:
+        DemoError: a run failed; the message names its log.
+    """
+    summary = folder / RESULTS
+    if summary.exists():
+        print(f"The demonstration is done already; remove {folder} to run it again.")
+        return json.loads(summary.read_text())
+    make_shapes(data_folder)
+    results = train_all(folder, data_folder)
+    draw_training_curves(
+        {name: json.loads((folder / name / HISTORY).read_text()) for name in results}, folder / "curves.png"
+    )
+    draw_demo_detections(folder, data_folder)
+    rows = [
+        {"name": name} | {key: result[key] for key in ("AP", "AP50", "parameters", "steps", "seconds")}
+        for name, result in results.items()
+    ]
+    summary.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def train_all(folder: Path, data_folder: Path) -> dict[str, dict]:
+    """Train the five models, two at a time, each one going on where it was; results by name."""
+    data = ["--data_folder", str(data_folder)]
+    distil = ["scripts/distill.py", str(CONFIGURATIONS / "distill.yaml"), "--teacher", str(folder / "teacher"), *data]
+    control = ["scripts/distill.py", str(CONFIGURATIONS / "teacherless.yaml"), *data]
+    alone = ["scripts/train.py", str(CONFIGURATIONS / "student.yaml"), *data]
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+
+        def start(name: str, command: list[str]):
+            return pool.submit(train_one, name, command, folder)
+
+        first = {
+            "teacher": start("teacher", ["scripts/train.py", str(CONFIGURATIONS / "teacher.yaml"), *data]),
+            "student_alone": start("student_alone", alone),
+            "teacherless": start("teacherless", control),
+        }
+        teacher = first["teacher"].result()
+        distilled = start("distilled", distil)
+        student_alone, teacherless_result = first["student_alone"].result(), first["teacherless"].result()
+        distilled = distilled.result()
+        steps = round(distilled["seconds"] / student_alone["seconds"] * student_alone["steps"])
+        equal_time = start("student_alone_equal_time", [*alone, "--max_steps", str(steps)]).result()
+    return {
+        "teacher": teacher,
+        "student_alone": student_alone,
+        "teacherless": teacherless_result,
+        "distilled": distilled,
+        "student_alone_equal_time": equal_time,
+    }
+
+
+def train_one(name: str, command: list[str], folder: Path) -> dict:
+    """Run one training script to its end, showing how far it is; its results."""
+    log = folder / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *command, "--output_dir", str(folder / name)]
+    # two processes that spin on both cores are many times slower than one thread each
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as output:
+        start = output.tell()
+        process = subprocess.Popen(launch, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    with tqdm(desc=name, unit="step", leave=True) as bar:
+        while process.poll() is None:
+            time.sleep(1)
+            show_progress(log, start, bar)
+    if process.returncode != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+        raise DemoError(f"the run {name!r} failed with exit code {process.returncode}; its log is {log}:\n{tail}")
+    return json.loads((folder / name / RESULTS).read_text())
+
+
+def show_progress(log: Path, start: int, bar: tqdm) -> None:
+    """Bring a bar to where the training bar in a log stands."""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - 4000))
+        found = [(int(done), int(total)) for done, total in PROGRESS.findall(file.read())]
+    # evaluation shows bars of its own, with far fewer steps
+    training = [(done, total) for done, total in found if total >= (bar.total or 100)]
+    if training:
+        bar.total = training[-1][1]
+        bar.n = training[-1][0]
+        bar.refresh()
+
+
+def draw_demo_detections(folder: Path, data_folder: Path) -> None:
+    """A grid of the first validation images: ground truth, teacher, student alone, distilled."""
+    val = load_coco_split(*find_coco_split(data_folder, "val")).select(range(PICTURED_IMAGES))
+    columns = {"ground truth": [_ground_truth_rows(val[index]["target"]) for index in range(len(val))]}
+    images = [val.read_image(index) for index in range(len(val))]
+    for name, title in COLUMNS.items():
+        model = load_detector(str(folder / name)).eval()
+        examples = val.with_transform(DetectionTransform(load_image_processor(str(folder / name))))
+        batch = DetectionCollator()([examples[index] for index in range(len(examples))])
+        sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
+        with torch.no_grad():
+            outputs = model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
+        columns[title] = list(select_detections(outputs.logits, outputs.pred_boxes, sizes))
+    draw_detection_grid(images, columns, val.class_names, folder / "detections.png")
+
+
+def _ground_truth_rows(target: dict) -> torch.Tensor:
+    """xyxy boxes and labels of a target as rows x, y, width, height, score 1, label."""
+    boxes, labels = target["boxes"], target["class_labels"]
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], torch.ones(len(boxes), 1), labels[:, None]], dim=1)
+
+
+def format_table(rows: list[dict]) -> str:
+    """The results as one table for a terminal."""
+    lines = [f"{'model':<26}{'AP':>7}{'AP50':>7}{'parameters':>12}{'steps':>7}{'seconds':>9}"]
+    for row in rows:
+        lines.append(
+            f"{row['name']:<26}{100 * row['AP']:>7.1f}{100 * row['AP50']:>7.1f}{row['parameters']:>12,}"
+            f"{row['steps']:>7}{row['seconds']:>9.0f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,32 @@
+"""Distil a small student on synthetic data, from start to finish, and print what it was worth.
+
+    python scripts/demo.py
+
+Stopped, it goes on where it was when it is called again; finished, it says so.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from d3etr_hf.arguments import option
+from d3etr_hf.command_line import parse_arguments, run
+from d3etr_hf.demo import DemoError, format_table, run_demo
+
+
+@dataclass
+class DemoArguments:
+    """Where the demonstration puts what it makes."""
+
+    folder: str = option("runs/demo", "Gets the models, results.json and the pictures.")
+    data_folder: str = option("data/shapes", "Gets the synthetic data set.")
+
+
+def main() -> None:
+    (arguments,) = parse_arguments([DemoArguments], description=__doc__)
+    folder = Path(arguments.folder)
+    print(format_table(run_demo(folder, Path(arguments.data_folder))))
+    print(f"Pictures: {folder / 'detections.png'}, {folder / 'curves.png'}; table: {folder / 'results.json'}")
+
+
+if __name__ == "__main__":
+    run(main, (DemoError,))

@@ -1,0 +1,225 @@
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+from transformers import ConditionalDetrImageProcessorPil
+
+from d3etr_hf.data.coco import find_coco_split, load_coco_split
+from d3etr_hf.data.errors import DatasetError
+from d3etr_hf.data.transforms import (
+    Augmentation,
+    CropSizes,
+    DetectionTransform,
+    random_region,
+    resized_size,
+)
+
+CROP = CropSizes((50, 60, 75), 48, 75)
+AUGMENTATIONS = {
+    "flip": Augmentation([100], 160),
+    "multiscale": Augmentation([60, 80, 100], 130),
+    "crop": Augmentation([60, 80, 100], 130, CROP),
+}
+
+
+def plain_processor(short_side: int = 100, long_side: int = 160) -> ConditionalDetrImageProcessorPil:
+    """Resizes and pads as always, but leaves colours in 0..1, so that they can be recognised."""
+    size = {"shortest_edge": short_side, "longest_edge": long_side}
+    return ConditionalDetrImageProcessorPil(size=size, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+
+
+def target_of(boxes: list, labels: list, image_id: int = 8) -> dict:
+    return {
+        "image_id": image_id,
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "class_labels": torch.tensor(labels, dtype=torch.int64),
+    }
+
+
+def painted_box(channel: torch.Tensor) -> list[int] | None:
+    """xyxy in pixels of where a channel is more than half bright."""
+    rows, columns = torch.nonzero(channel > 0.5, as_tuple=True)
+    if not len(rows):
+        return None
+    return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+
+
+@st.composite
+def two_rectangles(draw: st.DrawFn) -> tuple[tuple[int, int], list[list[int]]]:
+    """Image size, and a box in its left and one in its right half, at least 3 pixels wide and high."""
+    width, height = draw(st.integers(30, 220)), draw(st.integers(30, 220))
+    boxes = []
+    for first, last in ((0, width // 2), (width // 2, width)):
+        left = draw(st.integers(first, last - 3))
+        top = draw(st.integers(0, height - 3))
+        boxes.append([left, top, draw(st.integers(left + 3, last)), draw(st.integers(top + 3, height))])
+    return (width, height), boxes
+
+
+@settings(max_examples=150, deadline=None)
+@given(two_rectangles(), st.sampled_from([None, *AUGMENTATIONS]), st.integers(0, 2**31))
+def test_boxes_and_labels_stay_on_their_pixels(
+    scene: tuple[tuple[int, int], list[list[int]]], name: str | None, seed: int
+) -> None:
+    """Guards flip, resize and crop: the boxes must lie where the painted rectangles are found again."""
+    size, boxes = scene
+    image = Image.new("RGB", size)
+    for box, colour in zip(boxes, [(255, 0, 0), (0, 255, 0)], strict=True):
+        ImageDraw.Draw(image).rectangle([box[0], box[1], box[2] - 1, box[3] - 1], fill=colour)
+    torch.manual_seed(seed)
+    transform = DetectionTransform(plain_processor(), AUGMENTATIONS[name] if name else None)
+    example = transform(image, target_of(boxes, [0, 1]))
+
+    labels, pixels = example["labels"], example["pixel_values"]
+    assert labels["size"].tolist() == list(pixels.shape[1:])
+    assert labels["orig_size"].tolist() == [size[1], size[0]]
+    height, width = pixels.shape[1:]
+    cx, cy, w, h = (labels["boxes"] * torch.tensor([width, height, width, height])).unbind(1)
+    corners = torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], dim=1)
+    assert (corners > -1e-3).all() and (corners[:, 2] < width + 1e-3).all() and (corners[:, 3] < height + 1e-3).all()
+    found_labels = labels["class_labels"].tolist()
+    assert len(found_labels) == len(corners) == len(set(found_labels))
+    for label in (0, 1):
+        painted = painted_box(pixels[label])
+        if label not in found_labels:
+            assert painted is None or min(painted[2] - painted[0], painted[3] - painted[1]) <= 1
+            continue
+        box = corners[found_labels.index(label)]
+        if painted is None:
+            # A sliver at the border of a crop, or one that shrank away, may not be half bright anywhere.
+            assert (box[2:] - box[:2]).min() < 1.5
+        else:
+            np.testing.assert_allclose(painted, box, atol=1.01)
+
+
+def test_evaluation_labels_against_the_image_processor(shared_data: Path) -> None:
+    """Guards boxes, sizes and pixels at evaluation against the processor's own annotation handling, image by image."""
+    processor = ConditionalDetrImageProcessorPil(size={"shortest_edge": 120, "longest_edge": 200})
+    dataset = load_coco_split(*find_coco_split(shared_data / "coco_mini", "val"))
+    transform = DetectionTransform(processor)
+    by_image: dict[int, list[dict]] = {}
+    for region in dataset.ground_truth["annotations"]:
+        by_image.setdefault(region["image_id"], []).append(region)
+    for index in range(40):
+        example = dataset[index]
+        ours = transform(example["image"], example["target"])
+        image_id = example["target"]["image_id"]
+        annotations = {"image_id": image_id, "annotations": by_image.get(image_id, [])}
+        theirs = processor(example["image"], annotations=annotations, do_pad=False, return_tensors="pt")
+        torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"][0], rtol=0, atol=0)
+        reference = theirs["labels"][0]
+        torch.testing.assert_close(ours["labels"]["boxes"], reference["boxes"], rtol=1e-5, atol=1e-6)
+        for key in ("image_id", "orig_size", "size"):
+            assert ours["labels"][key].equal(reference[key]), key
+            assert ours["labels"][key].dtype == torch.int64
+        raw_ids = [dataset.category_ids[label] for label in ours["labels"]["class_labels"].tolist()]
+        assert raw_ids == reference["class_labels"].tolist()
+
+
+def test_an_unflipped_image_is_the_same_as_at_evaluation() -> None:
+    """Guards against another resize, interpolation or normalisation in training than at evaluation."""
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 130, 3), dtype=np.uint8)
+    image, target = Image.fromarray(pixels), target_of([[5, 6, 50, 60]], [2])
+    processor = ConditionalDetrImageProcessorPil(size={"shortest_edge": 100, "longest_edge": 160})
+    expected = DetectionTransform(processor)(image, target)
+    mirrored = expected["pixel_values"].flip(-1)
+    seen = Counter()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        example = DetectionTransform(processor, AUGMENTATIONS["flip"])(image, target)
+        if example["pixel_values"].equal(expected["pixel_values"]):
+            seen["as it was"] += 1
+            torch.testing.assert_close(example["labels"], expected["labels"])
+        else:
+            seen["flipped"] += 1
+            # Pillow's fixed-point resize is symmetric up to one of 255 grey values.
+            torch.testing.assert_close(example["pixel_values"], mirrored, rtol=0, atol=1.01 / 255 / 0.224)
+    assert min(seen["as it was"], seen["flipped"]) >= 4
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(20, 400), st.integers(20, 400), st.integers(0, 2**31))
+def test_crops_are_detrs(width: int, height: int, seed: int) -> None:
+    """Guards the crop: its size in the resized image, its place inside, its aspect kept on the way back."""
+    torch.manual_seed(seed)
+    (left, top, right, bottom), (crop_width, crop_height) = random_region((width, height), CROP)
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    assert 48 <= min(crop_width, crop_height) and max(crop_width, crop_height) <= 75
+    possible = []
+    for side in CROP.resized_short_sides:
+        resized = resized_size((width, height), side, None)
+        assert min(resized) == side
+        scale = np.array(resized) / (width, height)
+        possible.append(np.allclose([(right - left) * scale[0], (bottom - top) * scale[1]], [crop_width, crop_height]))
+    assert any(possible)
+
+
+def test_every_choice_is_drawn() -> None:
+    """Guards against short sides, crop sizes or places that never come up (an upper end left out, for example)."""
+    image, target = Image.new("RGB", (200, 100)), target_of([], [])
+    torch.manual_seed(0)
+    sizes = Counter(
+        AUGMENTATIONS["multiscale"](image, target["boxes"], target["class_labels"])[0].size[1] for _ in range(300)
+    )
+    # 100 would make the long side 200: it gives way to 130, and the short side with it.
+    assert set(sizes) == {60, 65} and sizes[60] > 60 and sizes[65] > 140
+
+    regions = [random_region((200, 100), CropSizes((50,), 48, 50)) for _ in range(400)]
+    assert {region[1] for region in regions} == {(w, h) for w in (48, 49, 50) for h in (48, 49, 50)}
+    assert min(region[0][0] for region in regions) == 0
+    assert max(region[0][2] for region in regions) == 200
+    assert max(region[0][3] for region in regions) == 100
+
+    cropped = sum(
+        AUGMENTATIONS["crop"](image, target["boxes"], target["class_labels"])[0].size[0] < 1.9 * 65 for _ in range(200)
+    )
+    assert 60 < cropped < 140
+
+
+def test_an_image_narrower_than_the_smallest_crop() -> None:
+    """Guards against an empty range where rounding leaves a resized side below the smallest crop."""
+    torch.manual_seed(0)
+    assert random_region((20, 30), CropSizes((10,), 12, 14))[1][0] == 10
+
+
+def test_detr_sizes_scale_with_the_short_side() -> None:
+    """Guards crops on small images: none may be larger than the image they are cut from."""
+    assert CropSizes().scaled(1) == CropSizes((400, 500, 600), 384, 600)
+    assert CropSizes().scaled(0.12) == CropSizes((48, 60, 72), 46, 72)
+
+
+def test_a_crop_that_loses_every_box_is_an_image_without_boxes() -> None:
+    """Guards the types and shapes of an example whose objects were cut away."""
+    transform = DetectionTransform(plain_processor(), Augmentation([60], 130, CropSizes((100,), 10, 20)))
+    image, target = Image.new("RGB", (100, 100)), target_of([[0, 0, 4, 4]], [1])
+    torch.manual_seed(0)
+    examples = [transform(image, target) for _ in range(60)]
+    empty = [example["labels"] for example in examples if not len(example["labels"]["boxes"])]
+    assert len(empty) > 10
+    assert empty[0]["boxes"].shape == (0, 4) and empty[0]["boxes"].dtype == torch.float32
+    assert empty[0]["class_labels"].shape == (0,) and empty[0]["class_labels"].dtype == torch.int64
+
+
+def test_the_seed_decides_everything() -> None:
+    """Guards resuming: the Trainer restores torch's generator, and no other one may be drawn from."""
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 130, 3), dtype=np.uint8)
+    transform = DetectionTransform(plain_processor(), AUGMENTATIONS["crop"])
+
+    def examples() -> list[dict]:
+        torch.manual_seed(5)
+        return [transform(Image.fromarray(pixels), target_of([[5, 6, 50, 60]], [2])) for _ in range(8)]
+
+    torch.testing.assert_close(examples(), examples(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("augmentation", [None, AUGMENTATIONS["flip"]])
+def test_an_image_too_narrow_to_resize_is_named(augmentation: Augmentation | None) -> None:
+    """Guards against "height and width must be > 0" without a hint at which image."""
+    transform = DetectionTransform(plain_processor(), augmentation)
+    with pytest.raises(DatasetError, match="image 8 of 5000×2 pixels cannot be resized"):
+        transform(Image.new("RGB", (5000, 2)), target_of([], []))
