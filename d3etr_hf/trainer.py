@@ -204,7 +204,12 @@ class D3etrTrainer(Trainer):
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """Remembers which data set is evaluated: the metric reads its untouched ground truth."""
         self._evaluated_dataset = dataloader.dataset
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if self.model_wrapped is self.model:
+            # Evaluated before it was trained. Accelerate marks the model as prepared and would then leave it unwrapped
+            # in training: every process would go on with gradients of its own, and say nothing.
+            self.model._is_accelerate_prepared = False
+        return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Detections of fixed size and image ids: labels of ragged size would hang or be lost over processes."""

@@ -162,12 +162,15 @@ def test_crops_are_detrs(width: int, height: int, seed: int) -> None:
 def test_every_choice_is_drawn() -> None:
     """Guards against short sides, crop sizes or places that never come up (an upper end left out, for example)."""
     image, target = Image.new("RGB", (200, 100)), target_of([], [])
+
+    def sizes(name: str, count: int) -> list[tuple[int, int]]:
+        augmented = (AUGMENTATIONS[name](image, target["boxes"], target["class_labels"]) for _ in range(count))
+        return [result[0].size for result in augmented]
+
     torch.manual_seed(0)
-    sizes = Counter(
-        AUGMENTATIONS["multiscale"](image, target["boxes"], target["class_labels"])[0].size[1] for _ in range(300)
-    )
-    # 100 would make the long side 200: it gives way to 130, and the short side with it.
-    assert set(sizes) == {60, 65} and sizes[60] > 60 and sizes[65] > 140
+    resized = Counter(sizes("multiscale", 300))
+    # A short side of 80 or 100 would make the long one 160 or 200: it gives way to 130, and the short side with it.
+    assert set(resized) == {(120, 60), (130, 65)} and resized[120, 60] > 60 and resized[130, 65] > 140
 
     regions = [random_region((200, 100), CropSizes((50,), 48, 50)) for _ in range(400)]
     assert {region[1] for region in regions} == {(w, h) for w in (48, 49, 50) for h in (48, 49, 50)}
@@ -175,9 +178,8 @@ def test_every_choice_is_drawn() -> None:
     assert max(region[0][2] for region in regions) == 200
     assert max(region[0][3] for region in regions) == 100
 
-    cropped = sum(
-        AUGMENTATIONS["crop"](image, target["boxes"], target["class_labels"])[0].size[0] < 1.9 * 65 for _ in range(200)
-    )
+    # The image is twice as wide as high; no crop of 48 to 75 pixels is.
+    cropped = sum(width < 1.8 * height for width, height in sizes("crop", 200))
     assert 60 < cropped < 140
 
 
