@@ -1,3 +1,9 @@
-"""Knowledge distillation of Conditional DETR detectors with D3ETR, on Hugging Face Transformers."""
+"""D3ETR knowledge distillation of Conditional DETR detectors, as a Transformers trainer."""
+
+from .arguments import D3etrTrainingArguments
+from .models import D3etrConditionalDetrForObjectDetection
+from .trainer import D3etrTrainer
 
 __version__ = "0.1.0"
+
+__all__ = ["D3etrConditionalDetrForObjectDetection", "D3etrTrainer", "D3etrTrainingArguments"]

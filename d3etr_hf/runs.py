@@ -101,6 +101,39 @@ def train_detector(
     return results
 
 
+def evaluate_detector(
+    data_arguments: DataArguments, model: str, output_dir: str, batch_size: int = 8, workers: int = 0, use_cpu=False
+) -> dict[str, float]:
+    """COCO metrics (0..1) of a saved detector on the validation split, also written to `evaluation.json`.
+
+    The detector's own image processor scales the pixels; `short_side` and `long_side` of the data arguments hold.
+
+    Raises:
+        DetectorLoadError, DatasetError, IncompatibleTeacherError: the model or the data cannot be read.
+    """
+    training_arguments = D3etrTrainingArguments(
+        output_dir=output_dir,
+        per_device_eval_batch_size=batch_size,
+        dataloader_num_workers=workers,
+        use_cpu=use_cpu,
+        auxiliary_queries="none",
+        adaptive_matching=False,
+        report_to="none",
+    )
+    detector = load_detector(model)
+    processor = load_image_processor(model) or load_image_processor(None)
+    _, val = load_splits(data_arguments, processor)
+    if val.class_names != list(detector.config.id2label.values()):
+        # a teacher with more classes, or the same in another order: its head is reduced to the data's, by name
+        detector = reduce_classes(detector, val.class_names)
+    trainer = D3etrTrainer(model=detector, args=training_arguments, eval_dataset=val, processing_class=processor)
+    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    metrics = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
+    if trainer.is_world_process_zero():
+        (Path(output_dir) / "evaluation.json").write_text(json.dumps(metrics, indent=1))
+    return metrics
+
+
 # what the user can put right: shown by the scripts without a traceback
 USER_ERRORS = (DatasetError, IncompatibleTeacherError, DetectorLoadError, OutputFolderError, NonFiniteLossError)
 

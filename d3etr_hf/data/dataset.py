@@ -76,7 +76,6 @@ class DetectionDataset(torch.utils.data.Dataset):
         selected._load_ground_truth = partial(
             _ground_truth_of, self._load_ground_truth, frozenset(selected.rows["image_id"])
         )
-        selected.__dict__.pop("ground_truth", None)
         return selected
 
     def read_image(self, index: int) -> Image.Image:
@@ -103,7 +102,8 @@ class DetectionDataset(torch.utils.data.Dataset):
         return {"image": image, "target": target} if self.transform is None else self.transform(image, target)
 
     def __getstate__(self) -> dict:
-        """Without the ground truth, which data loader workers do not need and which may be hundreds of megabytes."""
+        """Without the parsed ground truth: hundreds of megabytes that data loader workers do not need, and that a copy
+        must not keep where its rows change."""
         return {key: value for key, value in self.__dict__.items() if key != "ground_truth"}
 
     def _read_image(self, row: dict) -> Image.Image:

@@ -79,6 +79,7 @@ def test_only_training_images_are_augmented(tmp_path: Path) -> None:
     torch.manual_seed(0)
     train_sizes = {tuple(train[0]["pixel_values"].shape) for _ in range(10)}
     assert len(train_sizes) > 3
+    assert min(min(size[1:]) for size in train_sizes) < 50
     assert {tuple(val[0]["pixel_values"].shape) for _ in range(10)} == {(3, 60, 80)}
     batch = DetectionCollator()([train[0], train[1], val[0]])
     assert batch["pixel_values"].shape[:2] == (3, 3)

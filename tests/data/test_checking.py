@@ -23,6 +23,15 @@ def test_labels_follow_the_order_of_raw_ids_and_boxes_stay_with_their_image() ->
     assert checked.report == ""
 
 
+def test_boxes_of_an_image_keep_the_order_of_the_file() -> None:
+    """Guards against an unstable sort, by which runs on different machines would differ."""
+    regions = [annotation(i, [0, 0, 1 + i / 100, 5], image_id=(7, 3)[i % 3 == 0]) for i in range(600)]
+    checked = check_coco(coco(annotations=regions), "val.json")
+    for boxes, image_id in zip(checked.boxes, (7, 3), strict=True):
+        expected = [1 + region["id"] / 100 for region in regions if region["image_id"] == image_id]
+        np.testing.assert_allclose(boxes[:, 2], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("ids", [[0, 1, 2], [1, 2, 3], [1, 13, 90], [2**40, -7, 0]])
 def test_category_ids_of_any_kind(ids: list[int]) -> None:
     """Guards against labels that assume ids from 0, from 1, or without gaps."""

@@ -1,0 +1,35 @@
+"""COCO average precision of a detector, ours or any Conditional DETR checkpoint.
+
+    accelerate launch scripts/evaluate.py --model runs/demo/distilled --data_folder data/shapes
+
+Prints every metric and writes it to evaluation.json in --output_dir.
+"""
+
+from dataclasses import dataclass
+
+from d3etr_hf.arguments import option
+from d3etr_hf.command_line import parse_arguments, run
+from d3etr_hf.data import DataArguments
+from d3etr_hf.runs import USER_ERRORS, evaluate_detector
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate, and where the result goes."""
+
+    model: str = option(None, "The detector: a folder or Hub id.")
+    output_dir: str = option("runs/evaluation", "Gets evaluation.json.")
+    batch_size: int = option(8, "Images per device; predictions depend a little on which images share a batch.")
+    workers: int = option(0, "Processes that load images, per device.")
+    use_cpu: bool = option(False, "Do not use a GPU.")
+
+
+def main() -> None:
+    arguments, data = parse_arguments((EvaluationArguments, DataArguments), description=__doc__)
+    metrics = evaluate_detector(data, **vars(arguments))
+    for name, value in metrics.items():
+        print(f"{name:<28}{value:.4f}")
+
+
+if __name__ == "__main__":
+    run(main, USER_ERRORS)
