@@ -44,13 +44,13 @@ class D3etrTrainingArguments(TrainingArguments):
         "Whose head turns the teacher's queries into reference points: the student's (the paper's literal reading) or "
         "the teacher's (its points are handed over with the queries).",
     )
-    auxiliary_assignment: Literal["teacher_last_layer", "teacher_last_layer_everywhere", "teacher_per_layer", "own"] = (
-        option(
-            "teacher_last_layer",
-            "Which ground-truth object a query of the auxiliary group answers for: the one its teacher query was "
-            "assigned in the last layer (earlier layers keep their own Hungarian assignment), the same in all layers, "
-            "the teacher's assignment of each layer, or its own Hungarian assignment everywhere.",
-        )
+    auxiliary_assignment: Literal[
+        "teacher_last_layer", "teacher_last_layer_everywhere", "teacher_per_layer", "own"
+    ] = option(
+        "teacher_last_layer",
+        "Which ground-truth object a query of the auxiliary group answers for: the one its teacher query was "
+        "assigned in the last layer (earlier layers keep their own Hungarian assignment), the same in all layers, "
+        "the teacher's assignment of each layer, or its own Hungarian assignment everywhere.",
     )
     group_reduction: Literal["sum", "mean"] = option(
         "sum", "Detection losses of the two groups: summed (D3ETR), or averaged (Group DETR)."

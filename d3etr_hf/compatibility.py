@@ -12,8 +12,8 @@ class IncompatibleTeacherError(ValueError):
     """The teacher cannot teach this student as the options say."""
 
 
-def class_index_by_name(teacher: ConditionalDetrConfig, student: ConditionalDetrConfig) -> torch.Tensor:
-    """The teacher's class for each class of the student, matched by name (case and surrounding space aside).
+def class_index_by_name(teacher: ConditionalDetrConfig, names: list[str]) -> torch.Tensor:
+    """The teacher's class for each of the student's class names (case and surrounding space aside).
 
     Returns:
         int64 `(C,)`.
@@ -28,7 +28,6 @@ def class_index_by_name(teacher: ConditionalDetrConfig, student: ConditionalDetr
     places: dict[str, list[int]] = {}
     for index, name in teacher.id2label.items():
         places.setdefault(key(name), []).append(int(index))
-    names = [student.id2label[index] for index in range(student.num_labels)]
     missing = [name for name in names if key(name) not in places]
     if missing:
         raise IncompatibleTeacherError(
@@ -60,9 +59,7 @@ def spread_layers(teacher_layers: int, student_layers: int, layer_map: list[int]
     return list(layer_map)
 
 
-def check_models(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, args: D3etrTrainingArguments
-) -> None:
+def check_models(student: PreTrainedModel, teacher: PreTrainedModel | None, args: D3etrTrainingArguments) -> None:
     """Refuse what cannot be distilled.
 
     Raises:

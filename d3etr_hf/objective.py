@@ -172,6 +172,5 @@ class D3etrObjective:
         images = totals.new_full((1, totals.shape[1]), teacher.logits.shape[1])
         *totals, images = shares.average(torch.cat([totals, images])).unbind()
         return {
-            name: (w, total * shares.images / images)
-            for (name, w), total in zip(weights.items(), totals, strict=True)
+            name: (w, total * shares.images / images) for (name, w), total in zip(weights.items(), totals, strict=True)
         }

@@ -19,6 +19,7 @@ from .models.loading import (
     ModelArguments,
     TeacherArguments,
     build_model,
+    keep_classes,
     load_detector,
     load_image_processor,
 )
@@ -72,7 +73,7 @@ def train_detector(
             model,
             teacher,
             teacher_arguments.inherit_from_teacher,
-            class_index_by_name(teacher.config, model.config),
+            class_index_by_name(teacher.config, train.class_names),
             spread_layers(teacher.config.decoder_layers, model.config.decoder_layers, training_arguments.layer_map),
         )
     trainer = D3etrTrainer(
@@ -125,7 +126,7 @@ def evaluate_detector(
     _, val = load_splits(data_arguments, processor)
     if val.class_names != list(detector.config.id2label.values()):
         # a teacher with more classes, or the same in another order: its head is reduced to the data's, by name
-        detector = reduce_classes(detector, val.class_names)
+        keep_classes(detector, class_index_by_name(detector.config, val.class_names), val.class_names)
     trainer = D3etrTrainer(model=detector, args=training_arguments, eval_dataset=val, processing_class=processor)
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     metrics = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}

@@ -56,7 +56,7 @@ class D3etrTrainer(Trainer):
         check_image_processors(trainer_options.get("processing_class"), teacher_processing_class)
         class_index = layer_map = None
         if teacher is not None:
-            class_index = class_index_by_name(teacher.config, model.config)
+            class_index = class_index_by_name(teacher.config, list(model.config.id2label.values()))
             layer_map = spread_layers(teacher.config.decoder_layers, model.config.decoder_layers, args.layer_map)
         if args.backbone_learning_rate == 0:
             model.model.freeze_backbone()
@@ -226,7 +226,11 @@ class D3etrTrainer(Trainer):
         if self.is_world_process_zero():
             dataset = self._evaluated_dataset
             detections = to_coco_detections(prediction.predictions, prediction.label_ids, dataset.category_ids)
-            metrics = [CocoAveragePrecision(keep_in_memory=True).compute(predictions=detections, ground_truth=dataset.ground_truth)]
+            metrics = [
+                CocoAveragePrecision(keep_in_memory=True).compute(
+                    predictions=detections, ground_truth=dataset.ground_truth
+                )
+            ]
         return broadcast_object_list(metrics)[0]
 
     # checkpoints: the student is saved as a stock model, in Transformers' published tensor names

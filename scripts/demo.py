@@ -5,8 +5,12 @@
 Stopped, it goes on where it was when it is called again; finished, it says so.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+# scripts/evaluate.py would hide the evaluate package
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 from d3etr_hf.arguments import option
 from d3etr_hf.command_line import parse_arguments, run

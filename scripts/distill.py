@@ -7,6 +7,12 @@
 when it is called again with the same arguments.
 """
 
+import sys
+from pathlib import Path
+
+# scripts/evaluate.py would hide the evaluate package
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
 from d3etr_hf.arguments import D3etrTrainingArguments
 from d3etr_hf.command_line import parse_arguments, run
 from d3etr_hf.data import DataArguments

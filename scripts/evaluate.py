@@ -5,7 +5,13 @@
 Prints every metric and writes it to evaluation.json in --output_dir.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+# scripts/evaluate.py would hide the evaluate package
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
 
 from d3etr_hf.arguments import option
 from d3etr_hf.command_line import parse_arguments, run

@@ -4,7 +4,13 @@ python scripts/make_shapes.py --folder data/shapes
 python scripts/make_shapes.py --folder data/shapes_small --train_images 200 --val_images 50
 """
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+
+# scripts/evaluate.py would hide the evaluate package
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
 
 from d3etr_hf.command_line import parse_arguments, run
 from d3etr_hf.data.shapes import ShapesError, make_shapes

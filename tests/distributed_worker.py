@@ -23,7 +23,9 @@ class KeepGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.gradients is None:
             self.gradients = {
-                name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+                name.removeprefix("module."): p.grad.clone()
+                for name, p in model.named_parameters()
+                if p.grad is not None
             }
 
 

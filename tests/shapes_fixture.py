@@ -18,7 +18,9 @@ def load_shapes(folder, split, augmented=False, side=SIDE) -> DetectionDataset:
     return load_coco_split(*find_coco_split(folder, split)).with_transform(DetectionTransform(processor, augmentation))
 
 
-def shapes_trainer(folder, output, student=None, teacher="default", train=None, callbacks=None, **options) -> D3etrTrainer:
+def shapes_trainer(
+    folder, output, student=None, teacher="default", train=None, callbacks=None, **options
+) -> D3etrTrainer:
     """A trainer of tiny models; without a teacher for `teacher=None`."""
     defaults = {
         "max_steps": 2,

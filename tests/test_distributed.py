@@ -19,7 +19,15 @@ def run_worker(processes: int, output: Path, *arguments) -> dict:
     launch = [sys.executable]
     if processes > 1:
         # what `accelerate launch` starts under configs/accelerate/cpu_two_processes.yaml
-        launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--standalone"]
+        launch += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            "0",
+            "--standalone",
+        ]
     command = [*launch, str(WORKER), str(output), *(str(argument) for argument in arguments)]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     return torch.load(output)

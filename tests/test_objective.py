@@ -77,7 +77,9 @@ def test_fixed_point_has_no_gradient(tmp_path):
     for tensor in (twin.groups[1].logits, twin.groups[1].boxes):
         tensor.requires_grad_()
     terms, _ = objective(tmp_path, detection_weight=0.0)(twin, teacher, TARGETS, SHARES)
-    assert set(terms) == {f"{g}/{t}" for g in ("student", "auxiliary") for t in ("self_attention", "cross_attention", "prediction")}
+    assert set(terms) == {
+        f"{g}/{t}" for g in ("student", "auxiliary") for t in ("self_attention", "cross_attention", "prediction")
+    }
     (terms["student/prediction"] + terms["auxiliary/prediction"]).sum().backward()
     for group in twin.groups:
         assert group.logits.grad.abs().max() < 1e-7
@@ -160,7 +162,7 @@ def test_teacher_classes_are_gathered_by_name(tmp_path):
     many = tiny_config(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
     torch.manual_seed(3)
     teacher = perturb(type(tiny_model())(many)).eval()
-    index = class_index_by_name(many, tiny_config())
+    index = class_index_by_name(many, list(tiny_config().id2label.values()))
     assert [names[i].strip().lower() for i in index] == ["circle", "rectangle", "triangle"]
 
     few = tiny_model(seed=3)
@@ -168,7 +170,9 @@ def test_teacher_classes_are_gathered_by_name(tmp_path):
         {name: value[index] if "class_labels" in name else value for name, value in teacher.state_dict().items()}
     )
     student, batch = with_queries_of(tiny_model(seed=2), teacher), padded_batch()
-    ours, _ = objective(tmp_path, class_index=index)(student(**batch, **MAPS), teacher(**batch, **MAPS), TARGETS, SHARES)
+    ours, _ = objective(tmp_path, class_index=index)(
+        student(**batch, **MAPS), teacher(**batch, **MAPS), TARGETS, SHARES
+    )
     theirs, _ = objective(tmp_path)(student(**batch, **MAPS), few(**batch, **MAPS), TARGETS, SHARES)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value)
@@ -177,10 +181,10 @@ def test_teacher_classes_are_gathered_by_name(tmp_path):
 def test_missing_and_ambiguous_classes_are_refused():
     other = tiny_config(id2label={0: "circle", 1: "square", 2: "triangle"}, label2id={})
     with pytest.raises(IncompatibleTeacherError, match="no class named \\['rectangle'\\].*id2label"):
-        class_index_by_name(other, tiny_config())
+        class_index_by_name(other, list(tiny_config().id2label.values()))
     twice = tiny_config(id2label={0: "circle", 1: "rectangle", 2: "triangle", 3: "Circle"}, label2id={})
     with pytest.raises(IncompatibleTeacherError, match="more than one class named \\['circle'\\]"):
-        class_index_by_name(twice, tiny_config())
+        class_index_by_name(twice, list(tiny_config().id2label.values()))
 
 
 def test_layers_spread_last_to_last():
@@ -224,7 +228,12 @@ def test_everything_unequal_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("policy", "layers_from_teacher"),
-    [("own", []), ("teacher_last_layer", [2]), ("teacher_per_layer", [0, 1, 2]), ("teacher_last_layer_everywhere", "last")],
+    [
+        ("own", []),
+        ("teacher_last_layer", [2]),
+        ("teacher_per_layer", [0, 1, 2]),
+        ("teacher_last_layer_everywhere", "last"),
+    ],
 )
 def test_auxiliary_assignment(tmp_path, policy, layers_from_teacher):
     teacher = tiny_model(seed=1)

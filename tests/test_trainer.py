@@ -49,7 +49,9 @@ def test_logged_terms_equal_the_first_step_computed_by_hand(shapes, tmp_path):
     trainer = shapes_trainer(shapes, tmp_path, max_steps=1, log_each_layer=True, log_gradient_norms=True)
     seen = []
     original = trainer.compute_loss
-    trainer.compute_loss = lambda model, inputs, **options: (seen.append(inputs), original(model, inputs, **options))[1]
+    trainer.compute_loss = lambda model, inputs, **options: (seen.append(inputs), original(model, inputs, **options))[
+        1
+    ]
     trainer.train()
     entry = training_logs(trainer)[0]
     fresh = shapes_trainer(shapes, tmp_path / "fresh")
@@ -201,9 +203,7 @@ def test_nan_stops_with_step_images_and_checkpoint(shapes, tmp_path, where):
                 with torch.no_grad():
                     poisoned.class_labels_classifier.weight.fill_(float("nan"))
 
-    trainer = shapes_trainer(
-        shapes, tmp_path, max_steps=4, save_strategy="steps", save_steps=2, callbacks=[Poison()]
-    )
+    trainer = shapes_trainer(shapes, tmp_path, max_steps=4, save_strategy="steps", save_steps=2, callbacks=[Poison()])
     with pytest.raises(NonFiniteLossError, match=r"step 3, image ids \[\d+.*checkpoint-2"):
         trainer.train()
     kept = ConditionalDetrForObjectDetection.from_pretrained(tmp_path / "checkpoint-2")
@@ -277,8 +277,12 @@ def test_image_processors_must_scale_pixels_alike(shapes, tmp_path):
     other.image_mean = [0.5, 0.5, 0.5]
     with pytest.raises(IncompatibleTeacherError, match="image_mean"):
         D3etrTrainer(
-            model=tiny_model(), args=trainer.args, teacher=tiny_model(seed=1), teacher_processing_class=other,
-            processing_class=trainer.processing_class, train_dataset=load_shapes(shapes, "train"),
+            model=tiny_model(),
+            args=trainer.args,
+            teacher=tiny_model(seed=1),
+            teacher_processing_class=other,
+            processing_class=trainer.processing_class,
+            train_dataset=load_shapes(shapes, "train"),
         )
 
 

@@ -60,7 +60,10 @@ def random_labels(counts: list[int], classes: int = 3, seed: int = 0) -> list[di
         {
             "class_labels": torch.randint(classes, (count,), generator=generator),
             "boxes": torch.cat(
-                [torch.rand(count, 2, generator=generator) * 0.5 + 0.25, torch.rand(count, 2, generator=generator) * 0.4 + 0.05],
+                [
+                    torch.rand(count, 2, generator=generator) * 0.5 + 0.25,
+                    torch.rand(count, 2, generator=generator) * 0.4 + 0.05,
+                ],
                 dim=1,
             ),
             "image_id": torch.tensor([100 + image]),

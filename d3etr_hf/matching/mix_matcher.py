@@ -104,7 +104,9 @@ class MixMatcher:
 
 
 @torch.no_grad()
-def matched_foreground_share(teacher_logits: torch.Tensor, pairs: MatchedPairs, threshold: float = 0.3) -> torch.Tensor:
+def matched_foreground_share(
+    teacher_logits: torch.Tensor, pairs: MatchedPairs, threshold: float = 0.3
+) -> torch.Tensor:
     """Share of the teacher's foreground queries that have a partner, over layers and images; 1 where there are none.
 
     Args:

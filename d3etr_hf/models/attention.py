@@ -1,7 +1,7 @@
 """Attention for several query groups, with maps on demand, through Transformers' attention interface.
 
 The decoder's attention modules call the function registered here instead of scaled-dot-product attention. Without
-`query_group_sizes` it hands over to whatever the model's own configuration names, so a stock forward pass is untouched.
+`query_group_sizes` it hands over to whatever the model's own configuration names: a stock forward pass is untouched.
 """
 
 from dataclasses import dataclass, field

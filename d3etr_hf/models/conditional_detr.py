@@ -46,7 +46,7 @@ class D3etrConditionalDetrForObjectDetection(ConditionalDetrForObjectDetection):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """As Transformers' `from_pretrained`, in float32 by default; what the checkpoint lacks starts as in the paper."""
+        """As in Transformers, in float32 by default; what the checkpoint lacks starts as in the paper."""
         kwargs.setdefault("dtype", torch.float32)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs

@@ -2,24 +2,32 @@
 
 import importlib.util
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoBackbone, AutoConfig, ConditionalDetrConfig, ConditionalDetrImageProcessorPil
-from transformers.utils import logging
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    ConditionalDetrConfig,
+    ConditionalDetrImageProcessorPil,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
+from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from ..arguments import option
+from ..yaml_files import ConfigurationLoader
+from .backbones import load_backbone_weights
 from .conditional_detr import D3etrConditionalDetrForObjectDetection
+from .errors import DetectorLoadError
 from .initialisation import is_resnet
 
 logger = logging.get_logger(__name__)
 
 INHERITABLE_PARTS = ("encoder", "decoder", "heads", "queries")
-
-
-class DetectorLoadError(ValueError):
-    """A detector cannot be loaded or built as asked."""
 
 
 @dataclass
@@ -31,7 +39,8 @@ class ModelArguments:
         None, "Configuration of a new model: fields of ConditionalDetrConfig, or a YAML or JSON file that holds them."
     )
     backbone_weights: str | None = option(
-        None, "Pretrained weights for a new model's backbone: a folder or Hub id that AutoBackbone loads."
+        None,
+        "Pretrained weights for a new model's backbone: a folder or Hub id of the same architecture.",
     )
 
     def __post_init__(self):
@@ -71,7 +80,7 @@ def load_detector(path: str, role: str = "model") -> D3etrConditionalDetrForObje
     """
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise DetectorLoadError(
             f"{role} {path!r}: no model configuration could be read from there ({error}); give a folder with a "
             "config.json, or the id of a model on the Hub"
@@ -89,12 +98,15 @@ def load_detector(path: str, role: str = "model") -> D3etrConditionalDetrForObje
     _refuse_missing_timm(config, f"{role} {path!r}")
     try:
         model, info = D3etrConditionalDetrForObjectDetection.from_pretrained(path, output_loading_info=True)
-    except OSError as error:
-        raise DetectorLoadError(f"{role} {path!r}: the weights could not be read ({error})") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise DetectorLoadError(
+            f"{role} {path!r}: the weights could not be read, or do not fit its config.json ({error}); copy or "
+            "download the checkpoint again"
+        ) from error
     if info["missing_keys"]:
         raise DetectorLoadError(
             f"{role} {path!r}: {len(info['missing_keys'])} tensors are missing from the checkpoint, the first "
-            f"{sorted(info['missing_keys'])[:3]}"
+            f"{sorted(info['missing_keys'])[:3]}; copy or download it again"
         )
     return model
 
@@ -108,26 +120,25 @@ def build_model(arguments: ModelArguments, class_names: list[str]) -> D3etrCondi
     id2label = dict(enumerate(class_names))
     if arguments.model is not None:
         model = load_detector(arguments.model, "model")
-        if list(model.config.id2label.values()) != class_names:
-            raise DetectorLoadError(
-                f"model {arguments.model!r} has the classes {list(model.config.id2label.values())[:5]} ..., the data "
-                f"set {class_names[:5]} ...: they must be the same, in the same order"
-            )
+        _refuse_other_classes(model.config, class_names, f"model {arguments.model!r}")
         return model
-    options = arguments.model_config
+    place, options = "model_config", arguments.model_config
     if isinstance(options, str):
-        options = yaml.safe_load(Path(options).read_text(encoding="utf-8"))
+        place, options = f"model_config {options!r}", _read_model_config(options)
+    _check_model_options(options, place)
     try:
         config = ConditionalDetrConfig(
             **options, id2label=id2label, label2id={name: index for index, name in id2label.items()}
         )
-    except (TypeError, ValueError) as error:
-        raise DetectorLoadError(f"model_config: {error}") from error
-    unknown = set(options) - set(ConditionalDetrConfig().to_dict())
-    if unknown:
-        raise DetectorLoadError(f"model_config: ConditionalDetrConfig has no {sorted(unknown)}")
-    _refuse_missing_timm(config, "model_config")
-    model = D3etrConditionalDetrForObjectDetection(config)
+        _refuse_missing_timm(config, place)
+        _refuse_uneven_heads(config, place)
+        model = D3etrConditionalDetrForObjectDetection(config)
+    except DetectorLoadError:
+        raise
+    except (KeyError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
+        raise DetectorLoadError(
+            f"{place}: no model can be built from these values ({type(error).__name__}: {error})"
+        ) from error
     if arguments.backbone_weights is not None:
         load_backbone_weights(model, arguments.backbone_weights)
     elif is_resnet(config):
@@ -138,23 +149,6 @@ def build_model(arguments: ModelArguments, class_names: list[str]) -> D3etrCondi
     return model
 
 
-@torch.no_grad()
-def load_backbone_weights(model: D3etrConditionalDetrForObjectDetection, path: str) -> None:
-    """Fill the backbone with pretrained weights, batch norm statistics included.
-
-    Raises:
-        DetectorLoadError: they cannot be read, or are of another architecture.
-    """
-    try:
-        backbone = AutoBackbone.from_pretrained(path, out_features=model.config.backbone_config.out_features)
-        own, loaded = model.model.backbone.model.state_dict(), backbone.state_dict()
-        model.model.backbone.model.load_state_dict({name: loaded[name] for name in own}, strict=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DetectorLoadError(
-            f"backbone_weights {path!r} do not fit a {model.config.backbone_config.model_type!r} backbone: {error}"
-        ) from error
-
-
 def load_image_processor(
     path: str | None, short_side: int | None = None, long_side: int | None = None
 ) -> ConditionalDetrImageProcessorPil | None:
@@ -162,15 +156,92 @@ def load_image_processor(
 
     Args:
         short_side, long_side: the size in pixels to resize to, instead of the saved one.
+
+    Raises:
+        DetectorLoadError: there is one, and it cannot be read.
     """
     size = {} if short_side is None else {"size": {"shortest_edge": short_side, "longest_edge": long_side}}
     if path is None:
         return ConditionalDetrImageProcessorPil(**size)
     try:
         return ConditionalDetrImageProcessorPil.from_pretrained(path, **size)
-    except OSError:
+    except OSError as error:
+        if (Path(path) / IMAGE_PROCESSOR_NAME).exists():
+            raise DetectorLoadError(
+                f"{path}: {IMAGE_PROCESSOR_NAME} could not be read ({error}); copy or download it again"
+            ) from error
         logger.warning(f"{path} holds no image processor, so its pixel scaling cannot be checked")
         return None
+
+
+@torch.no_grad()
+def keep_classes(model: D3etrConditionalDetrForObjectDetection, index: torch.Tensor, names: list[str]) -> None:
+    """Reduce a detector's class head to these classes in this order, in place.
+
+    Args:
+        index: int64 `(C,)`, the model's class for each of `names`.
+    """
+    head = model.class_labels_classifier
+    kept = torch.nn.Linear(head.in_features, len(index), device=head.weight.device, dtype=head.weight.dtype)
+    kept.weight.copy_(head.weight[index])
+    kept.bias.copy_(head.bias[index])
+    model.class_labels_classifier = kept
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: label for label, name in enumerate(names)}
+
+
+def _read_model_config(path: str) -> dict:
+    """The options in a YAML or JSON file."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=ConfigurationLoader)
+    except OSError as error:
+        raise DetectorLoadError(f"model_config {path!r} cannot be read ({error}): give a YAML or JSON file") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DetectorLoadError(f"model_config {path!r} is neither YAML nor JSON: {error}") from error
+
+
+def _check_model_options(options: dict, place: str) -> None:
+    """Transformers would keep an unknown key in silence, and take timm's ResNet-50 where no backbone is given."""
+    if not isinstance(options, dict):
+        raise DetectorLoadError(f"{place} must hold fields of ConditionalDetrConfig, holds {options!r}")
+    if given := sorted({"id2label", "label2id", "num_labels"} & set(options)):
+        raise DetectorLoadError(f"{place} holds {given}: leave them out, the classes are the data set's")
+    if unknown := sorted(set(options) - set(ConditionalDetrConfig().to_dict())):
+        raise DetectorLoadError(f"{place}: ConditionalDetrConfig has no {unknown}")
+    backbone = options.get("backbone_config")
+    if not isinstance(backbone, dict) or backbone.get("model_type") not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
+        raise DetectorLoadError(
+            f"{place}: backbone_config is {backbone!r}; it must say which backbone, for example "
+            f"{{model_type: resnet, out_features: [stage4]}}; there are {', '.join(MODEL_FOR_BACKBONE_MAPPING_NAMES)}"
+        )
+    config_class = CONFIG_MAPPING[backbone["model_type"]]
+    if unknown := sorted(set(backbone) - set(config_class().to_dict()) - set(config_class.attribute_map)):
+        raise DetectorLoadError(f"{place}: backbone_config: {config_class.__name__} has no {unknown}")
+
+
+def _refuse_uneven_heads(config: ConditionalDetrConfig, place: str) -> None:
+    """Transformers would build such a model and fail in its first forward pass."""
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        heads = getattr(config, name)
+        if heads < 1 or config.d_model % heads:
+            raise DetectorLoadError(
+                f"{place}: d_model {config.d_model} must be a multiple of {name}, which is {heads}"
+            )
+    if config.d_model % 4:
+        raise DetectorLoadError(f"{place}: d_model {config.d_model} must be a multiple of 4, for its sine embeddings")
+
+
+def _refuse_other_classes(config: ConditionalDetrConfig, class_names: list[str], what: str) -> None:
+    """The outputs of a model that is loaded to go on must be the data set's classes, in their order."""
+    names = [config.id2label[index] for index in sorted(config.id2label)]
+    if names == class_names:
+        return
+    for index, (name, wanted) in enumerate(zip_longest(names, class_names)):
+        if name != wanted:
+            raise DetectorLoadError(
+                f"{what} has {len(names)} classes, the data set {len(class_names)}; they differ first at class "
+                f"{index}, {name!r} in the model and {wanted!r} in the data: they must be the same, in the same order"
+            )
 
 
 def _refuse_missing_timm(config: ConditionalDetrConfig, what: str) -> None:

@@ -80,7 +80,9 @@ def test_padding_gives_no_nan_gradient(divergence):
     log_map = scores.masked_fill(~mask.flatten(1)[:, None, None], float("-inf")).log_softmax(-1)
     student = slow_reference.random_group(1, BATCH, 4, 3, 2, mask, seed=2)
     pairs = AdaptiveMatcher()(teacher, student)
-    cross_attention_distillation(teacher.log_cross_attention, [log_map], pairs, mask, mask, BATCH, divergence).sum().backward()
+    cross_attention_distillation(
+        teacher.log_cross_attention, [log_map], pairs, mask, mask, BATCH, divergence
+    ).sum().backward()
     assert scores.grad.isfinite().all()
     assert scores.grad.abs().sum() > 0
     assert scores.grad.masked_select(~mask.flatten(1)[:, None, None]).abs().max() == 0

@@ -27,7 +27,10 @@ def group(queries, layers=2, batch=2, classes=3, seed=0):
 
 def total_cost(teacher, student, pairs, layer, image):
     cost = slow_reference.cost_matrix(
-        teacher.logits[layer, image], teacher.boxes[layer, image], student.logits[layer, image], student.boxes[layer, image]
+        teacher.logits[layer, image],
+        teacher.boxes[layer, image],
+        student.logits[layer, image],
+        student.boxes[layer, image],
     )
     indices = zip(pairs.teacher[layer, image].tolist(), pairs.student[layer, image].tolist(), strict=True)
     return sum(cost[i][j] for i, j in indices)
@@ -36,7 +39,9 @@ def total_cost(teacher, student, pairs, layer, image):
 def test_cost_equals_slow_loop():
     teacher, student = group(4, seed=1), group(5, seed=2)
     cost = prediction_cost(teacher.logits, teacher.boxes, student.logits, student.boxes, 1.0, 5.0, 2.0)
-    slow = slow_reference.cost_matrix(teacher.logits[1, 1], teacher.boxes[1, 1], student.logits[1, 1], student.boxes[1, 1])
+    slow = slow_reference.cost_matrix(
+        teacher.logits[1, 1], teacher.boxes[1, 1], student.logits[1, 1], student.boxes[1, 1]
+    )
     torch.testing.assert_close(cost[1, 1], torch.tensor(slow, dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
 

@@ -93,7 +93,8 @@ def test_inheriting_copies_what_fits():
         student, teacher, ["encoder", "decoder", "heads", "queries"], class_index, layer_map
     )
     assert torch.equal(
-        student.model.decoder.layers[1].encoder_attn.v_proj.weight, teacher.model.decoder.layers[3].encoder_attn.v_proj.weight
+        student.model.decoder.layers[1].encoder_attn.v_proj.weight,
+        teacher.model.decoder.layers[3].encoder_attn.v_proj.weight,
     )
     assert torch.equal(student.class_labels_classifier.bias, teacher.class_labels_classifier.bias[class_index])
     assert torch.equal(student.model.query_position_embeddings.weight, own_queries)

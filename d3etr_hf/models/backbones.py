@@ -1,0 +1,78 @@
+"""Pretrained weights for the backbone of a new detector."""
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig
+
+from .conditional_detr import D3etrConditionalDetrForObjectDetection
+from .errors import DetectorLoadError
+
+
+@torch.no_grad()
+def load_backbone_weights(model: D3etrConditionalDetrForObjectDetection, path: str) -> None:
+    """Fill the backbone with pretrained weights, batch norm statistics included.
+
+    Args:
+        path: a folder or Hub id of any checkpoint of the same architecture, such as an image classifier.
+
+    Raises:
+        DetectorLoadError: they cannot be read, or are of another architecture.
+    """
+    backbone, config = model.model.backbone.model, model.config.backbone_config
+    if config.model_type == "timm_backbone":
+        raise DetectorLoadError(
+            f"backbone_weights {path!r} go into a backbone of Transformers' own, and model_config has a timm "
+            "backbone: set backbone_config, for example to {model_type: resnet, out_features: [stage4]}"
+        )
+    try:
+        their_type = AutoConfig.from_pretrained(path).model_type
+        if their_type != config.model_type:
+            raise DetectorLoadError(
+                f"backbone_weights {path!r} are of a {their_type!r} model, model_config has a {config.model_type!r} "
+                "backbone: make the two agree"
+            )
+        # not AutoBackbone.from_pretrained, which asks the Hub first and refuses folders
+        loaded, info = type(backbone).from_pretrained(
+            path, out_features=config.out_features, dtype=torch.float32, output_loading_info=True
+        )
+    except DetectorLoadError:
+        raise
+    except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
+        raise DetectorLoadError(f"backbone_weights {path!r} cannot be read: {error}") from error
+    ours, theirs = backbone.state_dict(), loaded.state_dict()
+    # a classifier has no norms of single stages: they keep their start value, the identity
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("hidden_states_norms."))
+    counters = {name for name in theirs if name.endswith("num_batches_tracked")}  # a frozen batch norm counts nothing
+    different = sorted(ours.keys() ^ (theirs.keys() - counters)) or sorted(
+        name for name, value in ours.items() if theirs[name].shape != value.shape
+    )
+    if missing or different:
+        raise DetectorLoadError(
+            f"backbone_weights {path!r} do not fit backbone_config: {len(missing)} tensors are missing and "
+            f"{len(different)} differ, the first {(missing + different)[:3]}; {_differences(config, loaded.config)}"
+        )
+    backbone.load_state_dict({name: theirs[name] for name in ours}, strict=True)
+    # strides, activations and the like show in no shape
+    pixels = torch.rand(1, config.num_channels, 128, 128, generator=torch.Generator().manual_seed(0)).to(model.device)
+    was_training = backbone.training
+    outputs = [part.eval()(pixels).feature_maps[-1] for part in (backbone, loaded.to(model.device))]
+    backbone.train(was_training)
+    if outputs[0].shape != outputs[1].shape or not torch.allclose(*outputs, rtol=1e-3, atol=1e-4):
+        raise DetectorLoadError(
+            f"backbone_weights {path!r} were trained in a backbone that computes something else than backbone_config "
+            f"says; {_differences(config, loaded.config)}"
+        )
+
+
+def _differences(config: PreTrainedConfig, loaded: PreTrainedConfig) -> str:
+    """The fields in which two backbone configurations differ, for a message."""
+    ours, theirs = config.to_diff_dict(), loaded.to_diff_dict()
+    aside = {"_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type", "transformers_version"}
+    names = [name for name in sorted(ours.keys() | theirs.keys()) if name not in aside]
+    found = [
+        f"{name} ({getattr(config, name)!r} here, {getattr(loaded, name)!r} there)"
+        for name in names
+        if ours.get(name) != theirs.get(name)
+    ]
+    return f"the configurations differ in {', '.join(found)}" if found else "the configurations are equal"

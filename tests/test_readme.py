@@ -1,0 +1,43 @@
+"""The README's Python example runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.models.loading import load_image_processor
+from tests.tiny import tiny_model
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def test_example(tmp_path, monkeypatch):
+    """On a small data set, a tiny teacher and two steps; at most 20 lines of code."""
+    example = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL).group(1)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 20
+    make_shapes(tmp_path / "data" / "shapes", 8, 4, progress=False)
+    torch.manual_seed(0)
+    tiny_model().save_pretrained(tmp_path / "runs" / "demo" / "teacher")
+    load_image_processor(None, 96, 96).save_pretrained(tmp_path / "runs" / "demo" / "teacher")
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    monkeypatch.chdir(tmp_path)
+    short = example.replace("max_steps=1000", "max_steps=2").replace("per_device_train_batch_size=16", "use_cpu=True")
+    assert short != example
+    exec(compile(short, "README.md", "exec"), {})
+    from transformers import AutoModelForObjectDetection
+
+    assert len(AutoModelForObjectDetection.from_pretrained("runs/student").config.id2label) == 3
+
+
+@pytest.mark.parametrize("name", ["train", "distill", "evaluate", "demo", "make_shapes"])
+def test_script_starts_from_its_own_folder(name):
+    """scripts/evaluate.py would hide the evaluate package from every script beside it."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, str(REPOSITORY / "scripts" / f"{name}.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert result.returncode == 0, result.stderr
+    assert "--" in result.stdout
