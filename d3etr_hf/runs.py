@@ -24,6 +24,7 @@ from .models.loading import (
     load_image_processor,
 )
 from .trainer import D3etrTrainer, NonFiniteLossError
+from .yaml_files import ConfigurationLoader
 
 logger = logging.get_logger(__name__)
 
@@ -50,9 +51,8 @@ def train_detector(
         OutputFolderError: the output folder holds another run, or files that are no run.
     """
     output = Path(training_arguments.output_dir)
-    instances = (model_arguments, teacher_arguments, data_arguments, training_arguments)
-    with training_arguments.main_process_first(desc="output folder"):
-        checkpoint = claim_output_folder(output, *instances)
+    configuration = describe_run(model_arguments, teacher_arguments, data_arguments, training_arguments)
+    checkpoint = check_output_folder(output, configuration)
     if (output / RESULTS).exists():
         logger.warning(f"{output} holds this run already, finished: nothing to do")
         return json.loads((output / RESULTS).read_text())
@@ -87,6 +87,9 @@ def train_detector(
     )
     stopwatch = Stopwatch(output)
     trainer.add_callback(stopwatch)
+    if trainer.is_world_process_zero():
+        # only now: a call that failed on its data or its teacher leaves the folder free for the next
+        (output / CONFIGURATION).write_text(configuration)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -97,8 +100,8 @@ def train_detector(
         "seconds": stopwatch.seconds,
     }
     if trainer.is_world_process_zero():
-        (output / HISTORY).write_text(json.dumps(trainer.state.log_history, indent=1))
-        (output / RESULTS).write_text(json.dumps(results, indent=1))
+        write_json(output / HISTORY, trainer.state.log_history)
+        write_json(output / RESULTS, results)
     return results
 
 
@@ -162,16 +165,30 @@ class Stopwatch(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.file.write_text(json.dumps(self.seconds))
+            write_json(self.file, self.seconds)
         self.mark = time.perf_counter()
 
 
-def claim_output_folder(output: Path, *instances) -> str | None:
-    """Make sure an output folder is this run's, write its configuration, and find where to go on from.
+def write_json(path: Path, content) -> None:
+    """Write a file whole or not at all: a run may be stopped at any moment."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=1))
+    unfinished.replace(path)
+
+
+def describe_run(*instances) -> str:
+    """The YAML that makes the scripts build these dataclasses again."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_configuration(Path(folder) / CONFIGURATION, *instances)
+        return (Path(folder) / CONFIGURATION).read_text()
+
+
+def check_output_folder(output: Path, configuration: str) -> str | None:
+    """Make sure an output folder is this run's, or free, and find where to go on from.
 
     Args:
-        output: the folder; made if it is not there.
-        instances: the dataclasses that describe the run.
+        output: the folder, which need not exist.
+        configuration: of the run, from `describe_run`; where its folder lies does not count.
 
     Returns:
         The last complete checkpoint, or None to start from the beginning.
@@ -179,21 +196,19 @@ def claim_output_folder(output: Path, *instances) -> str | None:
     Raises:
         OutputFolderError: the folder holds another run, or files but no run.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        write_configuration(Path(folder) / CONFIGURATION, *instances)
-        wanted = (Path(folder) / CONFIGURATION).read_text()
-    existing = output / CONFIGURATION
-    if not existing.exists():
-        if any(output.iterdir()):
-            raise OutputFolderError(
-                f"{output} is not empty and holds no {CONFIGURATION} of a run: choose another output_dir, or empty it"
-            )
-        existing.write_text(wanted)
+    if not output.exists() or not any(output.iterdir()):
         return None
-    if existing.read_text() != wanted:
-        old, new = yaml.safe_load(existing.read_text()) or {}, yaml.safe_load(wanted) or {}
-        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if not (output / CONFIGURATION).exists():
+        raise OutputFolderError(
+            f"{output} is not empty and holds no {CONFIGURATION} of a run: choose another output_dir, or empty it"
+        )
+    old, new = (
+        yaml.load(text, Loader=ConfigurationLoader) or {}
+        for text in ((output / CONFIGURATION).read_text(), configuration)
+    )
+    keys = sorted((old.keys() | new.keys()) - {"output_dir"})
+    changed = [key for key in keys if old.get(key) != new.get(key)]
+    if changed:
         raise OutputFolderError(
             f"{output} holds another run: it differs in "
             + ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in changed[:3])

@@ -1,0 +1,170 @@
+"""Takes every guard out, one at a time, in a copy of the repository, and sees that its test fails.
+
+    python tests/mutations.py [WORD ...]
+
+Without words all mutations are tried (about ten minutes on one core), else those whose name holds one of them. Exits
+with 1 if a test still passes. Each line of the table: what is guarded, file, what is taken out, what is put there, the
+test that must fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODEL, ATTENTION = "d3etr_hf/models/conditional_detr.py", "d3etr_hf/models/attention.py"
+TRAINER, OBJECTIVE = "d3etr_hf/trainer.py", "d3etr_hf/objective.py"
+COSTS, LOSSES = "d3etr_hf/matching/costs.py", "d3etr_hf/losses"
+MODEL_TESTS, TRAINER_TESTS = "tests/models/test_conditional_detr.py", "tests/test_trainer.py"
+INITIALISATION_TESTS, OBJECTIVE_TESTS = "tests/models/test_initialisation.py", "tests/test_objective.py"
+
+MUTATIONS = [
+    # HF_NOTES 1: auxiliary_loss semantics, the norm on the side
+    ("note 1: norm fed onwards", MODEL, "if normed_between:\n                hidden",
+     "if True:\n                hidden",
+     f"{MODEL_TESTS}::test_layer_predictions_are_normed_once_on_the_side"),
+    ("note 1: checkpoint semantics", MODEL, "normed_between = self.model.decoder, self.config.auxiliary_loss",
+     "normed_between = self.model.decoder, False", f"{MODEL_TESTS}::test_group_pass_equals_stock_forward"),
+    ("note 1: earlier layers unnormed", MODEL, "per_layer.append(decoder.layernorm(hidden_states))",
+     "per_layer.append(decoder.layernorm(hidden_states) if layer is decoder.layers[-1] else hidden_states)",
+     f"{MODEL_TESTS}::test_layer_predictions_are_normed_once_on_the_side"),
+    # HF_NOTES 2: what is frozen
+    ("note 2: after loading", MODEL, "        freeze_as_in_paper(model)\n", "",
+     f"{INITIALISATION_TESTS}::test_resnet_freezes_stem_and_first_stage_when_built_and_when_loaded"),
+    ("note 2: after building", MODEL, "            freeze_as_in_paper(self)\n", "",
+     f"{INITIALISATION_TESTS}::test_resnet_freezes_stem_and_first_stage_when_built_and_when_loaded"),
+    # HF_NOTES 3: start values
+    ("note 3: initialisation", MODEL, "            initialise_as_in_paper(self)\n", "",
+     f"{INITIALISATION_TESTS}::test_first_class_loss_is_near_one"),
+    ("note 3: of a new head", MODEL, "            initialise_as_in_paper(model, new)\n", "",
+     f"{INITIALISATION_TESTS}::test_new_class_head_of_a_loaded_model_starts_as_in_paper"),
+    # HF_NOTES 4: attention maps
+    ("note 4: maps after dropout", ATTENTION, "    return torch.matmul(weights, value), log_map",
+     "    return torch.matmul(weights, value), weights.log()", f"{MODEL_TESTS}::test_maps_are_taken_before_dropout"),
+    ("note 4: mass on padding", ATTENTION, 'scores.masked_fill(~mask, float("-inf"))', "scores + mask",
+     f"{MODEL_TESTS}::test_maps_equal_stock_eager_maps"),
+    ("note 4: reentrant checkpointing", MODEL, '.get("use_reentrant", False)', '.get("nothing", False)',
+     f"{MODEL_TESTS}::test_reentrant_checkpointing_is_refused"),
+    ("note 4: eager everywhere", MODEL, "attention.stock_config = config", "config._attn_implementation = 'eager'",
+     f"{MODEL_TESTS}::test_only_what_is_asked_for_is_materialised"),
+    # HF_NOTES 5: isolation
+    ("note 5: groups see each other", ATTENTION, "tensor.split(query_group_sizes, dim=2)",
+     "tensor.split(10**6, dim=2)",
+     f"{MODEL_TESTS}::test_group_isolation"),
+    # HF_NOTES 6: the stock loss
+    ("note 6: loss by name", MODEL, "        self.extra_query_groups = nn.ModuleList()",
+     '        self.extra_query_groups = nn.ModuleList()\n        self.loss_type = "ForObjectDetection"',
+     f"{MODEL_TESTS}::test_stock_loss_is_found"),
+    # HF_NOTES 7: saving
+    ("note 7: own class saved", MODEL, "def save_pretrained(", "def save_as_stock(",
+     f"{MODEL_TESTS}::test_saved_checkpoint_is_a_plain_stock_model"),
+    ("note 7: teacher left in train mode", TRAINER, ".to(self.args.device).eval().requires_grad_(False)",
+     ".to(self.args.device).train()", f"{TRAINER_TESTS}::test_teacher_is_frozen_and_kept_out_of_the_student"),
+    # HF_NOTES 8: classes by name, dtype
+    ("note 8: classes by position", OBJECTIVE, "[..., self.class_index.to(teacher.logits.device)]",
+     "[..., : len(self.class_index)]", f"{OBJECTIVE_TESTS}::test_teacher_classes_are_gathered_by_name"),
+    ("note 8: dtype of the checkpoint", MODEL, '        kwargs.setdefault("dtype", torch.float32)\n', "",
+     f"{MODEL_TESTS}::test_half_precision_checkpoint_loads_in_float32"),
+    # HF_NOTES 9, 10: the detection loss
+    ("note 9: boxes divided twice", TRAINER, "boxes.clamp(min=1)", "(boxes / self.accelerator.num_processes)",
+     "tests/test_distributed.py"),
+    ("note 10: class weight", OBJECTIVE, "scale * config.cls_loss_coefficient", "scale",
+     f"{OBJECTIVE_TESTS}::test_detection_weights_and_group_reduction"),
+    # HF_NOTES 12: bad numbers
+    ("note 12: NaN matched in silence", COSTS, "if not np.isfinite(matrix[:, :size]).all():", "if False:",
+     "tests/matching/test_mix_matcher.py::test_non_finite_prediction_is_refused_with_its_place"),
+    ("note 12: boxes without area", "d3etr_hf/boxes.py", "tiny = 1e-9", "tiny = 0.0",
+     f"tests/{LOSSES.split('/')[1]}/test_detection.py::test_identical_boxes_without_area_give_no_nan"),
+    ("note 12: no box in a batch", f"{LOSSES}/detection.py", "targets.class_labels.shape[1] == 0", "False",
+     "tests/losses/test_detection.py::test_batch_without_any_box_still_learns_background"),
+    # HF_NOTES 13: evaluation
+    ("note 13: default evaluation loop", TRAINER, "def prediction_step(", "def _unused_prediction_step(",
+     f"{TRAINER_TESTS}::test_evaluation_equals_cocoeval_image_by_image"),
+    # HF_NOTES 14: accumulation
+    ("note 14: divided again", TRAINER, "self.loss_is_scaled_for_ga = True", "self.loss_is_scaled_for_ga = False",
+     f"{TRAINER_TESTS}::test_accumulated_batches_equal_one_batch"),
+    # HF_NOTES 15: the teacher under autocast
+    ("note 15: teacher outside autocast", TRAINER, "with torch.no_grad(), self.accelerator.autocast():",
+     "with torch.no_grad():", f"{TRAINER_TESTS}::test_teacher_runs_under_the_same_autocast"),
+    # HF_NOTES 16: logs
+    ("note 16: sums instead of means", TRAINER, 'else steps)\n', "else 1)\n",
+     f"{TRAINER_TESTS}::test_logged_terms_add_up_to_the_loss"),
+    ("note 16: one process's terms", TRAINER, "sums = self._average(torch.stack(", "sums = (torch.stack(",
+     "tests/test_distributed.py::test_logged_terms_are_the_same_on_two_processes"),
+    # HF_NOTES 18: padding
+    ("note 18: no pixel mask", "d3etr_hf/data/collate.py",
+     "torch.zeros(len(images), height, width, dtype=torch.int64)",
+     "torch.ones(len(images), height, width, dtype=torch.int64)", "tests/data/test_collate.py"),
+    ("note 18: boxes by another size", "d3etr_hf/data/transforms.py",
+     "corners = boxes / torch.tensor([image.width, image.height]).repeat(2)",
+     "corners = boxes / torch.tensor([original_size[1], original_size[0]]).repeat(2)",
+     "tests/data/test_transforms.py"),
+    # HF_NOTES 19: the composition of a batch is kept when two processes or two models are compared
+    ("note 19: padding seen by attention", MODEL, "self._sdpa_config, query_position, memory_mask.flatten(1))",
+     "self._sdpa_config, query_position, torch.ones_like(memory_mask.flatten(1)))",
+     f"{MODEL_TESTS}::test_group_pass_equals_stock_forward"),
+    # HF_NOTES 20: labels
+    ("note 20: crowds as labels", "d3etr_hf/data/checking.py", 'if not annotation.get("iscrowd")]', "]",
+     "tests/data/test_checking.py"),
+    ("note 20: raw category ids", "d3etr_hf/data/checking.py",
+     "{category_id: label for label, category_id in enumerate(category_ids)}",
+     "{category_id: category_id for category_id in category_ids}", "tests/data/test_checking.py"),
+    # found here
+    ("resume: stock loading", TRAINER, "def _load_from_checkpoint(", "def _unused_load(",
+     f"{TRAINER_TESTS}::test_resumed_run_equals_an_uninterrupted_one"),
+    ("resume: auxiliary weights", TRAINER, "if extra.exists():", "if False:",
+     f"{TRAINER_TESTS}::test_resumed_run_equals_an_uninterrupted_one"),
+    ("best model: stock loading", TRAINER, "def _load_best_model(", "def _unused_best(",
+     f"{TRAINER_TESTS}::test_best_model_is_loaded_at_the_end"),
+    ("evaluation before training", TRAINER, "            self.model._is_accelerate_prepared = False\n",
+     "            pass\n",
+     "tests/test_distributed.py::test_first_gradients_are_the_same_on_two_processes"),
+    ("matching: foreground chosen first", "d3etr_hf/matching/mix_matcher.py", "teacher_logits.amax(-1).topk(",
+     "(-teacher_logits.amax(-1)).topk(", "tests/matching/test_mix_matcher.py"),
+    ("attention: renormalised rows", f"{LOSSES}/attention.py", "else restricted.log_softmax(-1)", "else restricted",
+     "tests/losses/test_attention.py"),
+    ("attention: unequal heads on padding", f"{LOSSES}/attention.py",
+     "log_map.clamp(min=torch.finfo(log_map.dtype).min)", "log_map", "tests/losses/test_attention.py"),
+    ("scripts: evaluate.py hides evaluate", "scripts/train.py", "sys.path[:] = [", "_ = [", "tests/test_readme.py"),
+]  # fmt: skip
+
+
+def survives(copy: Path, file: str, old: str, new: str, test: str) -> bool:
+    """Whether the test still passes with the guard taken out."""
+    path = copy / file
+    original = path.read_text()
+    if old not in original:
+        raise SystemExit(f"{file} no longer holds {old!r}: bring tests/mutations.py up to date")
+    path.write_text(original.replace(old, new))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
+    try:
+        result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600)
+        if result.returncode not in (0, 1):  # 1: tests failed; anything else: they did not run
+            raise SystemExit(f"{test} could not be run:\n{result.stdout[-2000:]}")
+        return result.returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        path.write_text(original)
+
+
+def main() -> None:
+    chosen = [row for row in MUTATIONS if not sys.argv[1:] or any(word in row[0] for word in sys.argv[1:])]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "repository"
+        shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".ruff_cache"))
+        for name, *mutation in chosen:
+            passed = survives(copy, *mutation)
+            print(f"{'SURVIVED' if passed else 'caught':<9}{name}  ({mutation[-1]})", flush=True)
+            survivors += [name] * passed
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations caught")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
