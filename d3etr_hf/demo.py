@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,12 +36,13 @@ class DemoError(RuntimeError):
     """A run of the demonstration failed."""
 
 
-def run_demo(folder: Path, data_folder: Path) -> list[dict]:
+def run_demo(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) -> list[dict]:
     """Make the data, train what is not trained yet, evaluate, and write results and pictures.
 
     Args:
         folder: gets one folder for each model, `results.json`, `detections.png`, `curves.png` and `logs/`.
         data_folder: gets the shapes.
+        overrides: further flags for every training run.
 
     Returns:
         What `results.json` holds: for each model name, AP and AP50 (0..1), parameters, optimizer steps and seconds of
@@ -54,7 +56,7 @@ def run_demo(folder: Path, data_folder: Path) -> list[dict]:
         print(f"The demonstration is done already; remove {folder} to run it again.")
         return json.loads(summary.read_text())
     make_shapes(data_folder)
-    results = train_all(folder, data_folder)
+    results = train_all(folder, data_folder, overrides)
     draw_training_curves(
         {name: json.loads((folder / name / HISTORY).read_text()) for name in results}, folder / "curves.png"
     )
@@ -67,9 +69,9 @@ def run_demo(folder: Path, data_folder: Path) -> list[dict]:
     return rows
 
 
-def train_all(folder: Path, data_folder: Path) -> dict[str, dict]:
+def train_all(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) -> dict[str, dict]:
     """Train the five models, two at a time, each one going on where it was; results by name."""
-    data = ["--data_folder", str(data_folder)]
+    data = ["--data_folder", str(data_folder), *overrides]
     distil = ["scripts/distill.py", str(CONFIGURATIONS / "distill.yaml"), "--teacher", str(folder / "teacher"), *data]
     control = ["scripts/distill.py", str(CONFIGURATIONS / "teacherless.yaml"), *data]
     alone = ["scripts/train.py", str(CONFIGURATIONS / "student.yaml"), *data]
@@ -115,7 +117,7 @@ def train_one(name: str, command: list[str], folder: Path) -> dict:
             time.sleep(1)
             show_progress(log, start, bar)
     if process.returncode != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         raise DemoError(f"the run {name!r} failed with exit code {process.returncode}; its log is {log}:\n{tail}")
     return json.loads((folder / name / RESULTS).read_text())
 

@@ -125,7 +125,7 @@ def build_model(arguments: ModelArguments, class_names: list[str]) -> D3etrCondi
     place, options = "model_config", arguments.model_config
     if isinstance(options, str):
         place, options = f"model_config {options!r}", _read_model_config(options)
-    _check_model_options(options, place)
+    check_model_options(options, place)
     try:
         config = ConditionalDetrConfig(
             **options, id2label=id2label, label2id={name: index for index, name in id2label.items()}
@@ -200,7 +200,7 @@ def _read_model_config(path: str) -> dict:
         raise DetectorLoadError(f"model_config {path!r} is neither YAML nor JSON: {error}") from error
 
 
-def _check_model_options(options: dict, place: str) -> None:
+def check_model_options(options: dict, place: str) -> None:
     """Transformers would keep an unknown key in silence, and take timm's ResNet-50 where no backbone is given."""
     if not isinstance(options, dict):
         raise DetectorLoadError(f"{place} must hold fields of ConditionalDetrConfig, holds {options!r}")
