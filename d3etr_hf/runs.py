@@ -43,6 +43,9 @@ def train_detector(
 ) -> dict:
     """Train, evaluate and save one detector; go on where an interrupted run of the same configuration stopped.
 
+    A run that goes on ends as if nothing had stopped it, save that within an epoch the rest of that epoch draws its
+    augmentation anew (a data loader fetches ahead of the random state that a checkpoint holds).
+
     Returns:
         The results, as written to `results.json`: AP and AP50 (0..1) and all other metrics, parameters, optimizer
         steps, and seconds of training (summed over interruptions; without evaluation before or after it).

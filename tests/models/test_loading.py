@@ -126,14 +126,13 @@ def test_another_family(tmp_path):
 
 @pytest.mark.parametrize("model_class", [ConditionalDetrModel, ConditionalDetrForSegmentation])
 def test_conditional_detr_that_is_no_detector(tmp_path, model_class):
-    """A segmentation model holds a detector under other names, a bare model has no heads: both would load untrained."""
-    config = tiny_config()
-    if model_class is ConditionalDetrForSegmentation:
-        config = tiny_config(
-            backbone_config=ConvNextConfig(
-                hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, out_features=["stage1", "stage2", "stage3", "stage4"]
-            )
-        )
+    """Of a segmentation model and of a bare one all or some detection tensors would start at random."""
+    config = tiny_config(
+        encoder_attention_heads=8,
+        backbone_config=ConvNextConfig(
+            hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, out_features=["stage1", "stage2", "stage3", "stage4"]
+        ),
+    )
     model_class(config).save_pretrained(tmp_path)
     with pytest.raises(DetectorLoadError, match=f"is no detector: its architectures are .*{model_class.__name__}"):
         load_detector(str(tmp_path))
@@ -207,8 +206,8 @@ def test_arguments_that_contradict_each_other(make, message):
     [
         ({"num_querys": 7}, r"ConditionalDetrConfig has no \['num_querys'\]"),
         ({"d_model": "wide"}, "'d_model' expected int"),
-        ({"d_model": 30}, r"d_model 30 must be a multiple of encoder_attention_heads \(4\)"),
-        ({"d_model": 30, "encoder_attention_heads": 5}, r"multiple of decoder_attention_heads \(4\)"),
+        ({"d_model": 30}, "d_model 30 must be a multiple of encoder_attention_heads, which is 4"),
+        ({"d_model": 30, "encoder_attention_heads": 5}, "multiple of decoder_attention_heads, which is 4"),
         ({"d_model": 30, "encoder_attention_heads": 5, "decoder_attention_heads": 5}, "d_model 30 .* multiple of 4"),
         ({"activation_function": "rely"}, "'rely'"),
         ({"num_queries": -1}, "-1"),
@@ -287,7 +286,6 @@ def test_classes_are_compared_by_number_not_by_place_in_the_file(checkpoint):
 
 def test_resnet_weights_arrive_exactly_with_their_batch_norm_statistics(classifier):
     """Weights, statistics and the features that follow from them, against Transformers' own backbone."""
-    state = torch.get_rng_state()
     backbone = build(model_options(), classifier).model.backbone.model
     expected = ResNetBackbone.from_pretrained(classifier, out_features=["stage2"])
     own, theirs = backbone.state_dict(), expected.state_dict()
@@ -301,11 +299,11 @@ def test_resnet_weights_arrive_exactly_with_their_batch_norm_statistics(classifi
         assert torch.equal(own[name], file[f"resnet.{name}"]), name
     pixels = torch.randn(2, 3, 64, 48)
     with torch.no_grad():
-        torch.testing.assert_close(backbone(pixels).feature_maps, expected.eval()(pixels).feature_maps)
-    assert state is not None
+        features, wanted = backbone.eval()(pixels).feature_maps[0], expected.eval()(pixels).feature_maps[0]
+    assert (features - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-def test_what_trains_is_the_same_with_backbone_weights(classifier, caplog):
+def test_what_trains_is_the_same_with_backbone_weights(classifier):
     """Transformers' own loading would set the frozen stem free (HF_NOTES 2)."""
     loaded, fresh = build(model_options(), classifier), build(model_options())
     trains = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (loaded, fresh)]
@@ -337,10 +335,13 @@ def test_convnext_weights_arrive(tmp_path):
 @pytest.mark.parametrize(
     "backbone, message",
     [
-        ({"depths": [1, 1]}, r"depths \(\[1, 1\] here, \[1, 2\] there\)"),  # deeper weights: a part would fit
-        ({"depths": [1, 3]}, r"depths \(\[1, 3\] here, \[1, 2\] there\)"),
-        ({"hidden_sizes": [8, 24]}, "hidden_sizes"),
-        ({"layer_type": "bottleneck"}, r"layer_type \('bottleneck' here, 'basic' there\)"),
+        (
+            {"depths": [1, 1]},
+            r"do not fit.*depths \(\[1, 1\] here, \[1, 2\] there\)",
+        ),  # deeper weights: a part would fit
+        ({"depths": [1, 3]}, r"do not fit.*depths \(\[1, 3\] here, \[1, 2\] there\)"),
+        ({"hidden_sizes": [8, 24]}, "do not fit.*hidden_sizes"),
+        ({"layer_type": "bottleneck"}, r"do not fit.*layer_type \('bottleneck' here, 'basic' there\)"),
         ({"hidden_act": "gelu"}, r"computes something else.*hidden_act \('gelu' here, 'relu' there\)"),
     ],
 )
@@ -381,7 +382,7 @@ def test_image_processor_comes_back_with_its_scaling_and_the_size_asked_for(tmp_
     saved.image_mean = [0.1, 0.2, 0.3]
     saved.save_pretrained(tmp_path)
     as_saved, resized = load_image_processor(str(tmp_path)), load_image_processor(str(tmp_path), 48, 64)
-    assert as_saved.image_mean == resized.image_mean == [0.1, 0.2, 0.3]
+    assert as_saved.image_mean == resized.image_mean == (0.1, 0.2, 0.3)
     assert (as_saved.size["shortest_edge"], as_saved.size["longest_edge"]) == (96, 128)
     assert (resized.size["shortest_edge"], resized.size["longest_edge"]) == (48, 64)
 
