@@ -19,6 +19,7 @@ from .models.loading import (
     ModelArguments,
     TeacherArguments,
     build_model,
+    class_names_of,
     keep_classes,
     load_detector,
     load_image_processor,
@@ -61,10 +62,7 @@ def train_detector(
         return json.loads((output / RESULTS).read_text())
     set_seed(training_arguments.seed)
     source = model_arguments.model or teacher_arguments.teacher
-    processor = load_image_processor(None, data_arguments.short_side, data_arguments.long_side)
-    source_processor = None if source is None else load_image_processor(source)
-    if source_processor is not None:
-        processor.image_mean, processor.image_std = source_processor.image_mean, source_processor.image_std
+    processor = load_image_processor(source) or load_image_processor(None)
     train, val = load_splits(data_arguments, processor)
     model = build_model(model_arguments, train.class_names)
     teacher = teacher_processor = None
@@ -113,7 +111,7 @@ def evaluate_detector(
 ) -> dict[str, float]:
     """COCO metrics (0..1) of a saved detector on the validation split, also written to `evaluation.json`.
 
-    The detector's own image processor scales the pixels; `short_side` and `long_side` of the data arguments hold.
+    The detector's own image processor scales the pixels, to its own size unless the data arguments give another.
 
     Raises:
         DetectorLoadError, DatasetError, IncompatibleTeacherError: the model or the data cannot be read.
@@ -130,7 +128,7 @@ def evaluate_detector(
     detector = load_detector(model)
     processor = load_image_processor(model) or load_image_processor(None)
     _, val = load_splits(data_arguments, processor)
-    if val.class_names != list(detector.config.id2label.values()):
+    if val.class_names != class_names_of(detector.config):
         # a teacher with more classes, or the same in another order: its head is reduced to the data's, by name
         keep_classes(detector, class_index_by_name(detector.config, val.class_names), val.class_names)
     trainer = D3etrTrainer(model=detector, args=training_arguments, eval_dataset=val, processing_class=processor)

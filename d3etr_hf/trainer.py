@@ -16,6 +16,7 @@ from .data import DetectionCollator
 from .evaluation import CocoAveragePrecision, select_detections, to_coco_detections
 from .matching import NonFiniteCostError, Targets
 from .models import AuxiliaryQueries, D3etrConditionalDetrForObjectDetection, DetectorOutput
+from .models.loading import class_names_of
 from .objective import D3etrObjective, Shares
 
 logger = logging.get_logger(__name__)
@@ -56,7 +57,7 @@ class D3etrTrainer(Trainer):
         check_image_processors(trainer_options.get("processing_class"), teacher_processing_class)
         class_index = layer_map = None
         if teacher is not None:
-            class_index = class_index_by_name(teacher.config, list(model.config.id2label.values()))
+            class_index = class_index_by_name(teacher.config, class_names_of(model.config))
             layer_map = spread_layers(teacher.config.decoder_layers, model.config.decoder_layers, args.layer_map)
         if args.backbone_learning_rate == 0:
             model.model.freeze_backbone()

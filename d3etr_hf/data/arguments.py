@@ -39,11 +39,18 @@ class DataArguments:
     train_images: str | None = field(default=None, metadata={"help": "Image folder of the training split."})
     val_annotations: str | None = field(default=None, metadata={"help": "COCO JSON of the validation split."})
     val_images: str | None = field(default=None, metadata={"help": "Image folder of the validation split."})
-    short_side: int = field(
-        default=800, metadata={"help": "Short side of the images at evaluation, and the scale of the augmentation."}
+    short_side: int | None = field(
+        default=None,
+        metadata={
+            "help": "Short side of the images at evaluation, and the scale of the augmentation, in pixels; by default "
+            "that of the image processor saved with the model or the teacher, else 800. Give long_side with it."
+        },
     )
-    long_side: int = field(
-        default=1333, metadata={"help": "Longest side allowed; the short side gives way to it. In pixels."}
+    long_side: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest side allowed, in pixels; the short side gives way to it. Without a saved one 1333."
+        },
     )
     augmentation: Literal["none", "flip", "multiscale", "paper"] = field(
         default="paper",
@@ -70,9 +77,11 @@ class DataArguments:
         places = (self.data_folder is not None) + (self.dataset_name is not None) + any(explicit)
         if places > 1:
             raise ValueError("give one of data_folder, dataset_name or the explicit paths, not several.")
-        if self.short_side < SMALLEST_SIDE:
+        if (self.short_side is None) != (self.long_side is None):
+            raise ValueError("give both short_side and long_side, or neither.")
+        if self.short_side is not None and self.short_side < SMALLEST_SIDE:
             raise ValueError(f"short_side is {self.short_side}: it must be at least {SMALLEST_SIDE} pixels.")
-        if self.long_side < self.short_side:
+        if self.short_side is not None and self.long_side < self.short_side:
             raise ValueError(
                 f"long_side is {self.long_side}: it must be at least short_side, which is {self.short_side} pixels."
             )
@@ -92,10 +101,14 @@ class DataArguments:
                 f"augmentation_short_sides has no effect with augmentation {self.augmentation!r}: leave it out, or "
                 "choose multiscale or paper."
             )
-        if not short_sides or min(short_sides) < SMALLEST_SIDE or max(short_sides) > self.long_side:
+        if not short_sides or min(short_sides) < SMALLEST_SIDE:
             raise ValueError(
-                f"augmentation_short_sides is {short_sides}: give at least one, each {SMALLEST_SIDE} to long_side, "
-                f"which is {self.long_side} pixels."
+                f"augmentation_short_sides is {short_sides}: give at least one, each at least {SMALLEST_SIDE} pixels."
+            )
+        if self.long_side is not None and max(short_sides) > self.long_side:
+            raise ValueError(
+                f"augmentation_short_sides is {short_sides}: none may exceed long_side, which is {self.long_side} "
+                "pixels."
             )
 
 
@@ -106,8 +119,8 @@ def load_splits(
 
     Args:
         arguments: see there.
-        image_processor: of the model. Its `size` is set to the arguments' sides, so that the processor saved with the
-            model resizes as evaluation did.
+        image_processor: of the model. Its `size` is set to the arguments' sides where they are given, so that the
+            processor saved with the model resizes as evaluation did.
 
     Raises:
         DatasetError: no data are named, a split cannot be loaded, or the two have different categories.
@@ -118,25 +131,38 @@ def load_splits(
         train = train.select(range(min(arguments.max_train_images, len(train))))
     if arguments.max_val_images is not None:
         val = val.select(range(min(arguments.max_val_images, len(val))))
-    image_processor.size = SizeDict(shortest_edge=arguments.short_side, longest_edge=arguments.long_side)
+    if arguments.short_side is not None:
+        image_processor.size = SizeDict(shortest_edge=arguments.short_side, longest_edge=arguments.long_side)
+    size = image_processor.size
+    if size["shortest_edge"] is None or size["longest_edge"] is None:
+        raise DatasetError(f"the image processor's size is {size}: give short_side and long_side.")
     return (
-        train.with_transform(DetectionTransform(image_processor, build_augmentation(arguments))),
+        train.with_transform(
+            DetectionTransform(
+                image_processor, build_augmentation(arguments, size["shortest_edge"], size["longest_edge"])
+            )
+        ),
         val.with_transform(DetectionTransform(image_processor)),
     )
 
 
-def build_augmentation(arguments: DataArguments) -> Augmentation | None:
-    """The augmentation of training images, with DETR's sizes scaled by short_side / 800; None for `none`."""
+def build_augmentation(arguments: DataArguments, short_side: int, long_side: int) -> Augmentation | None:
+    """The augmentation of training images, with DETR's sizes scaled by short_side / 800; None for `none`.
+
+    Args:
+        arguments: which one, and the short sides to draw from.
+        short_side, long_side: of the images at evaluation, pixels.
+    """
     if arguments.augmentation == "none":
         return None
     if arguments.augmentation == "flip":
-        return Augmentation([arguments.short_side], arguments.long_side)
-    factor = arguments.short_side / DETR_SHORT_SIDE
+        return Augmentation([short_side], long_side)
+    factor = short_side / DETR_SHORT_SIDE
     short_sides = arguments.augmentation_short_sides or [
         round(side * factor) for side in DETR_AUGMENTATION_SHORT_SIDES
     ]
     crop = CropSizes().scaled(factor) if arguments.augmentation == "paper" else None
-    return Augmentation(short_sides, arguments.long_side, crop)
+    return Augmentation(short_sides, long_side, crop)
 
 
 def _load(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]:

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import ConditionalDetrForObjectDetection
 from transformers.utils import logging
 
+from .errors import DetectorLoadError
+
 logger = logging.get_logger(__name__)
 
 FOREGROUND_PRIOR = 0.01
@@ -104,7 +106,7 @@ def inherit_from_teacher(
         The names of the tensors copied and of those left as they were, for their shapes or depth.
 
     Raises:
-        ValueError: nothing at all could be copied.
+        DetectorLoadError: nothing at all could be copied.
     """
     prefixes = {
         "encoder": ("model.encoder.", "model.input_projection."),
@@ -134,7 +136,7 @@ def inherit_from_teacher(
             value.copy_(tensor)
             copied.append(name)
     if not copied:
-        raise ValueError(
+        raise DetectorLoadError(
             f"inherit_from_teacher={list(parts)}: no tensor of the teacher fits the student (its hidden size is "
             f"{teacher.config.d_model}, the student's {student.config.d_model}); leave the option empty"
         )

@@ -231,9 +231,14 @@ def _refuse_uneven_heads(config: ConditionalDetrConfig, place: str) -> None:
         raise DetectorLoadError(f"{place}: d_model {config.d_model} must be a multiple of 4, for its sine embeddings")
 
 
+def class_names_of(config: ConditionalDetrConfig) -> list[str]:
+    """A detector's class names, in the order of its outputs."""
+    return [config.id2label[index] for index in sorted(config.id2label)]
+
+
 def _refuse_other_classes(config: ConditionalDetrConfig, class_names: list[str], what: str) -> None:
     """The outputs of a model that is loaded to go on must be the data set's classes, in their order."""
-    names = [config.id2label[index] for index in sorted(config.id2label)]
+    names = class_names_of(config)
     if names == class_names:
         return
     for index, (name, wanted) in enumerate(zip_longest(names, class_names)):

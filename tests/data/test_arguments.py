@@ -34,13 +34,14 @@ def test_every_argument_is_explained_and_can_be_given() -> None:
     [
         ({"data_folder": "a", "dataset_name": "b"}, "give one of"),
         ({"train_annotations": "a", "train_images": "b"}, "give all of"),
-        ({"short_side": 15}, "short_side is 15: it must be at least 16"),
-        ({"long_side": 799}, "long_side is 799: it must be at least short_side, which is 800"),
+        ({"short_side": 15, "long_side": 20}, "short_side is 15: it must be at least 16"),
+        ({"short_side": 800, "long_side": 799}, "long_side is 799: it must be at least short_side, which is 800"),
+        ({"long_side": 800}, "give both short_side and long_side"),
         ({"augmentation": "papre"}, "augmentation is 'papre': choose none, flip, multiscale or paper"),
         ({"augmentation": "flip", "augmentation_short_sides": [480]}, "has no effect with augmentation 'flip'"),
         ({"augmentation_short_sides": []}, "give at least one"),
-        ({"augmentation_short_sides": [15, 480]}, "each 16 to long_side"),
-        ({"augmentation_short_sides": [480, 1334]}, "which is 1333 pixels"),
+        ({"augmentation_short_sides": [15, 480]}, "each at least 16"),
+        ({"augmentation_short_sides": [480, 1334], "short_side": 800, "long_side": 1333}, "which is 1333 pixels"),
         ({"max_train_images": 0}, "max_train_images is 0: it must be at least 1"),
         ({"max_val_images": -1}, "max_val_images is -1"),
         ({"dataset_workers": 0}, "dataset_workers is 0"),
@@ -54,18 +55,18 @@ def test_values_out_of_range_are_refused(given: dict, message: str) -> None:
 
 def test_augmentations_and_their_scale() -> None:
     """Guards DETR's sizes at 800, and their proportion on small images."""
-    assert build_augmentation(DataArguments(augmentation="none")) is None
-    flip = build_augmentation(DataArguments(augmentation="flip"))
+    assert build_augmentation(DataArguments(augmentation="none"), 800, 1333) is None
+    flip = build_augmentation(DataArguments(augmentation="flip"), 800, 1333)
     assert (list(flip.short_sides), flip.long_side, flip.crop) == ([800], 1333, None)
-    multiscale = build_augmentation(DataArguments(augmentation="multiscale"))
+    multiscale = build_augmentation(DataArguments(augmentation="multiscale"), 800, 1333)
     assert list(multiscale.short_sides) == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
     assert multiscale.crop is None
-    paper = build_augmentation(DataArguments(augmentation="paper"))
+    paper = build_augmentation(DataArguments(augmentation="paper"), 800, 1333)
     assert (list(paper.short_sides), paper.crop) == (list(multiscale.short_sides), CropSizes())
-    small = build_augmentation(DataArguments(augmentation="paper", short_side=96, long_side=160))
+    small = build_augmentation(DataArguments(augmentation="paper"), 96, 160)
     assert list(small.short_sides) == [58, 61, 65, 69, 73, 77, 81, 84, 88, 92, 96]
     assert small.crop == CropSizes((48, 60, 72), 46, 72)
-    own = build_augmentation(DataArguments(augmentation="paper", augmentation_short_sides=[100, 200]))
+    own = build_augmentation(DataArguments(augmentation="paper", augmentation_short_sides=[100, 200]), 800, 1333)
     assert own.short_sides == [100, 200]
 
 
