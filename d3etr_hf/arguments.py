@@ -1,7 +1,7 @@
 """What a user of the trainer can set, beside Transformers' own training arguments."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -71,7 +71,8 @@ class D3etrTrainingArguments(TrainingArguments):
     )
     prediction_normaliser: Literal["pairs", "boxes"] = option(
         "pairs",
-        "Prediction distillation is a mean over all pairs, or a mean weighted by the teacher's highest class score.",
+        "Prediction distillation is a mean over all pairs, or one weighted by the teacher's highest class score "
+        "(with accumulated batches, the mean over batches of each one's).",
     )
     layer_map: list[int] | None = option(
         None,
@@ -87,12 +88,29 @@ class D3etrTrainingArguments(TrainingArguments):
 
     # what a detector needs of Transformers' own arguments
     remove_unused_columns: bool = option(False, "The data set hands over finished examples; must stay off.")
-    ddp_find_unused_parameters: bool | None = option(False, "Every parameter is used; the search costs time.")
+    ddp_find_unused_parameters: bool | None = option(
+        None, "Whether distributed training searches for unused parameters; on only where the options leave some."
+    )
     logging_nan_inf_filter: bool = option(False, "Training stops on NaN instead of hiding it.")
 
     def __post_init__(self):
+        needs_metric = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        if self.metric_for_best_model is None and needs_metric:
+            self.metric_for_best_model = "AP"  # Transformers would take a loss that evaluation does not compute
         super().__post_init__()
         self.label_names = ["labels"]
+        self._check_choices()
+        if self.ddp_find_unused_parameters is None:
+            # without detection and prediction losses the heads get no gradient, and processes would wait for it
+            self.ddp_find_unused_parameters = self.detection_weight == self.prediction_weight == 0
+        if self.detection_weight == 0 and not self.distilled_groups():
+            raise ValueError("every loss is off: set detection_weight, or a distillation weight and a matching")
+        if self.log_gradient_norms and self.logging_strategy != "steps":
+            raise ValueError("log_gradient_norms needs logging_strategy='steps'")
+        if self.label_smoothing_factor != 0:
+            raise ValueError("label_smoothing_factor has no meaning for a focal loss: leave it at 0")
+        if not self.eval_do_concat_batches:
+            raise ValueError("eval_do_concat_batches=False loses the shape of the detections: leave it on")
         non_negative = (
             "backbone_learning_rate",
             "self_attention_weight",
@@ -113,6 +131,16 @@ class D3etrTrainingArguments(TrainingArguments):
         if self.class_weight == self.l1_weight == self.giou_weight == 0:
             raise ValueError("class_weight, l1_weight and giou_weight are all 0: at least one must be positive")
 
+    def _check_choices(self) -> None:
+        """Values outside a field's choices are refused here too, where the command line is not there to do it."""
+        own = D3etrTrainingArguments.__annotations__
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name, None)
+            if name in own and get_origin(hint) is Literal and value not in get_args(hint):
+                raise ValueError(f"{name}={value!r}: choose one of {list(get_args(hint))}")
+            if name in own and hint is bool and not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}: must be true or false")
+
     @property
     def uses_attention(self) -> bool:
         """Whether any loss reads attention maps."""
@@ -126,6 +154,12 @@ class D3etrTrainingArguments(TrainingArguments):
         return ("student",) * self.adaptive_matching + ("auxiliary",) * fixed
 
     @property
+    def reads_teacher_outputs(self) -> bool:
+        """Whether a step runs the teacher: for distillation, or for its assignment of ground truth."""
+        assigns = self.auxiliary_queries == "teacher" and self.auxiliary_assignment != "own"
+        return bool(self.distilled_groups()) or (assigns and self.detection_weight > 0)
+
+    @property
     def needs_teacher(self) -> bool:
-        """Whether this run reads a teacher at all: its queries, its assignment or its outputs."""
-        return self.auxiliary_queries == "teacher" or bool(self.distilled_groups())
+        """Whether this run reads a teacher at all: its queries or its outputs."""
+        return self.auxiliary_queries == "teacher" or self.reads_teacher_outputs

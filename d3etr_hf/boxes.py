@@ -9,6 +9,11 @@ def centre_to_corners(boxes: torch.Tensor) -> torch.Tensor:
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
+def _area(size: torch.Tensor) -> torch.Tensor:
+    # not prod, whose gradient looks for zeros on the host
+    return size[..., 0] * size[..., 1]
+
+
 def generalised_iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Generalised IoU (Rezatofighi et al., CVPR 2019) of boxes `(..., 4)` cxcywh that broadcast against each other.
 
@@ -20,8 +25,8 @@ def generalised_iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     first_size = (first[..., 2:] - first[..., :2]).clamp(min=0)
     second_size = (second[..., 2:] - second[..., :2]).clamp(min=0)
     overlap = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
-    intersection = overlap.clamp(min=0).prod(-1)
-    union = first_size.prod(-1) + second_size.prod(-1) - intersection
+    intersection = _area(overlap.clamp(min=0))
+    union = _area(first_size) + _area(second_size) - intersection
     hull = torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(first[..., :2], second[..., :2])
-    hull = hull.clamp(min=0).prod(-1)
+    hull = _area(hull.clamp(min=0))
     return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)

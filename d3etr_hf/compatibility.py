@@ -1,15 +1,22 @@
 """Checks of a teacher against a student and a data set before the first step: handled, or refused with the way out."""
 
 import torch
+from torch.utils.data import Dataset
 from transformers import ConditionalDetrConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .arguments import D3etrTrainingArguments
+from .data import DetectionDataset
 from .models import D3etrConditionalDetrForObjectDetection
+from .models.loading import class_names_of
 
 
 class IncompatibleTeacherError(ValueError):
     """The teacher cannot teach this student as the options say."""
+
+
+class IncompatibleDataError(ValueError):
+    """The data are not of the classes that the student predicts."""
 
 
 def class_index_by_name(teacher: ConditionalDetrConfig, names: list[str]) -> torch.Tensor:
@@ -65,6 +72,15 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel | None, args
     Raises:
         IncompatibleTeacherError: no teacher where the options need one, a model of another type, layer dropout.
     """
+    if not isinstance(args, D3etrTrainingArguments):
+        raise TypeError(f"args is a {type(args).__name__}: D3etrTrainer takes D3etrTrainingArguments")
+    if teacher is not None and teacher is student:
+        raise IncompatibleTeacherError("student and teacher are one and the same object: load the teacher on its own")
+    if args.n_gpu > 1 or args.fsdp or args.deepspeed:
+        raise ValueError(
+            "several GPUs in one process, FSDP and DeepSpeed are not supported: start one process a GPU with "
+            "`accelerate launch --multi_gpu`"
+        )
     for role, model in (("student", student), ("teacher", teacher)):
         if model is not None and not isinstance(model, D3etrConditionalDetrForObjectDetection):
             raise IncompatibleTeacherError(
@@ -82,6 +98,30 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel | None, args
             f"the student's decoder_layerdrop is {student.config.decoder_layerdrop}: skipped layers have nothing to "
             "match; set it to 0"
         )
+
+
+def check_data_classes(student: ConditionalDetrConfig, datasets: dict[str, Dataset | None]) -> None:
+    """The student's outputs must be the data's classes, in their order.
+
+    Args:
+        datasets: `DetectionDataset`s by what the error calls them; None is passed over.
+
+    Raises:
+        IncompatibleDataError: they are not, or a data set does not know its classes.
+    """
+    names = class_names_of(student)
+    for role, dataset in datasets.items():
+        if dataset is None:
+            continue
+        if not isinstance(dataset, DetectionDataset):
+            raise IncompatibleDataError(
+                f"{role} is a {type(dataset).__name__}: pass a DetectionDataset (its select() makes a part of it)"
+            )
+        if dataset.class_names != names:
+            raise IncompatibleDataError(
+                f"{role} has the classes {dataset.class_names[:5]} ..., the student's configuration {names[:5]} ...: "
+                "build the student with the data set's id2label and label2id"
+            )
 
 
 def check_image_processors(student: BaseImageProcessor | None, teacher: BaseImageProcessor | None) -> None:

@@ -17,10 +17,15 @@ from .losses import (
 from .matching import AdaptiveMatcher, FixedMatcher, HungarianAssigner, MixMatcher, Targets, matched_foreground_share
 from .models import DetectorOutput, QueryGroupOutput
 
+GROUPS = ("student", "auxiliary")
+
 
 @dataclass
 class Shares:
     """What sums over this batch are divided by, so that processes and accumulated batches add up to one mean.
+
+    Exact for every term but prediction distillation with the "boxes" normaliser, whose weights are known one batch at
+    a time: there it is the mean over batches of each one's weighted mean (exact over processes).
 
     Attributes:
         boxes: ground-truth boxes of the whole step (all processes, all accumulated batches) / number of processes.
@@ -83,17 +88,19 @@ class D3etrObjective:
         Raises:
             NonFiniteCostError: a prediction is NaN or infinite.
         """
-        groups = dict(zip(("student", "auxiliary"), student.groups, strict=False))
-        teacher_group = None if teacher is None else self._aligned(teacher.groups[0])
+        groups = dict(zip(GROUPS[: len(student.groups)], student.groups, strict=True))
+        teacher_group = None if teacher is None else self._aligned(teacher.groups[0], self.layer_map)
         terms, statistics = {}, {}
         if self.args.detection_weight > 0:
-            terms |= self._detection_terms(groups, teacher_group, targets, shares)
+            last = None if teacher is None else self._aligned(teacher.groups[0], [-1])
+            terms |= self._detection_terms(groups, teacher_group, last, targets, shares)
         if teacher is not None and self.args.distilled_groups():
             pairs = self.matcher(teacher_group, groups["student"], groups.get("auxiliary"))
             if "student" in pairs:
                 share = matched_foreground_share(teacher_group.logits, pairs["student"])
                 statistics["matched_foreground"] = share
-            weights = self._prediction_weights(teacher_group, pairs, shares)
+            if self.args.prediction_weight > 0:
+                weights = self._prediction_weights(teacher_group, pairs, shares)
             for name, matched in pairs.items():
                 group = groups[name]
                 if self.args.self_attention_weight > 0:
@@ -126,40 +133,52 @@ class D3etrObjective:
                     )
         return terms, statistics
 
-    def _aligned(self, teacher: QueryGroupOutput) -> QueryGroupOutput:
-        """The teacher's outputs for the student's layers and classes."""
+    def _aligned(self, teacher: QueryGroupOutput, layers: list[int]) -> QueryGroupOutput:
+        """The teacher's outputs in these of its layers, for the student's classes; no gradient reaches the teacher."""
 
-        def layers(maps):
-            return None if maps is None else tuple(maps[layer] for layer in self.layer_map)
+        def chosen(maps):
+            return None if maps is None else tuple(maps[layer].detach() for layer in layers)
 
+        self.class_index = self.class_index.to(teacher.logits.device)
         return QueryGroupOutput(
-            logits=teacher.logits[self.layer_map][..., self.class_index.to(teacher.logits.device)],
-            boxes=teacher.boxes[self.layer_map],
-            log_self_attention=layers(teacher.log_self_attention),
-            log_cross_attention=layers(teacher.log_cross_attention),
+            logits=torch.stack(chosen(teacher.logits))[..., self.class_index],
+            boxes=torch.stack(chosen(teacher.boxes)),
+            log_self_attention=chosen(teacher.log_self_attention),
+            log_cross_attention=chosen(teacher.log_cross_attention),
         )
 
-    def _detection_terms(self, groups, teacher: QueryGroupOutput | None, targets: Targets, shares: Shares):
+    def _detection_terms(self, groups, teacher, teacher_last, targets: Targets, shares: Shares):
         terms = {}
         for name, group in groups.items():
-            assignment = self._assignment(name, group, teacher, targets)
+            assignment = self._assignment(name, group, teacher, teacher_last, targets)
             losses = detection_losses(
                 group, targets, assignment, shares.boxes, self.assigner.focal_alpha, self.assigner.focal_gamma
             )
             terms |= {f"{name}/{term}": self.detection_weights[term] * value for term, value in losses.items()}
         return terms
 
-    def _assignment(self, name: str, group: QueryGroupOutput, teacher: QueryGroupOutput | None, targets: Targets):
-        """Which object each query answers for, `(L, B, N)`; in the auxiliary group the teacher may decide."""
+    def _assignment(
+        self,
+        name: str,
+        group: QueryGroupOutput,
+        teacher: QueryGroupOutput | None,
+        teacher_last: QueryGroupOutput | None,
+        targets: Targets,
+    ) -> torch.Tensor:
+        """Which object each query answers for, `(L, B, N)`; in the auxiliary group the teacher may decide.
+
+        Args:
+            teacher, teacher_last: the teacher in the layers that the student's follow, and in its own last layer.
+        """
         policy = self.args.auxiliary_assignment
         if name == "student" or self.args.auxiliary_queries != "teacher" or policy == "own":
-            return self.assigner(group, targets)
+            return self.assigner(group, targets, name)
         if policy == "teacher_per_layer":
-            return self.assigner(teacher, targets)
-        last = self.assigner(QueryGroupOutput(logits=teacher.logits[-1:], boxes=teacher.boxes[-1:]), targets)
+            return self.assigner(teacher, targets, "teacher")
+        last = self.assigner(teacher_last, targets, "teacher (last layer)")
         if policy == "teacher_last_layer_everywhere":
             return last.expand(len(group.logits), -1, -1)
-        earlier = self.assigner(QueryGroupOutput(logits=group.logits[:-1], boxes=group.boxes[:-1]), targets)
+        earlier = self.assigner(QueryGroupOutput(logits=group.logits[:-1], boxes=group.boxes[:-1]), targets, name)
         return torch.cat([earlier, last])
 
     def _prediction_weights(self, teacher: QueryGroupOutput, pairs, shares: Shares):

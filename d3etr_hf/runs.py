@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .arguments import D3etrTrainingArguments
 from .command_line import write_configuration
-from .compatibility import IncompatibleTeacherError, class_index_by_name, spread_layers
+from .compatibility import IncompatibleDataError, IncompatibleTeacherError, class_index_by_name, spread_layers
 from .data import DataArguments, DatasetError, load_splits
 from .models import inherit_from_teacher
 from .models.loading import (
@@ -140,7 +140,14 @@ def evaluate_detector(
 
 
 # what the user can put right: shown by the scripts without a traceback
-USER_ERRORS = (DatasetError, IncompatibleTeacherError, DetectorLoadError, OutputFolderError, NonFiniteLossError)
+USER_ERRORS = (
+    DatasetError,
+    IncompatibleDataError,
+    IncompatibleTeacherError,
+    DetectorLoadError,
+    OutputFolderError,
+    NonFiniteLossError,
+)
 
 
 class Stopwatch(TrainerCallback):

@@ -11,7 +11,7 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from .arguments import D3etrTrainingArguments
-from .compatibility import check_image_processors, check_models, class_index_by_name, spread_layers
+from .compatibility import check_data_classes, check_image_processors, check_models, class_index_by_name, spread_layers
 from .data import DetectionCollator
 from .evaluation import CocoAveragePrecision, select_detections, to_coco_detections
 from .matching import NonFiniteCostError, Targets
@@ -22,6 +22,7 @@ from .objective import D3etrObjective, Shares
 logger = logging.get_logger(__name__)
 
 AUXILIARY_WEIGHTS = "extra_query_groups.safetensors"
+STEPS = "steps"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -39,7 +40,7 @@ class D3etrTrainer(Trainer):
         train_dataset, eval_dataset: `DetectionDataset`s with a transform; evaluation reads the data set's own ground
             truth.
         processing_class: the image processor that is saved with the student.
-        trainer_options: everything else that `Trainer` takes.
+        trainer_options: everything else that `Trainer` takes, but `model_init` and `compute_loss_func`.
 
     Raises:
         IncompatibleTeacherError: the teacher cannot teach this student as the options say.
@@ -53,8 +54,14 @@ class D3etrTrainer(Trainer):
         teacher_processing_class: BaseImageProcessor | None = None,
         **trainer_options,
     ):
+        for name in ("model_init", "compute_loss_func"):
+            if trainer_options.get(name) is not None:
+                raise ValueError(f"{name} is not supported: the objective and the student's query groups are ours")
         check_models(model, teacher, args)
         check_image_processors(trainer_options.get("processing_class"), teacher_processing_class)
+        eval_sets = trainer_options.get("eval_dataset")
+        named = eval_sets if isinstance(eval_sets, dict) else {"eval_dataset": eval_sets}
+        check_data_classes(model.config, {"train_dataset": trainer_options.get("train_dataset"), **named})
         class_index = layer_map = None
         if teacher is not None:
             class_index = class_index_by_name(teacher.config, class_names_of(model.config))
@@ -71,7 +78,7 @@ class D3etrTrainer(Trainer):
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
         self.objective = D3etrObjective(args, model.config, class_index, layer_map)
         self._logged_sums: dict[str, torch.Tensor] = {}
-        self._logged_at = 0
+        self._gradient_norm_sums: dict[str, torch.Tensor] = {}
         self._evaluated_dataset = None
 
     # loss
@@ -93,7 +100,7 @@ class D3etrTrainer(Trainer):
             "return_cross_attention": self.args.cross_attention_weight > 0 and bool(self.args.distilled_groups()),
         }
         teacher = None
-        if self.teacher is not None and self.args.needs_teacher:
+        if self.teacher is not None and self.args.reads_teacher_outputs:
             # outside the model's own forward pass there is no autocast but this
             with torch.no_grad(), self.accelerator.autocast():
                 teacher = self.teacher(**pixels, return_groups=True, **maps)
@@ -107,10 +114,12 @@ class D3etrTrainer(Trainer):
             raise NonFiniteLossError(self._divergence_report(str(error), image_ids)) from error
         sums = {name: term.sum() for name, term in terms.items()}
         self._refuse_non_finite(sums, inputs["labels"])
-        if self.args.log_gradient_norms and model.training and self._logs_after_this_step():
-            statistics |= self._gradient_norms(sums)
-        part = len(inputs["labels"]) / images
-        self._keep_for_log(sums, terms, {name: value * part for name, value in statistics.items()})
+        if model.training:
+            # this batch's part of the step: over its processes' mean and its accumulated batches it adds up to one
+            part = len(inputs["labels"]) / images
+            self._keep_for_log(sums, terms, statistics, part)
+            if self.args.log_gradient_norms and self._logs_after_this_step():
+                self._keep_gradient_norms(sums, part)
         loss = torch.stack(list(sums.values())).sum()
         return (loss, student) if return_outputs else loss
 
@@ -132,39 +141,50 @@ class D3etrTrainer(Trainer):
 
     # logging: sums in a fixed order, reduced when the trainer logs (exact over processes and accumulated batches)
 
-    def _keep_for_log(self, sums: dict, terms: dict, statistics: dict) -> None:
+    def train(self, *args, **kwargs):
+        """Forgets what an earlier training left unlogged."""
+        self._logged_sums, self._gradient_norm_sums = {}, {}
+        return super().train(*args, **kwargs)
+
+    def _keep_for_log(self, sums: dict, terms: dict, statistics: dict, part: torch.Tensor) -> None:
         values = {f"loss/{name}": value.detach() for name, value in sums.items()}
         if self.args.log_each_layer:
             for name, term in terms.items():
                 values |= {f"loss/{name}/layer_{k}": value for k, value in enumerate(term.detach())}
-        for name, value in (values | statistics).items():
-            self._logged_sums[name] = self._logged_sums.get(name, 0.0) + value
+        values |= {name: value * part for name, value in statistics.items()}
+        _add(self._logged_sums, values | {STEPS: part})
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every loss term since the last training log."""
-        if "loss" in logs and self._logged_sums:
-            names = sorted(self._logged_sums)
-            sums = self._average(torch.stack([torch.as_tensor(self._logged_sums[name]).float() for name in names]))
-            steps = max(1, self.state.global_step - self._logged_at)
-            norms = 1 if self.args.log_gradient_norms else steps
-            for name, value in zip(names, sums.tolist(), strict=True):
-                logs[name] = value / (norms if name.startswith("gradient_norm/") else steps)
-            self._logged_sums, self._logged_at = {}, self.state.global_step
-        super().log(logs, start_time)
-
-    def _logs_after_this_step(self) -> bool:
-        every = max(1, int(self.state.logging_steps or 1))
-        return (self.state.global_step + 1) % every == 0
-
-    def _gradient_norms(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Norm of each term's own gradient on this process, before clipping."""
+    def _keep_gradient_norms(self, sums: dict[str, torch.Tensor], part: torch.Tensor) -> None:
+        """Norm of each term's own gradient, of this batch on this process as if it were the whole step, unclipped."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        norms = {}
+        norms = {STEPS: torch.ones_like(part)}
         for name, value in sums.items():
             gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
             squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
-            norms[f"gradient_norm/{name}"] = torch.stack(squares).sum().sqrt()
-        return norms
+            norms[f"gradient_norm/{name}"] = torch.stack(squares).sum().sqrt() / part
+        _add(self._gradient_norm_sums, norms)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every loss term since the last training log."""
+        if "loss" in logs:
+            for sums in (self._logged_sums, self._gradient_norm_sums):
+                logs |= self._means(sums)
+                sums.clear()
+        super().log(logs, start_time)
+
+    def _means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Sums over the sum of parts, both averaged over processes in a fixed order."""
+        if not sums:
+            return {}
+        names = sorted(sums)
+        values = self._average(torch.stack([sums[name].float() for name in names])).tolist()
+        means = dict(zip(names, values, strict=True))
+        steps = means.pop(STEPS)
+        return {name: value / steps for name, value in means.items()}
+
+    def _logs_after_this_step(self) -> bool:
+        step = self.state.global_step + 1
+        return step % max(1, int(self.state.logging_steps)) == 0 or (step == 1 and self.args.logging_first_step)
 
     # optimisation
 
@@ -172,11 +192,15 @@ class D3etrTrainer(Trainer):
         """The optimizer that Trainer would make, over two groups: the backbone has its own learning rate."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            groups = {True: [], False: []}
+            groups = {False: [], True: []}  # Trainer logs the first group's learning rate
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     groups[".backbone." in f".{name}"].append(parameter)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, model
+            )
+            if {"params", "model", "optimizer_dict"} & set(options):
+                raise ValueError(f"optim={self.args.optim!r} makes parameter groups of its own: choose another")
             rates = {True: self.args.backbone_learning_rate, False: self.args.learning_rate}
             self.optimizer = optimizer_class(
                 [
@@ -206,7 +230,7 @@ class D3etrTrainer(Trainer):
         """Remembers which data set is evaluated: the metric reads its untouched ground truth."""
         self._evaluated_dataset = dataloader.dataset
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        if self.model_wrapped is self.model:
+        if self.model_wrapped is self.model and not self.is_in_train:
             # Evaluated before it was trained. Accelerate marks the model as prepared and would then leave it unwrapped
             # in training: every process would go on with gradients of its own, and say nothing.
             self.model._is_accelerate_prepared = False
@@ -215,8 +239,9 @@ class D3etrTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Detections of fixed size and image ids: labels of ragged size would hang or be lost over processes."""
         inputs = self._prepare_inputs(inputs)
+        pixel_values = inputs["pixel_values"].to(self.model.dtype)  # other than float32 under bf16_full_eval
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(pixel_values=inputs["pixel_values"], pixel_mask=inputs["pixel_mask"])
+            outputs = model(pixel_values=pixel_values, pixel_mask=inputs["pixel_mask"])
         sizes = torch.stack([label["orig_size"] for label in inputs["labels"]])
         image_ids = torch.cat([label["image_id"] for label in inputs["labels"]])
         return None, select_detections(outputs.logits, outputs.pred_boxes, sizes), image_ids
@@ -238,11 +263,12 @@ class D3etrTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Also keeps what trains but is no part of the student, so that the run can go on."""
-        state = self.model.extra_query_groups.state_dict()
+        # parameters only: a teacher's queries come with the teacher
+        state = dict(self.model.extra_query_groups.named_parameters())
         if state and self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in state.items()}, folder / AUXILIARY_WEIGHTS)
+            save_file({name: value.detach().contiguous() for name, value in state.items()}, folder / AUXILIARY_WEIGHTS)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -253,10 +279,13 @@ class D3etrTrainer(Trainer):
         """
         model = self.model if model is None else model
         loaded = type(self.model).from_pretrained(resume_from_checkpoint).state_dict()
+        wanted = {f"extra_query_groups.{name}" for name, _ in self.model.extra_query_groups.named_parameters()}
         extra = Path(resume_from_checkpoint) / AUXILIARY_WEIGHTS
         if extra.exists():
             loaded |= {f"extra_query_groups.{name}": value for name, value in load_file(extra).items()}
-        model.load_state_dict(loaded, strict=True)
+        if missing := sorted(wanted - set(loaded)):
+            raise ValueError(f"{resume_from_checkpoint} is no checkpoint of this run: {missing} are not in {extra}")
+        model.load_state_dict(loaded, strict=False)  # all of the student, and of the rest what is trained
 
     def _load_best_model(self) -> None:
         """As Trainer, but by `from_pretrained`, for the reason given in `_load_from_checkpoint`."""
@@ -269,7 +298,8 @@ def attach_auxiliary_queries(
     teacher: D3etrConditionalDetrForObjectDetection | None,
     args: D3etrTrainingArguments,
 ) -> None:
-    """Give the student its second query group, as `args.auxiliary_queries` says."""
+    """Give the student its second query group, as `args.auxiliary_queries` says, instead of any from before."""
+    student.extra_query_groups = torch.nn.ModuleList()
     width = student.config.d_model
     if args.auxiliary_queries == "learned":
         student.add_query_group(AuxiliaryQueries(torch.randn(student.config.num_queries, width), width, learned=True))
@@ -280,6 +310,11 @@ def attach_auxiliary_queries(
             with torch.no_grad():
                 points = teacher.model.decoder.ref_point_head(queries).sigmoid()
         student.add_query_group(AuxiliaryQueries(queries, width, points))
+
+
+def _add(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
 
 
 def _image_ids(labels: list[dict]) -> list[int]:

@@ -144,9 +144,7 @@ def test_no_gradient_into_the_teacher_or_its_queries(tmp_path):
     teacher = tiny_model(seed=1)
     student = with_queries_of(tiny_model(seed=2), teacher).train()
     batch = padded_batch()
-    # not even where a caller forgot torch.no_grad: the matched targets may carry a graph, the queries may not
-    with torch.no_grad():
-        teacher_output = teacher(**batch, **MAPS)
+    teacher_output = teacher(**batch, **MAPS)  # with a graph: not even a caller who forgot torch.no_grad trains it
     terms, _ = objective(tmp_path)(student(**batch, **MAPS), teacher_output, TARGETS, SHARES)
     sum(value.sum() for value in terms.values()).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -248,8 +246,9 @@ def test_auxiliary_assignment(tmp_path, policy, layers_from_teacher):
         elif layer in layers_from_teacher:
             expected[layer] = its[layer]
     run = objective(tmp_path, auxiliary_assignment=policy)
-    assert torch.equal(run._assignment("auxiliary", auxiliary, teacher_group, TARGETS), expected)
-    assert torch.equal(run._assignment("student", auxiliary, teacher_group, TARGETS), own)
+    last = QueryGroupOutput(logits=teacher_group.logits[-1:], boxes=teacher_group.boxes[-1:])
+    assert torch.equal(run._assignment("auxiliary", auxiliary, teacher_group, last, TARGETS), expected)
+    assert torch.equal(run._assignment("student", auxiliary, teacher_group, teacher_group, TARGETS), own)
 
 
 def test_switches_turn_terms_off(tmp_path):
@@ -284,3 +283,63 @@ def test_detection_weights_and_group_reduction(tmp_path):
     for name, value in summed.items():
         torch.testing.assert_close(mean[name] * 2, value)
         torch.testing.assert_close(single[name] * (2 if name.endswith("class") else 1), value)
+
+
+def test_teacher_assignment_is_of_its_own_last_layer(tmp_path):
+    """Also where a layer map leaves that layer out."""
+    teacher = tiny_model(seed=1, decoder_layers=4)
+    student, batch = with_queries_of(tiny_model(seed=2, decoder_layers=2), teacher), padded_batch()
+    run = objective(tmp_path, layer_map=[0, 1], auxiliary_assignment="teacher_last_layer_everywhere")
+    seen = []
+    original = run.assigner
+    run.assigner = lambda group, targets, whose="student": (
+        seen.append((whose, group)),
+        original(group, targets, whose),
+    )[1]
+    run.assigner.focal_alpha = original.focal_alpha
+    run.assigner.focal_gamma = original.focal_gamma
+    teacher_output = teacher(**batch, **MAPS)
+    run(student(**batch, **MAPS), teacher_output, TARGETS, SHARES)
+    (last,) = [group for whose, group in seen if whose.startswith("teacher")]
+    assert torch.equal(last.logits[0], teacher_output.groups[0].logits[3])
+
+
+def test_surplus_query_groups_are_refused(tmp_path):
+    student = with_queries_of(with_queries_of(tiny_model(), tiny_model()), tiny_model())
+    with pytest.raises(ValueError):
+        objective(tmp_path)(student(**padded_batch(), **MAPS), None, TARGETS, SHARES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"auxiliary_queries": "Teacher"}, "auxiliary_queries='Teacher': choose one of"),
+        ({"group_reduction": "average"}, "group_reduction='average'.*sum.*mean"),
+        ({"adaptive_matching": "false"}, "adaptive_matching='false': must be true or false"),
+        ({"detection_weight": 0.0, "adaptive_matching": False, "fixed_matching": False}, "every loss is off"),
+        ({"prediction_weight": -1.0}, "prediction_weight=-1.0: must be 0 or more"),
+        ({"class_weight": 0.0, "l1_weight": 0.0, "giou_weight": 0.0}, "at least one must be positive"),
+        ({"learning_rate_drop": 1.5}, "learning_rate_drop=1.5: must lie between 0 and 1"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True would drop the boxes"),
+        ({"log_gradient_norms": True, "logging_strategy": "epoch"}, "needs logging_strategy='steps'"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches"),
+    ],
+)
+def test_contradicting_options_are_refused(tmp_path, options, message):
+    """In Python too: a typo must not run another experiment in silence."""
+    with pytest.raises(ValueError, match=message):
+        D3etrTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_what_reads_the_teacher(tmp_path):
+    def args(**options):
+        return D3etrTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+
+    off = {"adaptive_matching": False, "fixed_matching": False}
+    assert args().reads_teacher_outputs and args(**off).reads_teacher_outputs
+    queries_alone = args(**off, auxiliary_assignment="own")
+    assert queries_alone.needs_teacher and not queries_alone.reads_teacher_outputs
+    assert not args(**off, auxiliary_queries="learned").needs_teacher
+    assert args(detection_weight=0.0, prediction_weight=0.0).ddp_find_unused_parameters is True
+    assert args().ddp_find_unused_parameters is False

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers import ConditionalDetrForObjectDetection, TrainerCallback
 
-from d3etr_hf.compatibility import IncompatibleTeacherError
+from d3etr_hf.compatibility import IncompatibleDataError, IncompatibleTeacherError
 from d3etr_hf.data import DetectionCollator
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.models.loading import load_image_processor
@@ -68,7 +68,7 @@ def test_logged_terms_equal_the_first_step_computed_by_hand(shapes, tmp_path):
 
 
 def test_accumulated_batches_equal_one_batch(shapes, tmp_path):
-    """HF_NOTES 14: 2 x 2 accumulated images give the step of 4 images, also weighted by the teacher's scores."""
+    """HF_NOTES 14: 2 x 2 accumulated images give the step of 4 images."""
     moved = []
     for size, accumulated in ((4, 1), (2, 2)):
         trainer = shapes_trainer(
@@ -182,8 +182,7 @@ def test_best_model_is_loaded_at_the_end(shapes, tmp_path):
         save_steps=1,
         eval_strategy="steps",
         eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_AP",
+        load_best_model_at_end=True,  # by AP: Transformers' own default is a loss that is not computed
         learning_rate=0.05,
     )
     trainer.train()
@@ -225,6 +224,92 @@ def test_backbone_has_its_own_learning_rate(shapes, tmp_path):
     assert len(groups[1e-4]["params"]) + len(backbone) == len(list(trainer.model.parameters()))
     assert all(group["weight_decay"] == 1e-4 for group in groups.values())
     assert trainer.args.max_grad_norm == 0.1 and trainer.args.ddp_find_unused_parameters is False
+
+
+def test_logged_learning_rate_is_not_the_backbones(shapes, tmp_path):
+    trainer = shapes_trainer(shapes, tmp_path, max_steps=1, learning_rate=1e-4, backbone_learning_rate=1e-5)
+    trainer.train()
+    assert training_logs(trainer)[0]["learning_rate"] == pytest.approx(1e-4)
+
+
+def test_given_optimizer_class_is_used(shapes, tmp_path):
+    from d3etr_hf.trainer import D3etrTrainer
+
+    trainer = shapes_trainer(shapes, tmp_path)
+    trainer = D3etrTrainer(
+        model=trainer.model,
+        args=trainer.args,
+        teacher=trainer.teacher,
+        train_dataset=trainer.train_dataset,
+        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 1e-3}),
+    )
+    assert isinstance(trainer.create_optimizer(), torch.optim.SGD)
+    with pytest.raises(ValueError, match="model_init is not supported"):
+        D3etrTrainer(model=trainer.model, args=trainer.args, model_init=tiny_model)
+
+
+def test_logs_after_resuming_are_means_too(shapes, tmp_path):
+    """The first entry after a resume covers one step, not all before it; and so after a second `train`."""
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 4}
+    shapes_trainer(shapes, tmp_path, **options).train()
+    resumed = shapes_trainer(shapes, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    for _ in range(2):
+        entry = training_logs(resumed)[-1]
+        terms = [value for name, value in entry.items() if name.startswith("loss/")]
+        assert sum(terms) == pytest.approx(entry["loss"], rel=1e-5)
+        assert entry["matched_foreground"] == pytest.approx(1.0)
+        resumed.train()
+
+
+def test_gradient_norms_do_not_depend_on_how_a_step_is_accumulated(shapes, tmp_path):
+    """The norm of one batch's gradient as if it were the whole step: equal batches give equal norms."""
+    train = load_shapes(shapes, "train").select([0, 0, 0, 0])
+    entries = []
+    for size, accumulated in ((4, 1), (1, 4)):
+        trainer = shapes_trainer(
+            shapes,
+            tmp_path / str(size),
+            train=train,
+            max_steps=1,
+            log_gradient_norms=True,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+        )
+        trainer.train()
+        entries.append(training_logs(trainer)[0])
+    names = [name for name in entries[0] if name.startswith("gradient_norm/")]
+    assert len(names) == 12
+    for name in names:
+        assert entries[1][name] == pytest.approx(entries[0][name], rel=1e-3), name
+
+
+def test_student_of_a_second_trainer_gets_a_new_auxiliary_group(shapes, tmp_path):
+    """Running a notebook cell again must not keep the first teacher's queries."""
+    student = tiny_model(seed=2)
+    shapes_trainer(shapes, tmp_path, student=student)
+    teacher = tiny_model(seed=5)
+    shapes_trainer(shapes, tmp_path, student=student, teacher=teacher)
+    (group,) = student.extra_query_groups
+    assert torch.equal(group.position_embeddings, teacher.model.query_position_embeddings.weight)
+    shapes_trainer(shapes, tmp_path, student=student, teacher=None)
+    assert len(student.extra_query_groups) == 0
+
+
+def test_classes_of_data_and_student_must_agree(shapes, tmp_path):
+    names = ["triangle", "rectangle", "circle"]
+    other = tiny_model(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    with pytest.raises(IncompatibleDataError, match=r"train_dataset has the classes \['circle'.*\['triangle'"):
+        shapes_trainer(shapes, tmp_path, student=other)
+    train = torch.utils.data.Subset(load_shapes(shapes, "train"), [0, 1])
+    with pytest.raises(IncompatibleDataError, match="train_dataset is a Subset"):
+        shapes_trainer(shapes, tmp_path, train=train)
+
+
+def test_teacher_and_student_must_be_two_models(shapes, tmp_path):
+    model = tiny_model()
+    with pytest.raises(IncompatibleTeacherError, match="one and the same"):
+        shapes_trainer(shapes, tmp_path, student=model, teacher=model)
 
 
 def test_backbone_learning_rate_zero_freezes_it(shapes, tmp_path):

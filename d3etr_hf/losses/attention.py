@@ -34,7 +34,7 @@ def self_attention_distillation(
     """
     terms = []
     for layer, (teacher_map, student_map) in enumerate(_same_heads(teacher, student)):
-        teacher_map = _restrict(teacher_map, pairs.teacher[layer], skip=False)
+        teacher_map = _restrict(teacher_map, pairs.teacher[layer], skip=pairs.identity)
         # matched student queries ascend: all of them matched means in their own order, so nothing is to be gathered
         complete = pairs.student.shape[-1] == student_map.shape[2]
         student_map = _restrict(student_map, pairs.student[layer], skip=complete)
@@ -67,7 +67,8 @@ def cross_attention_distillation(
     same_grid = teacher_memory_mask.shape == student_memory_mask.shape
     terms = []
     for layer, (teacher_map, student_map) in enumerate(_same_heads(teacher, student)):
-        teacher_map = _rows(teacher_map, pairs.teacher[layer])
+        if not pairs.identity:
+            teacher_map = _rows(teacher_map, pairs.teacher[layer])
         if not same_grid:
             teacher_map = resample_log_map(teacher_map, teacher_memory_mask, student_memory_mask)
         if pairs.student.shape[-1] != student_map.shape[2]:

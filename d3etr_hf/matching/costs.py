@@ -18,7 +18,8 @@ class NonFiniteCostError(ValueError):
     def __init__(self, what: str, layer: int, image: int):
         super().__init__(
             f"{what}: the matching cost of decoder layer {layer}, image {image} of the batch is NaN or infinite, so "
-            "the predictions have diverged; lower the learning rate or look at that image"
+            "the predictions have diverged (if the teacher's: try it by scripts/evaluate.py; if the student's: lower "
+            "the learning rate)"
         )
         self.what, self.layer, self.image = what, layer, image
 

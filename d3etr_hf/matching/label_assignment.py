@@ -57,8 +57,13 @@ class HungarianAssigner:
     focal_gamma: float = 2.0
 
     @torch.no_grad()
-    def __call__(self, group: QueryGroupOutput, targets: Targets) -> torch.Tensor:
+    def __call__(self, group: QueryGroupOutput, targets: Targets, whose: str = "student") -> torch.Tensor:
         """Assign in every layer.
+
+        Args:
+            group: the predictions, logits `(L, B, N, C)` and boxes `(L, B, N, 4)`.
+            targets: the ground truth.
+            whose: the group's name, for the error.
 
         Returns:
             int64 `(L, B, N)`: the object of each query, `NO_OBJECT` where there is none.
@@ -71,7 +76,7 @@ class HungarianAssigner:
         if not any(targets.counts):
             return assignment.to(logits.device)
         cost = self._cost(logits, boxes, targets)
-        for layer, images in enumerate(assign(cost, "ground truth to queries", targets.counts)):
+        for layer, images in enumerate(assign(cost, f"ground truth to {whose} queries", targets.counts)):
             for image, (queries, objects) in enumerate(images):
                 assignment[layer, image, torch.from_numpy(queries)] = torch.from_numpy(objects)
         return assignment.to(logits.device)

@@ -16,10 +16,12 @@ class MatchedPairs:
     Attributes:
         teacher, student: int64 `(L, B, P)`; pair p joins query `teacher[k, b, p]` with query `student[k, b, p]`.
             Student indices ascend along P, so with P = N_s they are 0, 1, ..., N_s - 1.
+        identity: whether pair p joins query p with query p everywhere, so that nothing need be gathered.
     """
 
     teacher: torch.Tensor
     student: torch.Tensor
+    identity: bool = False
 
 
 class FixedMatcher:
@@ -34,7 +36,7 @@ class FixedMatcher:
             )
         layers, images, queries = teacher.logits.shape[:3]
         index = torch.arange(queries, device=teacher.logits.device).expand(layers, images, queries)
-        return MatchedPairs(index, index)
+        return MatchedPairs(index, index, identity=True)
 
 
 @dataclass(frozen=True)

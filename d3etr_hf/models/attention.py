@@ -26,12 +26,14 @@ class AttentionRecorder:
         self_attention, cross_attention: whether to record these maps (unrecorded attention runs fused).
         log_self_attention: per layer, per group, `(B, M, N, N)`.
         log_cross_attention: per layer `(B, M, sum of N, keys)`.
+        open: true during the forward pass; activation checkpointing runs layers again in the backward pass.
     """
 
     self_attention: bool
     cross_attention: bool
     log_self_attention: list[list[torch.Tensor]] = field(default_factory=list)
     log_cross_attention: list[torch.Tensor] = field(default_factory=list)
+    open: bool = True
 
 
 def attend(
@@ -94,12 +96,12 @@ def query_group_attention(
     if isinstance(module, ConditionalDetrDecoderSelfAttention):
         parts = zip(*(tensor.split(query_group_sizes, dim=2) for tensor in (query, key, value)), strict=True)
         attended = [attend(*part, None, dropout, scaling, recorder.self_attention) for part in parts]
-        if recorder.self_attention:
+        if recorder.self_attention and recorder.open:
             recorder.log_self_attention.append([log_map for _, log_map in attended])
         output = torch.cat([part for part, _ in attended], dim=2)
     else:
         output, log_map = attend(query, key, value, attention_mask, dropout, scaling, recorder.cross_attention)
-        if recorder.cross_attention:
+        if recorder.cross_attention and recorder.open:
             recorder.log_cross_attention.append(log_map)
     return output.transpose(1, 2), None
 

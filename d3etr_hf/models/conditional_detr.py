@@ -39,7 +39,8 @@ class D3etrConditionalDetrForObjectDetection(ConditionalDetrForObjectDetection):
             for attention in (layer.self_attn, layer.encoder_attn):
                 attention.stock_config = config
                 attention.config = copy.copy(config)
-                attention.config._attn_implementation = QUERY_GROUP_ATTENTION
+                # not through the property, which would set it in the backbone's shared configuration too
+                attention.config._attn_implementation_internal = QUERY_GROUP_ATTENTION
         if self.device.type != "meta":
             initialise_as_in_paper(self)
             freeze_as_in_paper(self)
@@ -190,13 +191,14 @@ class D3etrConditionalDetrForObjectDetection(ConditionalDetrForObjectDetection):
                 hidden_states = per_layer[-1]
         if normed_between:
             per_layer[-1] = decoder.layernorm(hidden_states)
+        recorder.open = False
         return torch.stack(per_layer)
 
     @property
     def _sdpa_config(self):
         """The configuration that asks for boolean masks, whatever implementation the encoder runs on."""
         config = copy.copy(self.config)
-        config._attn_implementation = "sdpa"
+        config._attn_implementation_internal = "sdpa"  # the property would set the backbone's as well
         return config
 
     def to_stock(self) -> ConditionalDetrForObjectDetection:
@@ -209,9 +211,19 @@ class D3etrConditionalDetrForObjectDetection(ConditionalDetrForObjectDetection):
         with torch.device("meta"):
             stock = ConditionalDetrForObjectDetection(config)
         stock.load_state_dict(own, strict=True, assign=True)
+        for name, buffer in self.named_buffers():  # those that no state dict holds, such as a Swin's index tables
+            if name not in own and not name.startswith("extra_query_groups."):
+                module, _, leaf = name.rpartition(".")
+                setattr(stock.get_submodule(module), leaf, buffer)
         return stock.eval()
 
-    def save_pretrained(self, save_directory, state_dict: dict[str, torch.Tensor] | None = None, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> None:
         """Write a plain `ConditionalDetrForObjectDetection` checkpoint: no extra query group, no code of ours."""
         stock = self._stock_model(self.state_dict() if state_dict is None else state_dict)
-        stock.save_pretrained(save_directory, **kwargs)
+        stock.save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)

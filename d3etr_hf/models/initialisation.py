@@ -59,17 +59,22 @@ def initialise_as_in_paper(model: ConditionalDetrForObjectDetection, names: Iter
 
 
 def freeze_as_in_paper(model: ConditionalDetrForObjectDetection) -> None:
-    """Set `requires_grad` of every parameter: all train but a ResNet's stem and first stage; the counts are logged.
+    """Set `requires_grad` of every parameter, and log the counts.
+
+    All train but a ResNet's stem and first stage, and what no output depends on: backbone stages after the last that
+    is read, and a single decoder layer's query scale (distributed training would wait for their gradients).
 
     Transformers freezes the whole of its own ResNet on construction and nothing at all after `from_pretrained`, so
     this runs after both.
     """
     backbone = model.model.backbone.model
     frozen_parts = FROZEN_RESNET_PARTS if is_resnet(model.config) else ()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    frozen_parts += unread_stages(model.config.backbone_config)
+    model.requires_grad_(True)
     for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(not name.startswith(frozen_parts) if frozen_parts else True)
+        parameter.requires_grad_(not name.startswith(frozen_parts))
+    if model.config.decoder_layers == 1:
+        model.model.decoder.query_scale.requires_grad_(False)
     counts = {True: [0, 0], False: [0, 0]}
     for parameter in model.parameters():
         counts[parameter.requires_grad][0] += 1
@@ -78,6 +83,16 @@ def freeze_as_in_paper(model: ConditionalDetrForObjectDetection) -> None:
         f"{counts[True][1]:,} parameters in {counts[True][0]} tensors train, "
         f"{counts[False][1]:,} in {counts[False][0]} are frozen"
     )
+
+
+def unread_stages(backbone_config) -> tuple[str, ...]:
+    """Prefixes of the parameters of backbone stages after the last one that the detector reads."""
+    if backbone_config.model_type == "timm_backbone":
+        return ()
+    stages = backbone_config.stage_names
+    read = max(stages.index(name) for name in backbone_config.out_features)
+    # stage_names starts with the stem; Swin calls its stages layers
+    return tuple(f"encoder.{word}.{index}." for index in range(read, len(stages) - 1) for word in ("stages", "layers"))
 
 
 def is_resnet(config) -> bool:

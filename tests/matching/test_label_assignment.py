@@ -42,5 +42,5 @@ def test_non_finite_prediction_is_refused():
     outputs = group()
     with torch.no_grad():
         outputs.boxes[0, 2] = float("nan")
-    with pytest.raises(NonFiniteCostError, match="ground truth to queries.*layer 0, image 2"):
+    with pytest.raises(NonFiniteCostError, match="ground truth to student queries.*layer 0, image 2"):
         HungarianAssigner()(outputs, Targets.from_labels(random_labels([1, 1, 1], classes=4)))

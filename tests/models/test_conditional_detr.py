@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForObjectDetection, ConditionalDetrForObjectDetection
+from transformers import AutoModelForObjectDetection, ConditionalDetrForObjectDetection, SwinConfig
 from transformers.models.conditional_detr.modeling_conditional_detr import inverse_sigmoid
 
 from d3etr_hf.models import AuxiliaryQueries, D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.attention import AttentionRecorder
 from tests.tiny import padded_batch, perturb, random_labels, tiny_config, tiny_model
 
 MAPS = {"return_self_attention": True, "return_cross_attention": True}
@@ -233,3 +234,26 @@ def test_stock_loss_is_found():
     """HF_NOTES 6: the loss function is looked up by the class's name."""
     model, batch, labels = tiny_model(), padded_batch(), random_labels([2, 1])
     close(model(**batch, labels=labels).loss, stock_twin(model)(**batch, labels=labels).loss)
+
+
+def test_backbone_with_attention_of_its_own(tmp_path):
+    """Our attention must not be set in the backbone; buffers that no state dict holds must be saved right."""
+    backbone = SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, out_features=["stage2"]
+    )
+    model, batch = tiny_model(backbone_config=backbone), padded_batch()
+    stock = stock_twin(model)(**batch)
+    close(model(**batch).logits, stock.logits)
+    close(model(**batch, return_groups=True, **MAPS).groups[0].logits[-1], stock.logits)
+    close(model.to_stock()(**batch).logits, stock.logits)
+    model.save_pretrained(tmp_path)
+    close(ConditionalDetrForObjectDetection.from_pretrained(tmp_path)(**batch).logits, stock.logits)
+
+
+def test_recomputed_maps_are_not_collected_again():
+    """Under activation checkpointing every layer runs twice; the second maps would only cost memory."""
+    model = tiny_model().train()
+    model.activation_checkpointing_enable()
+    recorder = AttentionRecorder(True, True)
+    model._forward_groups(**padded_batch(), recorder=recorder).groups[0].logits.sum().backward()
+    assert len(recorder.log_self_attention) == len(recorder.log_cross_attention) == 3

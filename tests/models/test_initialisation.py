@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import ConditionalDetrForObjectDetection, ResNetConfig
+from transformers import ConditionalDetrForObjectDetection, ConvNextConfig, ResNetConfig
 
 from d3etr_hf.losses import detection_losses
 from d3etr_hf.matching import HungarianAssigner, Targets
@@ -109,3 +109,19 @@ def test_inheriting_copies_what_fits():
 def test_inheriting_nothing_is_refused():
     with pytest.raises(ValueError, match="inherit_from_teacher.*hidden size is 16"):
         inherit_from_teacher(tiny_model(), tiny_model(d_model=16), ["queries"], torch.arange(3), [0, 1, 2])
+
+
+@pytest.mark.parametrize("unread", ["query scale", "last stage"])
+def test_everything_that_trains_gets_a_gradient(unread):
+    """Else two processes stop at the second step: a lone layer's query scale, stages after the last that is read."""
+    if unread == "query scale":
+        model = tiny_model(decoder_layers=1)
+    else:
+        backbone = ConvNextConfig(num_stages=3, hidden_sizes=[8, 16, 16], depths=[1, 1, 1], out_features=["stage2"])
+        model = tiny_model(backbone_config=backbone)
+    group = model(**padded_batch(), return_groups=True).groups[0]
+    (group.logits.sum() + group.boxes.sum()).backward()
+    left = {name for name, value in model.named_parameters() if value.requires_grad and value.grad is None}
+    assert not left
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    assert frozen and all(("query_scale" if unread == "query scale" else "stages.2.") in name for name in frozen)
