@@ -90,17 +90,17 @@ MUTATIONS = [
     ("note 15: teacher outside autocast", TRAINER, "with torch.no_grad(), self.accelerator.autocast():",
      "with torch.no_grad():", f"{TRAINER_TESTS}::test_teacher_runs_under_the_same_autocast"),
     # HF_NOTES 16: logs
-    ("note 16: sums instead of means", TRAINER, 'else steps)\n', "else 1)\n",
+    ("note 16: sums instead of means", TRAINER, "value / steps for name", "value for name",
      f"{TRAINER_TESTS}::test_logged_terms_add_up_to_the_loss"),
-    ("note 16: one process's terms", TRAINER, "sums = self._average(torch.stack(", "sums = (torch.stack(",
+    ("note 16: one process's terms", TRAINER, "values = self._average(torch.stack(", "values = (torch.stack(",
      "tests/test_distributed.py::test_logged_terms_are_the_same_on_two_processes"),
     # HF_NOTES 18: padding
     ("note 18: no pixel mask", "d3etr_hf/data/collate.py",
      "torch.zeros(len(images), height, width, dtype=torch.int64)",
      "torch.ones(len(images), height, width, dtype=torch.int64)", "tests/data/test_collate.py"),
     ("note 18: boxes by another size", "d3etr_hf/data/transforms.py",
-     "corners = boxes / torch.tensor([image.width, image.height]).repeat(2)",
-     "corners = boxes / torch.tensor([original_size[1], original_size[0]]).repeat(2)",
+     "corners = boxes / torch.tensor([image.width, image.height, image.width, image.height])",
+     "corners = boxes / torch.tensor([*original_size, *original_size]).flip(0)",
      "tests/data/test_transforms.py"),
     # HF_NOTES 19: the composition of a batch is kept when two processes or two models are compared
     ("note 19: padding seen by attention", MODEL, "self._sdpa_config, query_position, memory_mask.flatten(1))",
@@ -128,6 +128,10 @@ MUTATIONS = [
      "tests/losses/test_attention.py"),
     ("attention: unequal heads on padding", f"{LOSSES}/attention.py",
      "log_map.clamp(min=torch.finfo(log_map.dtype).min)", "log_map", "tests/losses/test_attention.py"),
+    ("logs: learning rate of the backbone", TRAINER, "groups = {False: [], True: []}", "groups = {True: [], False: []}",
+     f"{TRAINER_TESTS}::test_logged_learning_rate_is_not_the_backbones"),
+    ("model: attention set in the backbone", MODEL, "attention.config._attn_implementation_internal =",
+     "attention.config._attn_implementation =", f"{MODEL_TESTS}::test_backbone_with_attention_of_its_own"),
     ("scripts: evaluate.py hides evaluate", "scripts/train.py", "sys.path[:] = [", "_ = [", "tests/test_readme.py"),
 ]  # fmt: skip
 
@@ -136,8 +140,6 @@ def survives(copy: Path, file: str, old: str, new: str, test: str) -> bool:
     """Whether the test still passes with the guard taken out."""
     path = copy / file
     original = path.read_text()
-    if old not in original:
-        raise SystemExit(f"{file} no longer holds {old!r}: bring tests/mutations.py up to date")
     path.write_text(original.replace(old, new))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
@@ -154,6 +156,9 @@ def survives(copy: Path, file: str, old: str, new: str, test: str) -> bool:
 
 def main() -> None:
     chosen = [row for row in MUTATIONS if not sys.argv[1:] or any(word in row[0] for word in sys.argv[1:])]
+    for _, file, old, _, _ in chosen:
+        if old not in (REPOSITORY / file).read_text():
+            raise SystemExit(f"{file} no longer holds {old!r}: bring tests/mutations.py up to date")
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "repository"
