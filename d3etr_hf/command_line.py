@@ -7,6 +7,8 @@ refused, with the file and the key or flag named.
 import dataclasses
 import difflib
 import json
+import logging
+import os
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -98,17 +100,30 @@ def write_configuration(path: str | Path, *instances: Any) -> None:
 
 
 def run(main: Callable[[], None], errors: tuple[type[Exception], ...] = ()) -> None:
-    """Calls `main`; a CommandLineError, or one of `errors`, ends the program with its message and exit code 2.
+    """Calls `main`, with this package's own news shown on the main process.
+
+    A CommandLineError, or one of `errors`, ends the program with its message and exit code 2; an interruption, 130.
 
     Args:
         main: a script's entry.
         errors: those of the package's own errors that the user can put right; all others keep their traceback.
     """
+    script = Path(sys.argv[0]).name
+    if os.environ.get("RANK", "0") == "0":
+        news = logging.getLogger("d3etr_hf")
+        news.setLevel(logging.INFO)
+        news.addHandler(logging.StreamHandler())
+        news.propagate = False
     try:
         main()
     except (CommandLineError, *errors) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        # an error in a data loader's worker comes with the worker's traceback; its last line is the message
+        message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else error
+        print(f"{script}: error: {message}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; call it again with the same arguments to go on", file=sys.stderr)
+        sys.exit(130)
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

@@ -15,12 +15,19 @@ class IncompatibleTeacherError(ValueError):
     """The teacher cannot teach this student as the options say."""
 
 
+class UnsupportedOptionError(ValueError):
+    """An option of Transformers or Accelerate that this trainer cannot honour."""
+
+
 class IncompatibleDataError(ValueError):
     """The data are not of the classes that the student predicts."""
 
 
-def class_index_by_name(teacher: ConditionalDetrConfig, names: list[str]) -> torch.Tensor:
+def class_index_by_name(teacher: ConditionalDetrConfig, names: list[str], role: str = "teacher") -> torch.Tensor:
     """The teacher's class for each of the student's class names (case and surrounding space aside).
+
+    Args:
+        role: what the errors call the model.
 
     Returns:
         int64 `(C,)`.
@@ -38,14 +45,14 @@ def class_index_by_name(teacher: ConditionalDetrConfig, names: list[str]) -> tor
     missing = [name for name in names if key(name) not in places]
     if missing:
         raise IncompatibleTeacherError(
-            f"the teacher has no class named {missing[:5]}{' ...' if len(missing) > 5 else ''} ({len(missing)} of "
-            f"{len(names)}); its classes are {list(teacher.id2label.values())[:8]} ...: set id2label in the teacher's "
+            f"the {role} has no class named {missing[:5]}{' ...' if len(missing) > 5 else ''} ({len(missing)} of "
+            f"{len(names)}); its classes are {list(teacher.id2label.values())[:8]} ...: set id2label in its "
             "config.json to the names of the data set, or train a teacher on this data with scripts/train.py"
         )
     twice = [name for name in names if len(places[key(name)]) > 1]
     if twice:
         raise IncompatibleTeacherError(
-            f"the teacher has more than one class named {twice[:5]}: make the names in its config.json unique"
+            f"the {role} has more than one class named {twice[:5]}: make the names in its config.json unique"
         )
     return torch.tensor([places[key(name)][0] for name in names])
 
@@ -77,7 +84,7 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel | None, args
     if teacher is not None and teacher is student:
         raise IncompatibleTeacherError("student and teacher are one and the same object: load the teacher on its own")
     if args.n_gpu > 1 or args.fsdp or args.deepspeed:
-        raise ValueError(
+        raise UnsupportedOptionError(
             "several GPUs in one process, FSDP and DeepSpeed are not supported: start one process a GPU with "
             "`accelerate launch --multi_gpu`"
         )

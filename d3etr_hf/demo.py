@@ -9,8 +9,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,13 +24,16 @@ from .data.shapes import make_shapes
 from .data.transforms import DetectionTransform
 from .evaluation import select_detections
 from .models.loading import load_detector, load_image_processor
+from .output_folder import HISTORY, RESULTS
 from .pictures import draw_detection_grid, draw_training_curves
-from .runs import HISTORY, RESULTS
 
 CONFIGURATIONS = Path("configs") / "shapes"
 PICTURED_IMAGES = 6
 COLUMNS = {"teacher": "teacher", "student_alone": "student alone", "distilled": "distilled"}
 PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
+
+
+RUNNING: list[subprocess.Popen] = []
 
 
 class DemoError(RuntimeError):
@@ -76,7 +80,7 @@ def train_all(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) ->
     control = ["scripts/distill.py", str(CONFIGURATIONS / "teacherless.yaml"), *data]
     alone = ["scripts/train.py", str(CONFIGURATIONS / "student.yaml"), *data]
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with ThreadPoolExecutor(max_workers=2) as pool, stopping(pool):
 
         def start(name: str, command: list[str]):
             return pool.submit(train_one, name, command, folder)
@@ -101,17 +105,39 @@ def train_all(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) ->
     }
 
 
+@contextmanager
+def stopping(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """On a failure or an interruption start no further run and end those that are under way."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in RUNNING:
+            process.terminate()
+        raise
+
+
 def train_one(name: str, command: list[str], folder: Path) -> dict:
     """Run one training script to its end, showing how far it is; its results."""
     log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *command, "--output_dir", str(folder / name)]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--quiet",
+        *command,
+        "--output_dir",
+        str(folder / name),
+    ]
     # two processes that spin on both cores are many times slower than one thread each
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("ab") as output:
         start = output.tell()
         process = subprocess.Popen(launch, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    RUNNING.append(process)
     with tqdm(desc=name, unit="step", leave=True) as bar:
         while process.poll() is None:
             time.sleep(1)

@@ -1,17 +1,22 @@
 """One training run in one output folder: guarded, resumable, with its results beside its model."""
 
 import json
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import yaml
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
 
 from .arguments import D3etrTrainingArguments
-from .command_line import write_configuration
-from .compatibility import IncompatibleDataError, IncompatibleTeacherError, class_index_by_name, spread_layers
+from .command_line import CommandLineError
+from .compatibility import (
+    IncompatibleDataError,
+    IncompatibleTeacherError,
+    UnsupportedOptionError,
+    class_index_by_name,
+    spread_layers,
+)
 from .data import DataArguments, DatasetError, load_splits
 from .models import inherit_from_teacher
 from .models.loading import (
@@ -23,17 +28,42 @@ from .models.loading import (
     keep_classes,
     load_detector,
     load_image_processor,
+    read_model_options,
+)
+from .output_folder import (
+    CONFIGURATION,
+    HISTORY,
+    LAUNCH,
+    RESULTS,
+    SECONDS,
+    OutputFolderError,
+    check_output_folder,
+    describe_run,
+    refuse_split_launch,
+    write_json,
 )
 from .trainer import D3etrTrainer, NonFiniteLossError
-from .yaml_files import ConfigurationLoader
 
 logger = logging.get_logger(__name__)
 
-CONFIGURATION, RESULTS, HISTORY, SECONDS = "run.yaml", "results.json", "log_history.json", "seconds.json"
-
-
-class OutputFolderError(ValueError):
-    """The output folder holds something that this run would overwrite."""
+# options that plain training has no use for
+DISTILLATION_OPTIONS = (
+    "auxiliary_queries",
+    "auxiliary_reference_points",
+    "auxiliary_assignment",
+    "group_reduction",
+    "adaptive_matching",
+    "fixed_matching",
+    "self_attention_weight",
+    "cross_attention_weight",
+    "prediction_weight",
+    "class_weight",
+    "l1_weight",
+    "giou_weight",
+    "attention_divergence",
+    "prediction_normaliser",
+    "layer_map",
+)
 
 
 def train_detector(
@@ -54,9 +84,16 @@ def train_detector(
     Raises:
         OutputFolderError: the output folder holds another run, or files that are no run.
     """
+    refuse_split_launch(training_arguments)
     output = Path(training_arguments.output_dir)
-    configuration = describe_run(model_arguments, teacher_arguments, data_arguments, training_arguments)
-    checkpoint = check_output_folder(output, configuration)
+    # with the model's options themselves: a path would not tell that the file has changed
+    described = replace(model_arguments, model_config=read_model_options(model_arguments))
+    configuration = describe_run(described, teacher_arguments, data_arguments, training_arguments)
+    launch = {
+        "processes": training_arguments.world_size,
+        "mixed_precision": training_arguments.mixed_precision or "no",
+    }
+    checkpoint = check_output_folder(output, configuration, launch)
     if (output / RESULTS).exists():
         logger.warning(f"{output} holds this run already, finished: nothing to do")
         return json.loads((output / RESULTS).read_text())
@@ -66,6 +103,8 @@ def train_detector(
     train, val = load_splits(data_arguments, processor)
     model = build_model(model_arguments, train.class_names)
     teacher = teacher_processor = None
+    if teacher_arguments.teacher and not (training_arguments.needs_teacher or teacher_arguments.inherit_from_teacher):
+        logger.warning(f"the teacher {teacher_arguments.teacher!r} is not used: these options need none")
     if teacher_arguments.teacher is not None:
         teacher = load_detector(teacher_arguments.teacher, "teacher")
         teacher_processor = load_image_processor(teacher_arguments.teacher)
@@ -91,6 +130,7 @@ def train_detector(
     if trainer.is_world_process_zero():
         # only now: a call that failed on its data or its teacher leaves the folder free for the next
         (output / CONFIGURATION).write_text(configuration)
+        write_json(output / LAUNCH, launch)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -125,29 +165,52 @@ def evaluate_detector(
         adaptive_matching=False,
         report_to="none",
     )
+    refuse_split_launch(training_arguments)
     detector = load_detector(model)
     processor = load_image_processor(model) or load_image_processor(None)
     _, val = load_splits(data_arguments, processor)
     if val.class_names != class_names_of(detector.config):
         # a teacher with more classes, or the same in another order: its head is reduced to the data's, by name
-        keep_classes(detector, class_index_by_name(detector.config, val.class_names), val.class_names)
+        keep_classes(detector, class_index_by_name(detector.config, val.class_names, "model"), val.class_names)
     trainer = D3etrTrainer(model=detector, args=training_arguments, eval_dataset=val, processing_class=processor)
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     metrics = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
     if trainer.is_world_process_zero():
-        (Path(output_dir) / "evaluation.json").write_text(json.dumps(metrics, indent=1))
+        size = {"short_side": processor.size["shortest_edge"], "long_side": processor.size["longest_edge"]}
+        write_json(Path(output_dir) / "evaluation.json", {"model": model, "data": val.name, **size, **metrics})
     return metrics
 
 
 # what the user can put right: shown by the scripts without a traceback
 USER_ERRORS = (
     DatasetError,
+    UnsupportedOptionError,
     IncompatibleDataError,
     IncompatibleTeacherError,
     DetectorLoadError,
     OutputFolderError,
     NonFiniteLossError,
 )
+
+
+def without_distillation(training_arguments: D3etrTrainingArguments) -> None:
+    """Set the options to plain training, in place.
+
+    Raises:
+        CommandLineError: an option of the distillation was given, which plain training would pass over in silence.
+    """
+    fields = D3etrTrainingArguments.__dataclass_fields__
+    given = [name for name in DISTILLATION_OPTIONS if getattr(training_arguments, name) != fields[name].default]
+    if given:
+        raise CommandLineError(f"{given} belong to distillation, which plain training does not do: scripts/distill.py")
+    training_arguments.auxiliary_queries, training_arguments.adaptive_matching = "none", False
+
+
+def report(results: dict, training_arguments: D3etrTrainingArguments) -> None:
+    """Say on the main process what a run came to."""
+    if training_arguments.process_index == 0:
+        scores = [f"{name} {results[name]:.3f}" for name in ("AP", "AP50") if name in results]
+        print(f"{training_arguments.output_dir}: {', '.join(scores) or 'no AP: the validation split has no object'}")
 
 
 class Stopwatch(TrainerCallback):
@@ -175,64 +238,3 @@ class Stopwatch(TrainerCallback):
         if state.is_world_process_zero:
             write_json(self.file, self.seconds)
         self.mark = time.perf_counter()
-
-
-def write_json(path: Path, content) -> None:
-    """Write a file whole or not at all: a run may be stopped at any moment."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=1))
-    unfinished.replace(path)
-
-
-def describe_run(*instances) -> str:
-    """The YAML that makes the scripts build these dataclasses again."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_configuration(Path(folder) / CONFIGURATION, *instances)
-        return (Path(folder) / CONFIGURATION).read_text()
-
-
-def check_output_folder(output: Path, configuration: str) -> str | None:
-    """Make sure an output folder is this run's, or free, and find where to go on from.
-
-    Args:
-        output: the folder, which need not exist.
-        configuration: of the run, from `describe_run`; where its folder lies does not count.
-
-    Returns:
-        The last complete checkpoint, or None to start from the beginning.
-
-    Raises:
-        OutputFolderError: the folder holds another run, or files but no run.
-    """
-    if not output.exists() or not any(output.iterdir()):
-        return None
-    if not (output / CONFIGURATION).exists():
-        raise OutputFolderError(
-            f"{output} is not empty and holds no {CONFIGURATION} of a run: choose another output_dir, or empty it"
-        )
-    old, new = (
-        yaml.load(text, Loader=ConfigurationLoader) or {}
-        for text in ((output / CONFIGURATION).read_text(), configuration)
-    )
-    keys = sorted((old.keys() | new.keys()) - {"output_dir"})
-    changed = [key for key in keys if old.get(key) != new.get(key)]
-    if changed:
-        raise OutputFolderError(
-            f"{output} holds another run: it differs in "
-            + ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in changed[:3])
-            + "; choose another output_dir, or remove the folder"
-        )
-    return last_complete_checkpoint(output)
-
-
-def last_complete_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint folder whose trainer state, which is written last, can be read."""
-    folders = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            logger.warning(f"{folder} is incomplete (the run stopped while saving it) and is passed over")
-            continue
-        return str(folder)
-    return None

@@ -11,7 +11,14 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from .arguments import D3etrTrainingArguments
-from .compatibility import check_data_classes, check_image_processors, check_models, class_index_by_name, spread_layers
+from .compatibility import (
+    UnsupportedOptionError,
+    check_data_classes,
+    check_image_processors,
+    check_models,
+    class_index_by_name,
+    spread_layers,
+)
 from .data import DetectionCollator
 from .evaluation import CocoAveragePrecision, select_detections, to_coco_detections
 from .matching import NonFiniteCostError, Targets
@@ -56,7 +63,7 @@ class D3etrTrainer(Trainer):
     ):
         for name in ("model_init", "compute_loss_func"):
             if trainer_options.get(name) is not None:
-                raise ValueError(f"{name} is not supported: the objective and the student's query groups are ours")
+                raise UnsupportedOptionError(f"{name} is not supported: the loss and query groups are this trainer's")
         check_models(model, teacher, args)
         check_image_processors(trainer_options.get("processing_class"), teacher_processing_class)
         eval_sets = trainer_options.get("eval_dataset")
@@ -200,7 +207,9 @@ class D3etrTrainer(Trainer):
                 self.args, model
             )
             if {"params", "model", "optimizer_dict"} & set(options):
-                raise ValueError(f"optim={self.args.optim!r} makes parameter groups of its own: choose another")
+                raise UnsupportedOptionError(
+                    f"optim={self.args.optim!r} makes its own parameter groups: choose another"
+                )
             rates = {True: self.args.backbone_learning_rate, False: self.args.learning_rate}
             self.optimizer = optimizer_class(
                 [
@@ -251,7 +260,10 @@ class D3etrTrainer(Trainer):
         metrics = [None]
         if self.is_world_process_zero():
             dataset = self._evaluated_dataset
-            detections = to_coco_detections(prediction.predictions, prediction.label_ids, dataset.category_ids)
+            try:
+                detections = to_coco_detections(prediction.predictions, prediction.label_ids, dataset.category_ids)
+            except ValueError as error:
+                raise NonFiniteLossError(f"evaluation after step {self.state.global_step}: {error}") from error
             metrics = [
                 CocoAveragePrecision(keep_in_memory=True).compute(
                     predictions=detections, ground_truth=dataset.ground_truth

@@ -17,13 +17,13 @@ from d3etr_hf.arguments import D3etrTrainingArguments
 from d3etr_hf.command_line import parse_arguments, run
 from d3etr_hf.data import DataArguments
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
-from d3etr_hf.runs import USER_ERRORS, train_detector
+from d3etr_hf.runs import USER_ERRORS, report, train_detector
 
 
 def main() -> None:
     types = (ModelArguments, TeacherArguments, DataArguments, D3etrTrainingArguments)
     results = train_detector(*(arguments := parse_arguments(types, description=__doc__)))
-    print(f"{arguments[-1].output_dir}: AP {results['AP']:.3f}, AP50 {results['AP50']:.3f}")
+    report(results, arguments[-1])
 
 
 if __name__ == "__main__":

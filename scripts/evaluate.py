@@ -5,8 +5,9 @@
 Prints every metric and writes it to evaluation.json in --output_dir.
 """
 
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # scripts/evaluate.py would hide the evaluate package
@@ -23,7 +24,7 @@ from d3etr_hf.runs import USER_ERRORS, evaluate_detector
 class EvaluationArguments:
     """What to evaluate, and where the result goes."""
 
-    model: str = option(None, "The detector: a folder or Hub id.")
+    model: str = field(metadata={"help": "The detector: a folder or Hub id."})
     output_dir: str = option("runs/evaluation", "Gets evaluation.json.")
     batch_size: int = option(8, "Images per device; predictions depend a little on which images share a batch.")
     workers: int = option(0, "Processes that load images, per device.")
@@ -33,7 +34,7 @@ class EvaluationArguments:
 def main() -> None:
     arguments, data = parse_arguments((EvaluationArguments, DataArguments), description=__doc__)
     metrics = evaluate_detector(data, **vars(arguments))
-    for name, value in metrics.items():
+    for name, value in metrics.items() if os.environ.get("RANK", "0") == "0" else ():
         print(f"{name:<28}{value:.4f}")
 
 

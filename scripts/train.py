@@ -16,15 +16,15 @@ from d3etr_hf.arguments import D3etrTrainingArguments
 from d3etr_hf.command_line import parse_arguments, run
 from d3etr_hf.data import DataArguments
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
-from d3etr_hf.runs import USER_ERRORS, train_detector
+from d3etr_hf.runs import USER_ERRORS, report, train_detector, without_distillation
 
 
 def main() -> None:
     types = (ModelArguments, DataArguments, D3etrTrainingArguments)
     model, data, training = parse_arguments(types, description=__doc__)
-    training.auxiliary_queries, training.adaptive_matching = "none", False
+    without_distillation(training)
     results = train_detector(model, TeacherArguments(), data, training)
-    print(f"{training.output_dir}: AP {results['AP']:.3f}, AP50 {results['AP50']:.3f}")
+    report(results, training)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,19 @@ from transformers import TrainerControl, TrainerState
 
 from d3etr_hf import runs
 from d3etr_hf.arguments import D3etrTrainingArguments
-from d3etr_hf.command_line import parse_arguments
+from d3etr_hf.command_line import CommandLineError, parse_arguments
 from d3etr_hf.data import DataArguments, DatasetError
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.models.loading import DetectorLoadError, ModelArguments, TeacherArguments, load_image_processor
-from d3etr_hf.runs import (
+from d3etr_hf.output_folder import (
     OutputFolderError,
-    Stopwatch,
     check_output_folder,
     describe_run,
     last_complete_checkpoint,
-    train_detector,
+    refuse_split_launch,
     write_json,
 )
+from d3etr_hf.runs import Stopwatch, train_detector, without_distillation
 from d3etr_hf.trainer import D3etrTrainer
 from tests.tiny import tiny_config, tiny_model
 
@@ -96,6 +96,9 @@ def shapes(tmp_path_factory):
     return make_shapes(tmp_path_factory.mktemp("shapes"), 16, 8, image_size=SIDE, progress=False)
 
 
+LAUNCH = {"processes": 1, "mixed_precision": "no"}
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
@@ -117,8 +120,8 @@ def finished(shapes, tmp_path_factory):
 def test_free_folders_are_free(shapes, tmp_path):
     configuration = describe_run(*arguments(shapes, tmp_path))
     (tmp_path / "empty").mkdir()
-    assert check_output_folder(tmp_path / "empty", configuration) is None
-    assert check_output_folder(tmp_path / "absent", configuration) is None
+    assert check_output_folder(tmp_path / "empty", configuration, LAUNCH) is None
+    assert check_output_folder(tmp_path / "absent", configuration, LAUNCH) is None
     assert not (tmp_path / "absent").exists() and not list((tmp_path / "empty").iterdir())
 
 
@@ -130,12 +133,14 @@ def test_folder_that_is_no_run_is_refused(shapes, tmp_path):
 
 
 def test_another_run_is_refused_and_nothing_touched(shapes, finished):
-    """The first differing key and both values are named, an absent one as None."""
+    """The first differing key and both values are named, an absent one as the default."""
     output, _ = finished
     before = files_of(output)
     with pytest.raises(OutputFolderError, match=r"another run: .*learning_rate \(0\.001 there, 0\.002 here\)"):
         train_detector(*arguments(shapes, output, learning_rate=2e-3))
-    with pytest.raises(OutputFolderError, match=r"differs in seed \(None there, 3 here\); choose another output_dir"):
+    with pytest.raises(
+        OutputFolderError, match=r"differs in seed \('default' there, 3 here\); choose another output_dir"
+    ):
         train_detector(*arguments(shapes, output, seed=3))
     assert files_of(output) == before
 
@@ -145,10 +150,10 @@ def test_the_same_values_written_another_way_are_the_same_run(shapes, tmp_path):
     values = yaml.safe_load(configuration)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.yaml").write_text(yaml.dump(values, sort_keys=True, default_flow_style=True))
-    assert check_output_folder(tmp_path / "run", configuration) is None
+    assert check_output_folder(tmp_path / "run", configuration, LAUNCH) is None
     # called by another path, or moved
     moved = describe_run(*arguments(shapes, tmp_path / "somewhere" / ".." / "run"))
-    assert moved != configuration and check_output_folder(tmp_path / "run", moved) is None
+    assert moved != configuration and check_output_folder(tmp_path / "run", moved, LAUNCH) is None
 
 
 def test_description_builds_the_run_again(shapes, teacher, tmp_path):
@@ -158,6 +163,44 @@ def test_description_builds_the_run_again(shapes, teacher, tmp_path):
     again = parse_arguments(TYPES, [str(tmp_path / "run.yaml")])
     assert again[:3] == given[:3]
     assert again[3].to_dict() == given[3].to_dict()
+
+
+def test_folder_without_a_checkpoint_is_free_for_a_corrected_call(shapes, tmp_path):
+    """A run that failed in its first step had saved nothing: lowering its learning rate must not be refused."""
+    first, second = (describe_run(*arguments(shapes, tmp_path, learning_rate=rate)) for rate in (1e30, 1e-3))
+    (tmp_path / "run.yaml").write_text(first)
+    assert check_output_folder(tmp_path, second, LAUNCH) is None
+
+
+@pytest.mark.parametrize("change", [{"processes": 2}, {"mixed_precision": "bf16"}])
+def test_run_goes_on_only_as_it_was_launched(shapes, finished, change):
+    """On another number of processes it would end after another number of epochs and call itself finished."""
+    output, _ = finished
+    configuration = describe_run(*arguments(shapes, output))
+    assert check_output_folder(output, configuration, LAUNCH) == str(output / "checkpoint-4")
+    with pytest.raises(OutputFolderError, match=next(iter(change))):
+        check_output_folder(output, configuration, LAUNCH | change)
+
+
+def test_workers_and_reports_may_change(shapes, finished):
+    output, _ = finished
+    changed = describe_run(*arguments(shapes, output, dataloader_num_workers=2, save_total_limit=3))
+    assert check_output_folder(output, changed, LAUNCH) == str(output / "checkpoint-4")
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(shapes, tmp_path, monkeypatch):
+    args = arguments(shapes, tmp_path)[3]
+    refuse_split_launch(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OutputFolderError, match="2 processes were launched, but each sees 1.*use_cpu"):
+        refuse_split_launch(args)
+
+
+def test_plain_training_refuses_options_of_the_distillation(tmp_path):
+    """The teacherless configuration run by scripts/train.py would be a plain student under a false name."""
+    args = D3etrTrainingArguments(output_dir=str(tmp_path), use_cpu=True, auxiliary_queries="learned", l1_weight=2.0)
+    with pytest.raises(CommandLineError, match=r"\['auxiliary_queries', 'l1_weight'\].*scripts/distill.py"):
+        without_distillation(args)
 
 
 # checkpoints

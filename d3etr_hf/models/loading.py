@@ -78,6 +78,8 @@ def load_detector(path: str, role: str = "model") -> D3etrConditionalDetrForObje
     Raises:
         DetectorLoadError: nothing there, no detector, another family, tensors missing, or timm is needed and absent.
     """
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise DetectorLoadError(f"{role} {path!r}: there is no such folder, and it is no Hub id (owner/name)")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, StrictDataclassError) as error:
@@ -111,6 +113,12 @@ def load_detector(path: str, role: str = "model") -> D3etrConditionalDetrForObje
     return model
 
 
+def read_model_options(arguments: ModelArguments) -> dict | None:
+    """The configuration of a new model, read from its file where `model_config` names one."""
+    options = arguments.model_config
+    return _read_model_config(options) if isinstance(options, str) else options
+
+
 def build_model(arguments: ModelArguments, class_names: list[str]) -> D3etrConditionalDetrForObjectDetection:
     """The model to train: loaded, or new from its configuration with the data set's class names.
 
@@ -122,9 +130,8 @@ def build_model(arguments: ModelArguments, class_names: list[str]) -> D3etrCondi
         model = load_detector(arguments.model, "model")
         _refuse_other_classes(model.config, class_names, f"model {arguments.model!r}")
         return model
-    place, options = "model_config", arguments.model_config
-    if isinstance(options, str):
-        place, options = f"model_config {options!r}", _read_model_config(options)
+    place = f"model_config {arguments.model_config!r}" if isinstance(arguments.model_config, str) else "model_config"
+    options = read_model_options(arguments)
     check_model_options(options, place)
     try:
         config = ConditionalDetrConfig(

@@ -102,9 +102,11 @@ def test_detector_is_loaded_whole_and_in_float32(checkpoint):
 
 
 def test_nothing_there(tmp_path):
-    for path in (tmp_path / "absent", tmp_path):  # no folder, and one without config.json
-        with pytest.raises(DetectorLoadError, match=f"teacher '{path}': no model configuration.*config.json"):
-            load_detector(str(path), "teacher")
+    with pytest.raises(DetectorLoadError, match=f"teacher '{tmp_path}': no model configuration.*config.json"):
+        load_detector(str(tmp_path), "teacher")
+    for path in (str(tmp_path / "absent"), "./absent", "runs/demo/teacher"):
+        with pytest.raises(DetectorLoadError, match=f"teacher '{path}': there is no such folder"):
+            load_detector(path, "teacher")
 
 
 @pytest.mark.parametrize("content", ["{nope", '{"model_type": "conditional_detr", "d_model": "wide"}'])
