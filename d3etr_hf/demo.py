@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import yaml
 from tqdm.auto import tqdm
 
 from .data import load_coco_split
@@ -24,7 +25,7 @@ from .data.shapes import make_shapes
 from .data.transforms import DetectionTransform
 from .evaluation import select_detections
 from .models.loading import load_detector, load_image_processor
-from .output_folder import HISTORY, RESULTS
+from .output_folder import CONFIGURATION, HISTORY, RESULTS, SECONDS
 from .pictures import draw_detection_grid, draw_training_curves
 
 CONFIGURATIONS = Path("configs") / "shapes"
@@ -90,19 +91,33 @@ def train_all(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) ->
             "student_alone": start("student_alone", alone),
             "teacherless": start("teacherless", control),
         }
-        teacher = first["teacher"].result()
+        first["teacher"].result()
+        student_alone = first["student_alone"].result()
         distilled = start("distilled", distil)
-        student_alone, teacherless_result = first["student_alone"].result(), first["teacherless"].result()
-        distilled = distilled.result()
-        steps = round(distilled["seconds"] / student_alone["seconds"] * student_alone["steps"])
-        equal_time = start("student_alone_equal_time", [*alone, "--max_steps", str(steps)]).result()
-    return {
-        "teacher": teacher,
-        "student_alone": student_alone,
-        "teacherless": teacherless_result,
-        "distilled": distilled,
-        "student_alone_equal_time": equal_time,
-    }
+        steps = equal_time_steps(folder, student_alone, distilled)
+        equal_time = start("student_alone_equal_time", [*alone, "--max_steps", str(steps)])
+        return {
+            name: future.result()
+            for name, future in (*first.items(), ("distilled", distilled), ("student_alone_equal_time", equal_time))
+        }
+
+
+def equal_time_steps(folder: Path, student_alone: dict, distilled: Future) -> int:
+    """How many steps the student alone takes in the time of the distilled run: its own full schedule is that long.
+
+    The time of a distilled step is known from its first save, so that both can run side by side, under the same load.
+    A run that has been started keeps its length.
+    """
+    started, spent = folder / "student_alone_equal_time" / CONFIGURATION, folder / "distilled" / SECONDS
+    if started.exists():
+        return yaml.safe_load(started.read_text())["max_steps"]
+    while not (spent.exists() or distilled.done()):
+        time.sleep(1)
+    if distilled.done():
+        distilled.result()  # a failure is told here
+    distilled_step = json.loads(spent.read_text())
+    alone_step = student_alone["seconds"] / student_alone["steps"]
+    return round(student_alone["steps"] * distilled_step["seconds"] / distilled_step["steps"] / alone_step)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Shares:
 
 
 class D3etrObjective:
-    """L = L_det(student) + L_det(auxiliary) + sum over layers and groups of the distillation terms (METHOD.md).
+    """L = L_det(student) + L_det(auxiliary) + sum over layers and groups of the distillation terms (see README).
 
     Args:
         args: the options; which terms are on, their weights, the matcher's.

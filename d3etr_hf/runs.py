@@ -221,7 +221,7 @@ class Stopwatch(TrainerCallback):
 
     def __init__(self, output: Path):
         self.file = output / SECONDS
-        self.seconds = json.loads(self.file.read_text()) if self.file.exists() else 0.0
+        self.seconds = json.loads(self.file.read_text())["seconds"] if self.file.exists() else 0.0
         self.mark = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -236,5 +236,5 @@ class Stopwatch(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            write_json(self.file, self.seconds)
+            write_json(self.file, {"seconds": self.seconds, "steps": state.global_step})
         self.mark = time.perf_counter()

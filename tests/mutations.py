@@ -2,9 +2,9 @@
 
     python tests/mutations.py [WORD ...]
 
-Without words all mutations are tried (about ten minutes on one core), else those whose name holds one of them. Exits
-with 1 if a test still passes. Each line of the table: what is guarded, file, what is taken out, what is put there, the
-test that must fail.
+The notes are those of the project on what its stack does silently. Without words all mutations are tried (about ten
+minutes on one core), else those whose name holds one of them. Exits with 1 if a test still passes. Each line of the
+table: what is guarded, file, what is taken out, what is put there, the test that must fail.
 """
 
 import os

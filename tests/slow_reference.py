@@ -1,4 +1,4 @@
-"""Every loss and matching again, as slow loops over scalars written from METHOD.md, in float64."""
+"""Every loss and matching again, as slow loops over scalars written from the formulas, in float64."""
 
 import math
 from itertools import permutations

@@ -77,7 +77,7 @@ def test_no_two_recipes_share_an_output_folder():
 
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if path.parent.name == "coco"], ids=name_of)
 def test_coco_recipe_is_that_of_conditional_detr(recipe):
-    """METHOD.md, "Conditional DETR's own recipe"; 8 GPUs as in configs/accelerate/eight_gpus.yaml."""
+    """Conditional DETR's own recipe; 8 GPUs as in configs/accelerate/eight_gpus.yaml."""
     parsed = parse(recipe)
     data, training, model = parsed[DataArguments], parsed[D3etrTrainingArguments], parsed[ModelArguments]
     eight_gpus = load_config_from_file(str(CONFIGS / "accelerate" / "eight_gpus.yaml"))

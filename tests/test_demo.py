@@ -1,6 +1,7 @@
 """The demonstration, with runs of a few steps."""
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.demo import DemoError, format_table, run_demo, show_progress, train_one
+from d3etr_hf.demo import DemoError, equal_time_steps, format_table, run_demo, show_progress, train_one
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NAMES = ["teacher", "student_alone", "teacherless", "distilled", "student_alone_equal_time"]
@@ -27,8 +28,16 @@ def test_whole_demonstration(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "demo" / row["name"] / "model.safetensors").exists()
     assert rows[0]["parameters"] > rows[1]["parameters"] == rows[3]["parameters"]
     assert [row["steps"] for row in rows[:4]] == [3, 3, 3, 3]
-    ratio = rows[3]["seconds"] / rows[1]["seconds"]
-    assert rows[4]["steps"] == round(3 * ratio)
+    spent = json.loads((tmp_path / "demo" / "distilled" / "seconds.json").read_text())
+    first_save = {"seconds": 4.0, "steps": 2}
+    assert rows[4]["steps"] >= 1 and spent["steps"] == 3
+    finished = Future()
+    finished.set_result(None)
+    (tmp_path / "started" / "distilled").mkdir(parents=True)
+    (tmp_path / "started" / "distilled" / "seconds.json").write_text(json.dumps(first_save))
+    # 2 seconds a step against 0.5: four times the steps; and a run that has been started keeps its length
+    assert equal_time_steps(tmp_path / "started", {"seconds": 5.0, "steps": 10}, finished) == 40
+    assert equal_time_steps(tmp_path / "demo", {"seconds": 5.0, "steps": 10}, finished) == rows[4]["steps"]
     for picture in ("detections.png", "curves.png"):
         assert Image.open(tmp_path / "demo" / picture).size[0] > 500
     capsys.readouterr()

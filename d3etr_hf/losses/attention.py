@@ -1,4 +1,4 @@
-"""Self- and cross-attention distillation (section 3 of D3ETR; the divergence and its reduction are METHOD.md's)."""
+"""Self- and cross-attention distillation (section 3 of D3ETR; divergence and reduction: README)."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Prediction distillation: the teacher's class scores and boxes as soft targets (METHOD.md, distillation losses)."""
+"""Prediction distillation: the teacher's class scores and boxes as soft targets (README, the method)."""
 
 import torch
 from torch import nn

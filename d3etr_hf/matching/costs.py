@@ -38,7 +38,7 @@ def prediction_cost(
     l1_weight: float,
     giou_weight: float,
 ) -> torch.Tensor:
-    """Cost between all teacher and all student predictions (METHOD.md, MixMatcher 1).
+    """Cost between all teacher and all student predictions (README, the method).
 
     `class_weight * sum_c BCE(teacher score, student score) + l1_weight * L1 - giou_weight * GIoU`, with the teacher's
     scores as soft targets.

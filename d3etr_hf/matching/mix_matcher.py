@@ -47,7 +47,7 @@ class AdaptiveMatcher:
     are chosen first, then matched: choosing by cost would drop the teacher's foreground.
 
     Attributes:
-        class_weight, l1_weight, giou_weight: weights of the three costs (METHOD.md: 1, 5, 2).
+        class_weight, l1_weight, giou_weight: weights of the three costs (1, 5, 2 by default).
     """
 
     class_weight: float = 1.0

@@ -1,4 +1,4 @@
-"""Attention distillation against slow loops from METHOD.md."""
+"""Attention distillation against slow loops from the formulas."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_cross_attention_equals_slow_loop(name, divergence):
 
 @pytest.mark.parametrize("divergence", ["kl", "mse"])
 def test_padding_gives_no_nan_gradient(divergence):
-    """HF_NOTES 4 and METHOD.md: -inf on padded keys times zero is NaN, forwards and backwards."""
+    """HF_NOTES 4: -inf on padded keys times zero is NaN, forwards and backwards."""
     mask = mask_of(4, 6, padded=True)
     teacher = slow_reference.random_group(1, BATCH, 4, 3, 2, mask, seed=1)
     scores = torch.randn(BATCH, 2, 4, 24, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Prediction distillation against a slow loop from METHOD.md."""
+"""Prediction distillation against a slow loop from the formulas."""
 
 import pytest
 import torch
