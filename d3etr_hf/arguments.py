@@ -133,12 +133,12 @@ class D3etrTrainingArguments(TrainingArguments):
 
     def _check_choices(self) -> None:
         """Values outside a field's choices are refused here too, where the command line is not there to do it."""
-        own = D3etrTrainingArguments.__annotations__
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name, None)
-            if name in own and get_origin(hint) is Literal and value not in get_args(hint):
-                raise ValueError(f"{name}={value!r}: choose one of {list(get_args(hint))}")
-            if name in own and hint is bool and not isinstance(value, bool):
+        hints = get_type_hints(D3etrTrainingArguments)
+        for name in D3etrTrainingArguments.__annotations__:
+            value, choices = getattr(self, name), get_args(hints[name])
+            if get_origin(hints[name]) is Literal and value not in choices:
+                raise ValueError(f"{name}={value!r}: choose one of {list(choices)}")
+            if hints[name] is bool and not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: must be true or false")
 
     @property

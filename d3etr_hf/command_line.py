@@ -47,7 +47,8 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Reads `[configuration.yaml] [--field value ...]` into one instance of each dataclass, in their order.
 
-    Fields that hold a dictionary take a YAML mapping in the file and a JSON object on the command line. Paths stay as
+    Fields that hold a dictionary take a YAML mapping in the file and a JSON object on the command line; `null` takes
+    back what the file says of a text that may be left out. Paths stay as
     they are given. `--help` prints every field and ends the program.
 
     Args:
@@ -171,6 +172,9 @@ def _read_flags(
 
     values = {name: value for name, value in vars(namespace).items() if value is not NOT_GIVEN}
     for name, value in values.items():
+        if value == "null" and type(None) in get_args(fields[name]):
+            values[name] = None  # takes back what the file says
+            continue
         if _admits_dictionary(fields[name]) and isinstance(value, str) and value.lstrip().startswith("{"):
             try:
                 value = json.loads(value)

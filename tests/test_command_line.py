@@ -70,6 +70,13 @@ def test_flags_override_the_file_and_the_file_overrides_the_defaults(configurati
     assert (training.learning_rate, training.max_steps, training.seed) == (2e-4, -1, 42)
 
 
+def test_null_takes_back_what_the_file_says(configuration):
+    """Else a configuration's model_config could not make way for a checkpoint given by flag."""
+    path = configuration("folder: from_file\nstudent_config: {width: 8}\n")
+    (detector,) = read(path, "--student_config", "null")
+    assert detector.student_config is None
+
+
 def test_a_required_field_may_come_from_either_place_or_is_missed(configuration):
     """Guards against argparse demanding a flag that the file already gives."""
     assert read(configuration("folder: here"))[0].folder == "here"

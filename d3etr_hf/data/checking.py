@@ -164,7 +164,8 @@ def _usable_boxes(coco: dict, category_ids: list[int], source: str) -> tuple[lis
 
     order = np.argsort(image_index[usable], kind="stable")
     ends = np.cumsum(np.bincount(image_index[usable], minlength=len(coco["images"])))[:-1]
-    report = f"{source}: boxes {'; '.join(counts)}." if counts else ""
+    aside = "this is about training labels: evaluation reads the annotations as they are"
+    report = f"{source}: boxes {'; '.join(counts)}; {aside}." if counts else ""
     return np.split(boxes[usable][order], ends), np.split(labels[usable][order], ends), report
 
 

@@ -87,7 +87,8 @@ def test_the_report_counts_each_kind_and_names_the_first() -> None:
         "without area dropped: 1 (first annotation ids [4]); "
         "outside their image dropped: 2 (first annotation ids [5, 6]); "
         "too thin to have an area dropped: 1 (first annotation ids [8]); "
-        "partly outside their image clipped: 1 (first annotation ids [7])."
+        "partly outside their image clipped: 1 (first annotation ids [7]); "
+        "this is about training labels: evaluation reads the annotations as they are."
     )
     assert checked.boxes[1].tolist() == [[0, 0, 5, 10], [3, 3, 40, 30]]
 
