@@ -56,6 +56,8 @@ class D3etrObjective:
         layer_map: list[int] | None = None,
     ):
         self.args, self.class_index, self.layer_map = args, class_index, layer_map
+        # read on the host, once: most teachers' classes need no gathering
+        self._classes_in_order = class_index is None or class_index.tolist() == list(range(len(class_index)))
         groups = args.distilled_groups()
         adaptive = AdaptiveMatcher(args.class_weight, args.l1_weight, args.giou_weight)
         self.matcher = MixMatcher(
@@ -92,8 +94,7 @@ class D3etrObjective:
         teacher_group = None if teacher is None else self._aligned(teacher.groups[0], self.layer_map)
         terms, statistics = {}, {}
         if self.args.detection_weight > 0:
-            last = None if teacher is None else self._aligned(teacher.groups[0], [-1])
-            terms |= self._detection_terms(groups, teacher_group, last, targets, shares)
+            terms |= self._detection_terms(groups, teacher_group, teacher, targets, shares)
         if teacher is not None and self.args.distilled_groups():
             pairs = self.matcher(teacher_group, groups["student"], groups.get("auxiliary"))
             if "student" in pairs:
@@ -105,16 +106,16 @@ class D3etrObjective:
                 group = groups[name]
                 if self.args.self_attention_weight > 0:
                     terms[f"{name}/self_attention"] = self.args.self_attention_weight * self_attention_distillation(
-                        teacher_group.log_self_attention,
-                        group.log_self_attention,
+                        teacher_group.self_attention,
+                        group.self_attention,
                         matched,
                         shares.images,
                         self.args.attention_divergence,
                     )
                 if self.args.cross_attention_weight > 0:
                     terms[f"{name}/cross_attention"] = self.args.cross_attention_weight * cross_attention_distillation(
-                        teacher_group.log_cross_attention,
-                        group.log_cross_attention,
+                        teacher_group.cross_attention,
+                        group.cross_attention,
                         matched,
                         teacher.memory_mask,
                         student.memory_mask,
@@ -133,24 +134,25 @@ class D3etrObjective:
                     )
         return terms, statistics
 
-    def _aligned(self, teacher: QueryGroupOutput, layers: list[int]) -> QueryGroupOutput:
+    def _aligned(self, teacher: QueryGroupOutput, layers: list[int], maps: bool = True) -> QueryGroupOutput:
         """The teacher's outputs in these of its layers, for the student's classes; no gradient reaches the teacher."""
 
-        def chosen(maps):
-            return None if maps is None else tuple(maps[layer].detach() for layer in layers)
+        def chosen(values):
+            return None if values is None else tuple(values[layer].detach() for layer in layers)
 
-        self.class_index = self.class_index.to(teacher.logits.device)
+        logits = torch.stack(chosen(teacher.logits))
+        self.class_index = self.class_index.to(logits.device)
         return QueryGroupOutput(
-            logits=torch.stack(chosen(teacher.logits))[..., self.class_index],
+            logits=logits[..., : len(self.class_index)] if self._classes_in_order else logits[..., self.class_index],
             boxes=torch.stack(chosen(teacher.boxes)),
-            log_self_attention=chosen(teacher.log_self_attention),
-            log_cross_attention=chosen(teacher.log_cross_attention),
+            self_attention=chosen(teacher.self_attention) if maps else None,
+            cross_attention=chosen(teacher.cross_attention) if maps else None,
         )
 
-    def _detection_terms(self, groups, teacher, teacher_last, targets: Targets, shares: Shares):
+    def _detection_terms(self, groups, teacher_group, teacher, targets: Targets, shares: Shares):
         terms = {}
         for name, group in groups.items():
-            assignment = self._assignment(name, group, teacher, teacher_last, targets)
+            assignment = self._assignment(name, group, teacher_group, teacher, targets)
             losses = detection_losses(
                 group, targets, assignment, shares.boxes, self.assigner.focal_alpha, self.assigner.focal_gamma
             )
@@ -161,21 +163,22 @@ class D3etrObjective:
         self,
         name: str,
         group: QueryGroupOutput,
-        teacher: QueryGroupOutput | None,
-        teacher_last: QueryGroupOutput | None,
+        teacher_group: QueryGroupOutput | None,
+        teacher: DetectorOutput | None,
         targets: Targets,
     ) -> torch.Tensor:
         """Which object each query answers for, `(L, B, N)`; in the auxiliary group the teacher may decide.
 
         Args:
-            teacher, teacher_last: the teacher in the layers that the student's follow, and in its own last layer.
+            teacher_group: the teacher's outputs in the layers that the student's follow.
+            teacher: all of its outputs, of which the last layer decides under most policies.
         """
         policy = self.args.auxiliary_assignment
         if name == "student" or self.args.auxiliary_queries != "teacher" or policy == "own":
             return self.assigner(group, targets, name)
         if policy == "teacher_per_layer":
-            return self.assigner(teacher, targets, "teacher")
-        last = self.assigner(teacher_last, targets, "teacher (last layer)")
+            return self.assigner(teacher_group, targets, "teacher")
+        last = self.assigner(self._aligned(teacher.groups[0], [-1], maps=False), targets, "teacher (last layer)")
         if policy == "teacher_last_layer_everywhere":
             return last.expand(len(group.logits), -1, -1)
         earlier = self.assigner(QueryGroupOutput(logits=group.logits[:-1], boxes=group.boxes[:-1]), targets, name)

@@ -158,7 +158,7 @@ def detection_loss(logits, boxes, labels, assignment, num_boxes, alpha=0.25, gam
 
 def random_group(layers, batch, queries, classes, heads, mask, seed):
     """Random predictions and maps in float64 as a `QueryGroupOutput` that wants a gradient; `mask` (B, H, W)."""
-    from d3etr_hf.models import QueryGroupOutput
+    from d3etr_hf.models import AttentionMap, QueryGroupOutput
 
     generator = torch.Generator().manual_seed(seed)
 
@@ -173,11 +173,15 @@ def random_group(layers, batch, queries, classes, heads, mask, seed):
         "self": [normal(batch, heads, queries, queries).requires_grad_() for _ in range(layers)],
         "cross": [normal(batch, heads, queries, tokens).requires_grad_() for _ in range(layers)],
     }
+
+    def attention(scores):
+        log = scores.log_softmax(-1)
+        return AttentionMap(log, log.exp())
+
+    lowest = torch.finfo(torch.float64).min
     return QueryGroupOutput(
         logits=leaves["logits"],
         boxes=leaves["boxes"],
-        log_self_attention=tuple(scores.log_softmax(-1) for scores in leaves["self"]),
-        log_cross_attention=tuple(
-            scores.masked_fill(padding, float("-inf")).log_softmax(-1) for scores in leaves["cross"]
-        ),
+        self_attention=tuple(attention(scores) for scores in leaves["self"]),
+        cross_attention=tuple(attention(scores.masked_fill(padding, lowest)) for scores in leaves["cross"]),
     )

@@ -13,7 +13,7 @@ from d3etr_hf.compatibility import (
     spread_layers,
 )
 from d3etr_hf.matching import AdaptiveMatcher, HungarianAssigner, Targets
-from d3etr_hf.models import AuxiliaryQueries, DetectorOutput, QueryGroupOutput
+from d3etr_hf.models import AttentionMap, AuxiliaryQueries, DetectorOutput, QueryGroupOutput
 from d3etr_hf.objective import D3etrObjective, Shares
 from tests.tiny import padded_batch, perturb, random_labels, tiny_config, tiny_model
 
@@ -40,8 +40,8 @@ def detached(output: QueryGroupOutput) -> QueryGroupOutput:
     return QueryGroupOutput(
         logits=output.logits.detach().clone(),
         boxes=output.boxes.detach().clone(),
-        log_self_attention=tuple(m.detach().clone() for m in output.log_self_attention),
-        log_cross_attention=tuple(m.detach().clone() for m in output.log_cross_attention),
+        self_attention=tuple(AttentionMap(*(form.detach().clone() for form in m)) for m in output.self_attention),
+        cross_attention=tuple(AttentionMap(*(form.detach().clone() for form in m)) for m in output.cross_attention),
     )
 
 
@@ -69,7 +69,8 @@ def test_fixed_point_has_no_gradient(tmp_path):
     output = student(**padded_batch(), **MAPS)
     leaves = [detached(group) for group in output.groups]
     for group in leaves:
-        for tensor in (group.logits, group.boxes, *group.log_self_attention, *group.log_cross_attention):
+        maps = [attention.log for attention in (*group.self_attention, *group.cross_attention)]
+        for tensor in (group.logits, group.boxes, *maps):
             tensor.requires_grad_()
     teacher = DetectorOutput(groups=(detached(leaves[0]),), memory_mask=output.memory_mask)
     # the auxiliary group holds the teacher's queries here, so both groups equal the teacher's output
@@ -246,9 +247,9 @@ def test_auxiliary_assignment(tmp_path, policy, layers_from_teacher):
         elif layer in layers_from_teacher:
             expected[layer] = its[layer]
     run = objective(tmp_path, auxiliary_assignment=policy)
-    last = QueryGroupOutput(logits=teacher_group.logits[-1:], boxes=teacher_group.boxes[-1:])
-    assert torch.equal(run._assignment("auxiliary", auxiliary, teacher_group, last, TARGETS), expected)
-    assert torch.equal(run._assignment("student", auxiliary, teacher_group, teacher_group, TARGETS), own)
+    output = DetectorOutput(groups=(teacher_group,))
+    assert torch.equal(run._assignment("auxiliary", auxiliary, teacher_group, output, TARGETS), expected)
+    assert torch.equal(run._assignment("student", auxiliary, teacher_group, output, TARGETS), own)
 
 
 def test_switches_turn_terms_off(tmp_path):

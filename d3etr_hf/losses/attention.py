@@ -1,19 +1,20 @@
 """Self- and cross-attention distillation (section 3 of D3ETR; divergence and reduction: README)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..matching import MatchedPairs
-from .grids import resample_log_map
+from ..models.outputs import AttentionMap
+from .grids import resample_map
 
 DIVERGENCES = ("kl", "mse")
 
 
 def self_attention_distillation(
-    teacher: Sequence[torch.Tensor],
-    student: Sequence[torch.Tensor],
+    teacher: Sequence[AttentionMap],
+    student: Sequence[AttentionMap],
     pairs: MatchedPairs,
     images: float | torch.Tensor,
     divergence: str = "kl",
@@ -24,7 +25,8 @@ def self_attention_distillation(
     renormalised. Unequal heads are averaged first.
 
     Args:
-        teacher, student: L log maps `(B, M, N, N)` each, as `QueryGroupOutput.log_self_attention`.
+        teacher, student: L maps `(B, M, N, N)` each, as `QueryGroupOutput.self_attention`; no gradient reaches the
+            teacher's.
         pairs: the matching, `(L, B, P)`.
         images: number of images that the mean goes over (of all processes, divided by their number).
         divergence: "kl" for KL(teacher || student), "mse" for the mean squared difference over keys.
@@ -34,29 +36,33 @@ def self_attention_distillation(
     """
     terms = []
     for layer, (teacher_map, student_map) in enumerate(_same_heads(teacher, student)):
-        teacher_map = _restrict(teacher_map, pairs.teacher[layer], skip=pairs.identity)
-        # matched student queries ascend: all of them matched means in their own order, so nothing is to be gathered
-        complete = pairs.student.shape[-1] == student_map.shape[2]
-        student_map = _restrict(student_map, pairs.student[layer], skip=complete)
-        terms.append(_divergence(teacher_map, student_map, None, divergence) / images)
+        order = None if pairs.identity else pairs.teacher[layer]
+        if order is not None and order.shape[-1] < teacher_map.log.shape[2]:
+            teacher_map, order = _restricted(teacher_map, order), None
+        # matched student queries ascend: all of them matched means in their own order
+        if pairs.student.shape[-1] < student_map.log.shape[2]:
+            student_map = _restricted(student_map, pairs.student[layer])
+        target = teacher_map.probability if order is None else _block(teacher_map.probability, order)
+        terms.append(_divergence(teacher_map, target, student_map, target.shape[-1], divergence) / images)
     return torch.stack(terms)
 
 
 def cross_attention_distillation(
-    teacher: Sequence[torch.Tensor],
-    student: Sequence[torch.Tensor],
+    teacher: Sequence[AttentionMap],
+    student: Sequence[AttentionMap],
     pairs: MatchedPairs,
     teacher_memory_mask: torch.Tensor,
     student_memory_mask: torch.Tensor,
     images: float | torch.Tensor,
     divergence: str = "kl",
 ) -> torch.Tensor:
-    """D(teacher's row || student's row) of matched queries over the memory; padded tokens are left out of the sum.
+    """D(teacher's row || student's row) of matched queries over the memory; padded tokens carry no mass.
 
     Where the memories' grids differ the teacher's map is resampled to the student's, image by image.
 
     Args:
-        teacher, student: L log maps `(B, M, N, H*W)` each, as `QueryGroupOutput.log_cross_attention`.
+        teacher, student: L maps `(B, M, N, H*W)` each, as `QueryGroupOutput.cross_attention`; no gradient reaches the
+            teacher's.
         pairs: the matching, `(L, B, P)`.
         teacher_memory_mask, student_memory_mask: bool `(B, H, W)`, true on the image.
         images, divergence: as in `self_attention_distillation`.
@@ -65,59 +71,73 @@ def cross_attention_distillation(
         `(L,)`: per layer, the mean over pairs, heads and images.
     """
     same_grid = teacher_memory_mask.shape == student_memory_mask.shape
+    keys = student_memory_mask.flatten(1).sum(-1)[:, None, None]
     terms = []
     for layer, (teacher_map, student_map) in enumerate(_same_heads(teacher, student)):
-        if not pairs.identity:
-            teacher_map = _rows(teacher_map, pairs.teacher[layer])
+        order = None if pairs.identity else pairs.teacher[layer]
         if not same_grid:
-            teacher_map = resample_log_map(teacher_map, teacher_memory_mask, student_memory_mask)
-        if pairs.student.shape[-1] != student_map.shape[2]:
-            student_map = _rows(student_map, pairs.student[layer])
-        valid = student_memory_mask.flatten(1)[:, None, None]
-        terms.append(_divergence(teacher_map, student_map, valid, divergence) / images)
+            teacher_map = resample_map(teacher_map.probability, teacher_memory_mask, student_memory_mask)
+        if order is not None and order.shape[-1] < teacher_map.log.shape[2]:
+            teacher_map, order = AttentionMap(*(_rows(form, order) for form in teacher_map)), None
+        if pairs.student.shape[-1] < student_map.log.shape[2]:
+            student_map = AttentionMap(*(_rows(form, pairs.student[layer]) for form in student_map))
+        target = teacher_map.probability if order is None else _rows(teacher_map.probability, order)
+        terms.append(_divergence(teacher_map, target, student_map, keys, divergence) / images)
     return torch.stack(terms)
 
 
-def _same_heads(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]):
+def _same_heads(
+    teacher: Sequence[AttentionMap], student: Sequence[AttentionMap]
+) -> Iterator[tuple[AttentionMap, AttentionMap]]:
     """Layer by layer, both maps as they are, or both averaged over heads where the head counts differ."""
     for teacher_map, student_map in zip(teacher, student, strict=True):
-        if teacher_map.shape[1] != student_map.shape[1]:
+        if teacher_map.log.shape[1] != student_map.log.shape[1]:
             teacher_map, student_map = _mean_over_heads(teacher_map), _mean_over_heads(student_map)
         yield teacher_map, student_map
 
 
-def _mean_over_heads(log_map: torch.Tensor) -> torch.Tensor:
-    """`(B, M, N, K)` to `(B, 1, N, K)`; finite on padding, where the gradient of log 0 would be NaN."""
-    finite = log_map.clamp(min=torch.finfo(log_map.dtype).min)
-    return finite.logsumexp(1, keepdim=True) - math.log(log_map.shape[1])
+def _mean_over_heads(attention: AttentionMap) -> AttentionMap:
+    """`(B, M, N, K)` to `(B, 1, N, K)`."""
+    log = attention.log.logsumexp(1, keepdim=True) - math.log(attention.log.shape[1])
+    return AttentionMap(log, attention.probability.mean(1, keepdim=True))
 
 
-def _rows(log_map: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`(B, M, N, K)` and int64 `(B, P)` to `(B, M, P, K)`."""
-    return log_map.take_along_dim(index[:, None, :, None], dim=2)
+def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`(B, M, N, K)` and int64 `(B, P)` to `(B, M, P, K)`: whole rows are copied, not picked number by number."""
+    batch, heads, queries, _ = values.shape
+    first = torch.arange(0, batch * heads * queries, queries, device=index.device).view(batch, heads, 1)
+    rows = (first + index[:, None]).flatten()
+    return values.flatten(0, 2).index_select(0, rows).view(batch, heads, index.shape[1], -1)
 
 
-def _restrict(log_map: torch.Tensor, index: torch.Tensor, skip: bool) -> torch.Tensor:
-    """Rows and columns of a self-attention map by `(B, P)`, renormalised if columns were dropped."""
-    if skip:
-        return log_map
-    restricted = _rows(log_map, index).take_along_dim(index[:, None, None, :], dim=3)
-    return restricted if index.shape[-1] == log_map.shape[-1] else restricted.log_softmax(-1)
+def _block(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`(B, M, N, N)` and int64 `(B, P)` to `(B, M, P, P)`: both axes in one pass."""
+    flat = (index[:, :, None] * values.shape[-1] + index[:, None]).flatten(1)
+    return (
+        values.flatten(2).gather(2, flat[:, None].expand(-1, values.shape[1], -1)).unflatten(2, (index.shape[1], -1))
+    )
+
+
+def _restricted(attention: AttentionMap, index: torch.Tensor) -> AttentionMap:
+    """Rows and columns of a self-attention map by `(B, P)`, each row renormalised over the columns that are left."""
+    log = _block(attention.log, index).log_softmax(-1)
+    return AttentionMap(log, log.exp())
 
 
 def _divergence(
-    teacher: torch.Tensor, student: torch.Tensor, valid: torch.Tensor | None, divergence: str
+    teacher: AttentionMap, target: torch.Tensor, student: AttentionMap, keys: int | torch.Tensor, divergence: str
 ) -> torch.Tensor:
-    """Sum over images of the mean over pairs and heads; `valid` bool, broadcastable to the maps, marks the keys."""
+    """Sum over images of the mean over pairs and heads.
+
+    Args:
+        teacher: in whatever order; its rows are those of `target`.
+        target: the teacher's probabilities in the student's order.
+        keys: how many keys a row has, padding left out; broadcastable to `(B, M, P)`.
+    """
     if divergence == "kl":
-        difference = teacher - student
-        if valid is not None:
-            # -inf - -inf on padding is NaN, and so would its gradient be: cut it out before it is multiplied
-            difference = difference.masked_fill(~valid, 0.0)
-        per_row = (teacher.exp() * difference).sum(-1)
-    elif divergence == "mse":
-        keys = teacher.shape[-1] if valid is None else valid.sum(-1)
-        per_row = (teacher.exp() - student.exp()).square().sum(-1) / keys
-    else:
-        raise ValueError(f"attention divergence {divergence!r}: choose one of {DIVERGENCES}")
-    return per_row.mean(dim=(1, 2)).sum()
+        # sum of p (log p - log q); the first part does not depend on the order, and has no gradient
+        negative_entropy = (teacher.probability * teacher.log).sum(-1).mean((1, 2))
+        return (negative_entropy - (target * student.log).sum(-1).mean((1, 2))).sum()
+    if divergence == "mse":
+        return ((target - student.probability).square().sum(-1) / keys).mean((1, 2)).sum()
+    raise ValueError(f"attention divergence {divergence!r}: choose one of {DIVERGENCES}")

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..models.outputs import AttentionMap
+
 
 def valid_sizes(memory_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows and columns of each memory that belong to the image, int64 `(B,)` each, from its mask `(B, H, W)`."""
@@ -31,24 +33,26 @@ def overlap_weights(source: torch.Tensor, target: torch.Tensor, source_size: int
     return length.clamp(min=0) * source[:, None, None]
 
 
-def resample_log_map(log_map: torch.Tensor, source_mask: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-    """A log attention map on another memory's grid: each token's mass goes where its area of the image goes.
+def resample_map(probability: torch.Tensor, source_mask: torch.Tensor, target_mask: torch.Tensor) -> AttentionMap:
+    """An attention map on another memory's grid: each token's mass goes where its area of the image goes.
 
     Works image by image on the unpadded area, for all images at once; the paper leaves this open.
 
     Args:
-        log_map: `(B, M, N, H*W)` on the source grid, minus infinity on padding.
+        probability: `(B, M, N, H*W)` on the source grid, zero on padding.
         source_mask: bool `(B, H, W)`; target_mask: bool `(B, H', W')`.
 
     Returns:
-        `(B, M, N, H'*W')`, every row again the logarithm of a distribution over the image.
+        The map `(B, M, N, H'*W')`, every row again a distribution over the image.
     """
     height, width = source_mask.shape[1:]
     (source_rows, source_columns), (rows, columns) = valid_sizes(source_mask), valid_sizes(target_mask)
-    along_y = overlap_weights(source_rows, rows, height, target_mask.shape[1]).to(log_map.dtype)
-    along_x = overlap_weights(source_columns, columns, width, target_mask.shape[2]).to(log_map.dtype)
-    grid = log_map.exp().unflatten(-1, (height, width))
+    along_y = overlap_weights(source_rows, rows, height, target_mask.shape[1]).to(probability.dtype)
+    along_x = overlap_weights(source_columns, columns, width, target_mask.shape[2]).to(probability.dtype)
+    grid = probability.unflatten(-1, (height, width))
     resampled = along_y[:, None, None] @ grid @ along_x.mT[:, None, None]
-    resampled = resampled.flatten(-2).clamp(min=torch.finfo(log_map.dtype).tiny)
+    range_of_type = torch.finfo(probability.dtype)
+    resampled = resampled.flatten(-2).clamp(min=range_of_type.tiny)
     resampled = resampled.masked_fill(~target_mask.flatten(1)[:, None, None], 0.0)
-    return (resampled / resampled.sum(-1, keepdim=True)).log()
+    resampled = resampled / resampled.sum(-1, keepdim=True)
+    return AttentionMap(resampled.log().clamp(min=range_of_type.min), resampled)

@@ -24,7 +24,7 @@ def pair_weights(teacher_logits: torch.Tensor, pairs: MatchedPairs, normaliser: 
     if normaliser == "pairs":
         return torch.ones(pairs.teacher.shape, dtype=wide(teacher_logits).dtype, device=teacher_logits.device)
     if normaliser == "boxes":
-        return wide(teacher_logits).amax(-1).sigmoid().take_along_dim(pairs.teacher, dim=-1)
+        return wide(teacher_logits).amax(-1).sigmoid().gather(-1, pairs.teacher)
     raise ValueError(f"prediction normaliser {normaliser!r}: choose one of {PREDICTION_NORMALISERS}")
 
 
@@ -62,4 +62,4 @@ def prediction_distillation(
 
 def _of(predictions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`(L, B, N, F)` and `(L, B, P)` to `(L, B, P, F)`, float32 or wider."""
-    return wide(predictions).take_along_dim(index[..., None], dim=2)
+    return wide(predictions).gather(2, index[..., None].expand(*index.shape, predictions.shape[-1]))

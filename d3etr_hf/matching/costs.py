@@ -1,11 +1,21 @@
 """Matching costs in batched tensor operations; the assignments they lead to, through scipy."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from ..boxes import generalised_iou
+
+# pairs of predictions whose costs are computed at once: temporaries then stay in a processor's cache, where one call
+# for everything would spend most of its time on fresh memory
+PAIRS_AT_ONCE = 2**20
+# cost entries from which threads are faster than a loop (96 matrices of 25 x 25)
+THREADS_PAY_FROM = 50_000
 
 
 class NonFiniteCostError(ValueError):
@@ -29,6 +39,7 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+@torch.no_grad()
 def prediction_cost(
     teacher_logits: torch.Tensor,
     teacher_boxes: torch.Tensor,
@@ -38,25 +49,32 @@ def prediction_cost(
     l1_weight: float,
     giou_weight: float,
 ) -> torch.Tensor:
-    """Cost between all teacher and all student predictions (README, the method).
+    """Cost between all teacher and all student predictions, without gradient (README, the method).
 
     `class_weight * sum_c BCE(teacher score, student score) + l1_weight * L1 - giou_weight * GIoU`, with the teacher's
     scores as soft targets.
 
     Args:
-        teacher_logits, student_logits: `(..., N_t, C)` and `(..., N_s, C)` before the sigmoid.
-        teacher_boxes, student_boxes: `(..., N_t, 4)` and `(..., N_s, 4)`, cxcywh in 0..1.
+        teacher_logits, student_logits: `(L, B, N_t, C)` and `(L, B, N_s, C)` before the sigmoid.
+        teacher_boxes, student_boxes: `(L, B, N_t, 4)` and `(L, B, N_s, 4)`, cxcywh in 0..1.
 
     Returns:
-        `(..., N_t, N_s)`, float32 or wider.
+        `(L, B, N_t, N_s)`, float32 or wider.
     """
-    student_logits, target = wide(student_logits), wide(teacher_logits).sigmoid()
+    images = [wide(tensor).flatten(0, 1) for tensor in (teacher_logits, teacher_boxes, student_logits, student_boxes)]
+    pairs = teacher_logits.shape[2] * student_logits.shape[2]
+    chunks = zip(*(tensor.split(max(1, PAIRS_AT_ONCE // pairs)) for tensor in images), strict=True)
+    cost = torch.cat([_cost_of_images(*chunk, class_weight, l1_weight, giou_weight) for chunk in chunks])
+    return cost.unflatten(0, teacher_logits.shape[:2])
+
+
+def _cost_of_images(
+    teacher_logits, teacher_boxes, student_logits, student_boxes, class_weight, l1_weight, giou_weight
+) -> torch.Tensor:
     # sum_c BCE(p, x) = sum_c softplus(x) - p x: one matrix product for all pairs
-    class_cost = nn.functional.softplus(student_logits).sum(-1)[..., None, :] - target @ student_logits.mT
-    teacher_boxes, student_boxes = wide(teacher_boxes), wide(student_boxes)
-    l1_cost = torch.cdist(teacher_boxes, student_boxes, p=1)
-    giou = generalised_iou(teacher_boxes[..., :, None, :], student_boxes[..., None, :, :])
-    return class_weight * class_cost + l1_weight * l1_cost - giou_weight * giou
+    cost = nn.functional.softplus(student_logits).sum(-1)[:, None] - teacher_logits.sigmoid() @ student_logits.mT
+    cost.mul_(class_weight).add_(torch.cdist(teacher_boxes, student_boxes, p=1), alpha=l1_weight)
+    return cost.sub_(generalised_iou(teacher_boxes[:, :, None], student_boxes[:, None]), alpha=giou_weight)
 
 
 def assign(cost: torch.Tensor, what: str, sizes: list[int] | None = None) -> list[list[tuple[np.ndarray, np.ndarray]]]:
@@ -74,12 +92,37 @@ def assign(cost: torch.Tensor, what: str, sizes: list[int] | None = None) -> lis
         NonFiniteCostError: a cost that counts is NaN or infinite (scipy would match NaN in silence).
     """
     host = cost.detach().cpu().numpy()
-    sizes = sizes or [host.shape[-1]] * host.shape[1]
-    assignments = []
-    for layer, images in enumerate(host):
-        assignments.append([])
-        for image, (matrix, size) in enumerate(zip(images, sizes, strict=True)):
-            if not np.isfinite(matrix[:, :size]).all():
-                raise NonFiniteCostError(what, layer, image)
-            assignments[-1].append(linear_sum_assignment(matrix[:, :size]))
+    layers, images = host.shape[:2]
+    sizes = sizes or [host.shape[-1]] * images
+    matrices = [host[layer, image, :, : sizes[image]] for layer in range(layers) for image in range(images)]
+    if not np.isfinite(host).all():  # rarely: then look where, among what counts
+        for index, matrix in enumerate(matrices):
+            if not np.isfinite(matrix).all():
+                raise NonFiniteCostError(what, *divmod(index, images))
+    assignments = _assign_matrices(matrices)
+    return [assignments[start : start + images] for start in range(0, len(assignments), images)]
+
+
+def _assign_matrices(matrices: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """scipy's assignment of each matrix, in threads where they are worth it: the solver releases Python's lock."""
+    parts = min(assignment_threads(), len(matrices))
+    if parts < 2 or sum(matrix.size for matrix in matrices) < THREADS_PAY_FROM:
+        return _one_by_one(matrices)
+    assignments = [None] * len(matrices)
+    for part, solved in enumerate(_pool(parts).map(_one_by_one, (matrices[part::parts] for part in range(parts)))):
+        assignments[part::parts] = solved
     return assignments
+
+
+def _one_by_one(matrices: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [linear_sum_assignment(matrix) for matrix in matrices]
+
+
+def assignment_threads() -> int:
+    """This process's share of the cores; more than eight hardly help a batch."""
+    return max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="assignment")

@@ -2,10 +2,11 @@
 
 from .conditional_detr import D3etrConditionalDetrForObjectDetection
 from .initialisation import freeze_as_in_paper, inherit_from_teacher, initialise_as_in_paper
-from .outputs import DetectorOutput, QueryGroupOutput
+from .outputs import AttentionMap, DetectorOutput, QueryGroupOutput
 from .query_groups import AuxiliaryQueries
 
 __all__ = [
+    "AttentionMap",
     "AuxiliaryQueries",
     "D3etrConditionalDetrForObjectDetection",
     "DetectorOutput",

@@ -15,24 +15,25 @@ from transformers.models.conditional_detr.modeling_conditional_detr import (
     eager_attention_forward,
 )
 
+from .outputs import AttentionMap
+
 QUERY_GROUP_ATTENTION = "d3etr_query_groups"
 
 
 @dataclass
 class AttentionRecorder:
-    """Collects, layer by layer, the log attention maps of one forward pass.
+    """Collects, layer by layer and group by group, the attention maps of one forward pass.
 
     Attributes:
         self_attention, cross_attention: whether to record these maps (unrecorded attention runs fused).
-        log_self_attention: per layer, per group, `(B, M, N, N)`.
-        log_cross_attention: per layer `(B, M, sum of N, keys)`.
+        self_maps, cross_maps: per layer, per group, an `AttentionMap`.
         open: true during the forward pass; activation checkpointing runs layers again in the backward pass.
     """
 
     self_attention: bool
     cross_attention: bool
-    log_self_attention: list[list[torch.Tensor]] = field(default_factory=list)
-    log_cross_attention: list[torch.Tensor] = field(default_factory=list)
+    self_maps: list[list[AttentionMap]] = field(default_factory=list)
+    cross_maps: list[list[AttentionMap]] = field(default_factory=list)
     open: bool = True
 
 
@@ -44,8 +45,8 @@ def attend(
     dropout: float,
     scaling: float,
     with_map: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scaled-dot-product attention, and the logarithm of its map before dropout if asked for.
+) -> tuple[torch.Tensor, AttentionMap | None]:
+    """Scaled-dot-product attention, and its map before dropout if asked for.
 
     Args:
         query, key, value: `(B, M, queries, width)`, `(B, M, keys, width)`, `(B, M, keys, width of values)`.
@@ -53,20 +54,22 @@ def attend(
         dropout: probability with which an attention weight is zeroed.
 
     Returns:
-        The attended values `(B, M, queries, width of values)` and the log map `(B, M, queries, keys)`, float32 or
-        wider, or None.
+        The attended values `(B, M, queries, width of values)` and the map `(B, M, queries, keys)`, or None.
     """
     if not with_map:
         attended = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
         )
         return attended, None
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    # scaling the queries is scaling the scores, over fewer numbers
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    log_map = scores.log_softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    weights = nn.functional.dropout(log_map.exp(), p=dropout).to(value.dtype)
-    return torch.matmul(weights, value), log_map
+        scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    log = scores.log_softmax(-1)
+    probability = log.exp()
+    weights = nn.functional.dropout(probability, p=dropout) if dropout else probability
+    return torch.matmul(weights.to(value.dtype), value), AttentionMap(log, probability)
 
 
 def query_group_attention(
@@ -97,12 +100,13 @@ def query_group_attention(
         parts = zip(*(tensor.split(query_group_sizes, dim=2) for tensor in (query, key, value)), strict=True)
         attended = [attend(*part, None, dropout, scaling, recorder.self_attention) for part in parts]
         if recorder.self_attention and recorder.open:
-            recorder.log_self_attention.append([log_map for _, log_map in attended])
+            recorder.self_maps.append([attention_map for _, attention_map in attended])
         output = torch.cat([part for part, _ in attended], dim=2)
     else:
-        output, log_map = attend(query, key, value, attention_mask, dropout, scaling, recorder.cross_attention)
+        output, whole = attend(query, key, value, attention_mask, dropout, scaling, recorder.cross_attention)
         if recorder.cross_attention and recorder.open:
-            recorder.log_cross_attention.append(log_map)
+            parts = zip(*(form.split(query_group_sizes, dim=2) for form in whole), strict=True)
+            recorder.cross_maps.append([AttentionMap(*part) for part in parts])
     return output.transpose(1, 2), None
 
 

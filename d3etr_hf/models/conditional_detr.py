@@ -126,15 +126,14 @@ class D3etrConditionalDetrForObjectDetection(ConditionalDetrForObjectDetection):
         boxes = self.bbox_predictor(hidden_states)
         centre = boxes[..., :2] + inverse_sigmoid(reference_points)
         boxes = torch.cat([centre, boxes[..., 2:]], dim=-1).sigmoid()
-        cross = [log_map.split(sizes, dim=2) for log_map in recorder.log_cross_attention]
         groups = zip(logits.split(sizes, dim=2), boxes.split(sizes, dim=2), strict=True)
         return DetectorOutput(
             groups=tuple(
                 QueryGroupOutput(
                     logits=group_logits,
                     boxes=group_boxes,
-                    log_self_attention=tuple(layer[i] for layer in recorder.log_self_attention) or None,
-                    log_cross_attention=tuple(layer[i] for layer in cross) or None,
+                    self_attention=tuple(layer[i] for layer in recorder.self_maps) or None,
+                    cross_attention=tuple(layer[i] for layer in recorder.cross_maps) or None,
                 )
                 for i, (group_logits, group_boxes) in enumerate(groups)
             ),

@@ -1,9 +1,27 @@
 """What every detector family hands to matching and losses: one type, whatever the model behind it."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers.utils import ModelOutput
+
+
+class AttentionMap(NamedTuple):
+    """One layer's attention map before dropout, in both forms that divergences read; computing attention gives both.
+
+    Attributes:
+        log: `(B, M, N, keys)`, the natural logarithm of the map, float32 or wider. Finite everywhere: about the lowest
+            number of its type where the key is padding, so that zero times it is zero.
+        probability: `(B, M, N, keys)`, its exponential: every row sums to one, padding is exactly zero.
+    """
+
+    log: torch.Tensor
+    probability: torch.Tensor
+
+    def detach(self) -> "AttentionMap":
+        """The same values without gradient."""
+        return AttentionMap(self.log.detach(), self.probability.detach())
 
 
 @dataclass
@@ -13,16 +31,14 @@ class QueryGroupOutput(ModelOutput):
     Attributes:
         logits: `(L, B, N, C)` class logits before the sigmoid.
         boxes: `(L, B, N, 4)` boxes, cxcywh in 0..1 of the unpadded image.
-        log_self_attention: L tensors `(B, M, N, N)`, the natural logarithm of each self-attention map (a softmax over
-            the last axis, before dropout), float32 or wider; None unless it was asked for.
-        log_cross_attention: L tensors `(B, M, N, H*W)`, the same for the cross-attention over the memory; minus
-            infinity where the memory is padding.
+        self_attention: L maps over the N queries of the group itself; None unless they were asked for.
+        cross_attention: L maps over the H*W tokens of the memory; None unless they were asked for.
     """
 
     logits: torch.Tensor | None = None
     boxes: torch.Tensor | None = None
-    log_self_attention: tuple[torch.Tensor, ...] | None = None
-    log_cross_attention: tuple[torch.Tensor, ...] | None = None
+    self_attention: tuple[AttentionMap, ...] | None = None
+    cross_attention: tuple[AttentionMap, ...] | None = None
 
 
 @dataclass

@@ -83,8 +83,8 @@ def test_group_isolation(maps):
     assert len(both) == 2 and both[1].logits.shape[2] == 5
     close(both[0].logits, alone.logits)
     close(both[0].boxes, alone.boxes)
-    for ours, without in zip(both[0].log_self_attention or (), alone.log_self_attention or (), strict=True):
-        close(ours, without)
+    for ours, without in zip(both[0].self_attention or (), alone.self_attention or (), strict=True):
+        close(ours.log, without.log)
 
 
 def test_auxiliary_group_does_not_see_the_student_group():
@@ -107,7 +107,7 @@ def test_auxiliary_group_with_own_queries_equals_own_group():
     for other in (again, with_points):
         close(other.logits, own.logits)
         close(other.boxes, own.boxes)
-        close(other.log_cross_attention[1].exp(), own.log_cross_attention[1].exp())
+        close(other.cross_attention[1].probability, own.cross_attention[1].probability)
 
 
 def test_given_reference_points_are_used():
@@ -126,8 +126,10 @@ def test_maps_equal_stock_eager_maps():
     group, padding = output.groups[0], ~output.memory_mask.flatten(1)
     assert padding.any()
     for layer in range(3):
-        close(group.log_self_attention[layer].exp(), stock.decoder_attentions[layer])
-        cross = group.log_cross_attention[layer].exp()
+        close(group.self_attention[layer].probability, stock.decoder_attentions[layer])
+        log, cross = group.cross_attention[layer]
+        assert log.isfinite().all()
+        close(log.exp(), cross)
         close(cross, stock.cross_attentions[layer])
         close(cross.sum(-1), torch.ones_like(cross.sum(-1)))
         assert cross.masked_select(padding[:, None, None]).max() == 0
@@ -139,16 +141,18 @@ def test_maps_are_taken_before_dropout():
     still = model(**batch, return_groups=True, **MAPS).groups[0]
     model.train()
     dropped = model(**batch, return_groups=True, **MAPS).groups[0]
-    close(dropped.log_self_attention[0], still.log_self_attention[0])  # the first layer: nothing dropped before it
-    assert dropped.log_self_attention[2].isfinite().all()
+    close(
+        dropped.self_attention[0].probability, still.self_attention[0].probability
+    )  # the first layer: nothing dropped before it
+    assert dropped.self_attention[2].log.isfinite().all()
     assert (dropped.logits - still.logits).abs().max() > 0.01  # dropout does act on the values
 
 
 def test_only_what_is_asked_for_is_materialised():
     model, batch = tiny_model(), padded_batch()
-    assert model(**batch, return_groups=True).groups[0].log_self_attention is None
+    assert model(**batch, return_groups=True).groups[0].self_attention is None
     group = model(**batch, return_groups=True, return_cross_attention=True).groups[0]
-    assert group.log_self_attention is None and len(group.log_cross_attention) == 3
+    assert group.self_attention is None and len(group.cross_attention) == 3
     assert model.model.encoder.layers[0].self_attn.config._attn_implementation == "sdpa"
 
 
@@ -167,7 +171,7 @@ def test_maps_carry_gradient(checkpointing):
         if checkpointed:
             model.activation_checkpointing_enable()
         groups = model(**padded_batch(), return_groups=True, **MAPS).groups
-        sum(m.exp()[..., 0].sum() for g in groups for m in (*g.log_self_attention, *g.log_cross_attention)).backward()
+        sum(m.log[..., 0].sum() for g in groups for m in (*g.self_attention, *g.cross_attention)).backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     plain, other = gradients(False), gradients(checkpointing)
@@ -256,4 +260,4 @@ def test_recomputed_maps_are_not_collected_again():
     model.activation_checkpointing_enable()
     recorder = AttentionRecorder(True, True)
     model._forward_groups(**padded_batch(), recorder=recorder).groups[0].logits.sum().backward()
-    assert len(recorder.log_self_attention) == len(recorder.log_cross_attention) == 3
+    assert len(recorder.self_maps) == len(recorder.cross_maps) == 3
