@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.conditional_detr.modeling_conditional_detr import (
@@ -66,10 +67,44 @@ def attend(
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
         scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    log = scores.log_softmax(-1)
-    probability = log.exp()
-    weights = nn.functional.dropout(probability, p=dropout) if dropout else probability
-    return torch.matmul(weights.to(value.dtype), value), AttentionMap(log, probability)
+    attention = AttentionMap(*_BothForms.apply(scores))
+    weights = nn.functional.dropout(attention.probability, p=dropout) if dropout else attention.probability
+    return torch.matmul(weights.to(value.dtype), value), attention
+
+
+class _BothForms(torch.autograd.Function):
+    """Log-softmax and softmax of the same scores over the last axis; the scores' memory becomes the softmax's.
+
+    log_softmax followed by exp would keep both results for the backward pass, and pass over them once more. Here the
+    logarithm is free as soon as the losses have read it.
+    """
+
+    @staticmethod
+    def forward(ctx, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log = scores.log_softmax(-1)
+        probability = torch.exp(log, out=scores)
+        ctx.mark_dirty(probability)
+        ctx.save_for_backward(probability)
+        ctx.set_materialize_grads(False)
+        return log, probability
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, log_gradient: torch.Tensor | None, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        (probability,) = ctx.saved_tensors
+        if gradient is None:
+            return log_gradient if log_gradient is None else _log_softmax_gradient(log_gradient, probability)
+        # of softmax: p (g - sum of g p)
+        scores_gradient = gradient * probability
+        total = scores_gradient.sum(-1, keepdim=True)
+        if log_gradient is not None:
+            total += log_gradient.sum(-1, keepdim=True)
+            scores_gradient += log_gradient
+        return scores_gradient.addcmul_(probability, total, value=-1)
+
+
+def _log_softmax_gradient(gradient: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
+    return torch.addcmul(gradient, probability, gradient.sum(-1, keepdim=True), value=-1)
 
 
 def query_group_attention(
@@ -96,17 +131,26 @@ def query_group_attention(
             module.stock_config._attn_implementation, eager_attention_forward
         )
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if isinstance(module, ConditionalDetrDecoderSelfAttention):
-        parts = zip(*(tensor.split(query_group_sizes, dim=2) for tensor in (query, key, value)), strict=True)
-        attended = [attend(*part, None, dropout, scaling, recorder.self_attention) for part in parts]
-        if recorder.self_attention and recorder.open:
-            recorder.self_maps.append([attention_map for _, attention_map in attended])
-        output = torch.cat([part for part, _ in attended], dim=2)
+    in_self_attention = isinstance(module, ConditionalDetrDecoderSelfAttention)
+    with_map = recorder.self_attention if in_self_attention else recorder.cross_attention
+    if not (in_self_attention or with_map):
+        output, _ = attend(query, key, value, attention_mask, dropout, scaling, with_map)
+        return output.transpose(1, 2), None
+    groups = query.split(query_group_sizes, dim=2)
+    if in_self_attention:
+        memories = zip(key.split(query_group_sizes, dim=2), value.split(query_group_sizes, dim=2), strict=True)
+        attended = [
+            attend(group, *memory, None, dropout, scaling, with_map)
+            for group, memory in zip(groups, memories, strict=True)
+        ]
     else:
-        output, whole = attend(query, key, value, attention_mask, dropout, scaling, recorder.cross_attention)
-        if recorder.cross_attention and recorder.open:
-            parts = zip(*(form.split(query_group_sizes, dim=2) for form in whole), strict=True)
-            recorder.cross_maps.append([AttentionMap(*part) for part in parts])
+        # padding is the same for every query
+        padding_mask = None if attention_mask is None else attention_mask[:, :, :1]
+        attended = [attend(group, key, value, padding_mask, dropout, scaling, with_map) for group in groups]
+    if with_map and recorder.open:
+        maps = recorder.self_maps if in_self_attention else recorder.cross_maps
+        maps.append([attention_map for _, attention_map in attended])
+    output = torch.cat([part for part, _ in attended], dim=2)
     return output.transpose(1, 2), None
 
 
