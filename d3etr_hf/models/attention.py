@@ -19,6 +19,8 @@ from transformers.models.conditional_detr.modeling_conditional_detr import (
 from .outputs import AttentionMap
 
 QUERY_GROUP_ATTENTION = "d3etr_query_groups"
+# taken off the scores of padding: no weight is left there, and the logarithm stays finite
+PADDING = 1e30
 
 
 @dataclass
@@ -66,7 +68,9 @@ def attend(
     scores = torch.matmul(query * scaling, key.transpose(2, 3))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
-        scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        # padding is the same for every query; adding to the scores is much faster than filling them
+        padding = ~mask[:, :, :1]
+        scores.add_(torch.zeros_like(padding, dtype=scores.dtype).masked_fill_(padding, -PADDING))
     attention = AttentionMap(*_BothForms.apply(scores))
     weights = nn.functional.dropout(attention.probability, p=dropout) if dropout else attention.probability
     return torch.matmul(weights.to(value.dtype), value), attention
@@ -81,9 +85,8 @@ class _BothForms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        log = scores.log_softmax(-1)
-        probability = torch.exp(log, out=scores)
-        ctx.mark_dirty(probability)
+        # not exp of the logarithm, which is ten times slower where it comes to zero
+        log, probability = scores.log_softmax(-1), scores.softmax(-1)
         ctx.save_for_backward(probability)
         ctx.set_materialize_grads(False)
         return log, probability
@@ -131,26 +134,17 @@ def query_group_attention(
             module.stock_config._attn_implementation, eager_attention_forward
         )
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    in_self_attention = isinstance(module, ConditionalDetrDecoderSelfAttention)
-    with_map = recorder.self_attention if in_self_attention else recorder.cross_attention
-    if not (in_self_attention or with_map):
-        output, _ = attend(query, key, value, attention_mask, dropout, scaling, with_map)
-        return output.transpose(1, 2), None
-    groups = query.split(query_group_sizes, dim=2)
-    if in_self_attention:
-        memories = zip(key.split(query_group_sizes, dim=2), value.split(query_group_sizes, dim=2), strict=True)
-        attended = [
-            attend(group, *memory, None, dropout, scaling, with_map)
-            for group, memory in zip(groups, memories, strict=True)
-        ]
+    if isinstance(module, ConditionalDetrDecoderSelfAttention):
+        parts = zip(*(tensor.split(query_group_sizes, dim=2) for tensor in (query, key, value)), strict=True)
+        attended = [attend(*part, None, dropout, scaling, recorder.self_attention) for part in parts]
+        if recorder.self_attention and recorder.open:
+            recorder.self_maps.append([attention_map for _, attention_map in attended])
+        output = torch.cat([part for part, _ in attended], dim=2)
     else:
-        # padding is the same for every query
-        padding_mask = None if attention_mask is None else attention_mask[:, :, :1]
-        attended = [attend(group, key, value, padding_mask, dropout, scaling, with_map) for group in groups]
-    if with_map and recorder.open:
-        maps = recorder.self_maps if in_self_attention else recorder.cross_maps
-        maps.append([attention_map for _, attention_map in attended])
-    output = torch.cat([part for part, _ in attended], dim=2)
+        output, whole = attend(query, key, value, attention_mask, dropout, scaling, recorder.cross_attention)
+        if recorder.cross_attention and recorder.open:
+            parts = zip(*(form.split(query_group_sizes, dim=2) for form in whole), strict=True)
+            recorder.cross_maps.append([AttentionMap(*part) for part in parts])
     return output.transpose(1, 2), None
 
 
