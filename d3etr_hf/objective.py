@@ -92,47 +92,52 @@ class D3etrObjective:
         """
         groups = dict(zip(GROUPS[: len(student.groups)], student.groups, strict=True))
         teacher_group = None if teacher is None else self._aligned(teacher.groups[0], self.layer_map)
-        terms, statistics = {}, {}
+        terms, statistics, pending = {}, {}, {}
+        if teacher is not None and self.args.distilled_groups():
+            pending = self.matcher.start(teacher_group, groups["student"], groups.get("auxiliary"))
+        # threads assign teacher to student queries while what needs no such pairs is computed
         if self.args.detection_weight > 0:
             terms |= self._detection_terms(groups, teacher_group, teacher, targets, shares)
-        if teacher is not None and self.args.distilled_groups():
-            pairs = self.matcher(teacher_group, groups["student"], groups.get("auxiliary"))
-            if "student" in pairs:
-                share = matched_foreground_share(teacher_group.logits, pairs["student"])
-                statistics["matched_foreground"] = share
-            if self.args.prediction_weight > 0:
-                weights = self._prediction_weights(teacher_group, pairs, shares)
-            for name, matched in pairs.items():
-                group = groups[name]
-                if self.args.self_attention_weight > 0:
-                    terms[f"{name}/self_attention"] = self.args.self_attention_weight * self_attention_distillation(
-                        teacher_group.self_attention,
-                        group.self_attention,
-                        matched,
-                        shares.images,
-                        self.args.attention_divergence,
-                    )
-                if self.args.cross_attention_weight > 0:
-                    terms[f"{name}/cross_attention"] = self.args.cross_attention_weight * cross_attention_distillation(
-                        teacher_group.cross_attention,
-                        group.cross_attention,
-                        matched,
-                        teacher.memory_mask,
-                        student.memory_mask,
-                        shares.images,
-                        self.args.attention_divergence,
-                    )
-                if self.args.prediction_weight > 0:
-                    terms[f"{name}/prediction"] = self.args.prediction_weight * prediction_distillation(
-                        teacher_group,
-                        group,
-                        matched,
-                        *weights[name],
-                        self.args.class_weight,
-                        self.args.l1_weight,
-                        self.args.giou_weight,
-                    )
+        pairs = {}
+        for name, matched in pending.items():
+            pairs[name] = matched()
+            memory_masks = teacher.memory_mask, student.memory_mask
+            terms |= self._attention_terms(name, teacher_group, groups[name], pairs[name], memory_masks, shares)
+        if pairs and self.args.prediction_weight > 0:
+            terms |= self._prediction_terms(teacher_group, groups, pairs, shares)
+        if "student" in pairs:
+            statistics["matched_foreground"] = matched_foreground_share(teacher_group.logits, pairs["student"])
         return terms, statistics
+
+    def _attention_terms(self, name, teacher_group, group, pairs, memory_masks, shares: Shares):
+        args, terms = self.args, {}
+        if args.self_attention_weight > 0:
+            terms[f"{name}/self_attention"] = args.self_attention_weight * self_attention_distillation(
+                teacher_group.self_attention,
+                group.self_attention,
+                pairs,
+                shares.images,
+                args.attention_divergence,
+            )
+        if args.cross_attention_weight > 0:
+            terms[f"{name}/cross_attention"] = args.cross_attention_weight * cross_attention_distillation(
+                teacher_group.cross_attention,
+                group.cross_attention,
+                pairs,
+                *memory_masks,
+                shares.images,
+                args.attention_divergence,
+            )
+        return terms
+
+    def _prediction_terms(self, teacher_group, groups, pairs, shares: Shares):
+        weights = self._prediction_weights(teacher_group, pairs, shares)
+        costs = self.args.class_weight, self.args.l1_weight, self.args.giou_weight
+        return {
+            f"{name}/prediction": self.args.prediction_weight
+            * prediction_distillation(teacher_group, groups[name], matched, *weights[name], *costs)
+            for name, matched in pairs.items()
+        }
 
     def _aligned(self, teacher: QueryGroupOutput, layers: list[int], maps: bool = True) -> QueryGroupOutput:
         """The teacher's outputs in these of its layers, for the student's classes; no gradient reaches the teacher."""

@@ -1,8 +1,9 @@
 """Matching costs in batched tensor operations; the assignments they lead to, through scipy."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -11,10 +12,13 @@ from torch import nn
 
 from ..boxes import generalised_iou
 
+# per layer and image, row and column indices
+Assignments = list[list[tuple[np.ndarray, np.ndarray]]]
+
 # pairs of predictions whose costs are computed at once: temporaries then stay in a processor's cache, where one call
 # for everything would spend most of its time on fresh memory
 PAIRS_AT_ONCE = 2**20
-# cost entries from which threads are faster than a loop (96 matrices of 25 x 25)
+# cost entries from which threads are worth their start (96 matrices of 25 x 25)
 THREADS_PAY_FROM = 50_000
 
 
@@ -77,19 +81,28 @@ def _cost_of_images(
     return cost.sub_(generalised_iou(teacher_boxes[:, :, None], student_boxes[:, None]), alpha=giou_weight)
 
 
-def assign(cost: torch.Tensor, what: str, sizes: list[int] | None = None) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-    """Minimum-cost bipartite assignment for every layer and image, after one transfer to the host.
+def assign(cost: torch.Tensor, what: str, sizes: list[int] | None = None) -> Assignments:
+    """Minimum-cost assignment of the rows and columns of every matrix.
 
     Args:
         cost: `(L, B, rows, columns)`.
-        what: what is being matched, for the error.
-        sizes: per image, how many columns count; all by default.
+        what: what is assigned to what, for the error.
+        sizes: for each image the number of columns that count (the rest is padding); all of them by default.
 
     Returns:
-        Per layer, per image: row indices and column indices, `min(rows, columns)` of each, rows ascending.
+        Per layer and image, int64 row and column indices of the min(rows, columns) chosen entries, rows ascending.
 
     Raises:
         NonFiniteCostError: a cost that counts is NaN or infinite (scipy would match NaN in silence).
+    """
+    return start_assigning(cost, what, sizes)()
+
+
+def start_assigning(cost: torch.Tensor, what: str, sizes: list[int] | None = None) -> Callable[[], Assignments]:
+    """As `assign`, in threads of their own where that pays (the solver releases Python's lock).
+
+    Returns:
+        A function that waits for the assignments and returns them; the error is raised before.
     """
     host = cost.detach().cpu().numpy()
     layers, images = host.shape[:2]
@@ -99,19 +112,22 @@ def assign(cost: torch.Tensor, what: str, sizes: list[int] | None = None) -> lis
         for index, matrix in enumerate(matrices):
             if not np.isfinite(matrix).all():
                 raise NonFiniteCostError(what, *divmod(index, images))
-    assignments = _assign_matrices(matrices)
-    return [assignments[start : start + images] for start in range(0, len(assignments), images)]
 
+    def by_layer(assignments: list) -> Assignments:
+        return [assignments[start : start + images] for start in range(0, len(assignments), images)]
 
-def _assign_matrices(matrices: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """scipy's assignment of each matrix, in threads where they are worth it: the solver releases Python's lock."""
-    parts = min(assignment_threads(), len(matrices))
-    if parts < 2 or sum(matrix.size for matrix in matrices) < THREADS_PAY_FROM:
-        return _one_by_one(matrices)
-    assignments = [None] * len(matrices)
-    for part, solved in enumerate(_pool(parts).map(_one_by_one, (matrices[part::parts] for part in range(parts)))):
-        assignments[part::parts] = solved
-    return assignments
+    if host.size < THREADS_PAY_FROM:
+        return partial(by_layer, _one_by_one(matrices))
+    threads = min(assignment_threads(), len(matrices))
+    parts = [_pool(threads).submit(_one_by_one, matrices[part::threads]) for part in range(threads)]
+
+    def wait() -> Assignments:
+        assignments = [None] * len(matrices)
+        for part, solved in enumerate(parts):
+            assignments[part::threads] = solved.result()
+        return by_layer(assignments)
+
+    return wait
 
 
 def _one_by_one(matrices: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:

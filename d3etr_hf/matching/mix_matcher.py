@@ -1,12 +1,14 @@
 """MixMatcher (section 3 of D3ETR): which student query learns from which teacher query."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from ..models.outputs import QueryGroupOutput
-from .costs import assign, prediction_cost
+from .costs import prediction_cost, start_assigning
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,17 @@ class AdaptiveMatcher:
     l1_weight: float = 5.0
     giou_weight: float = 2.0
 
-    @torch.no_grad()
     def __call__(self, teacher: QueryGroupOutput, student: QueryGroupOutput) -> MatchedPairs:
         """Match outputs with the same layers, images and classes; no gradient flows.
 
         Raises:
             NonFiniteCostError: a prediction is NaN or infinite.
         """
+        return self.start(teacher, student)()
+
+    @torch.no_grad()
+    def start(self, teacher: QueryGroupOutput, student: QueryGroupOutput) -> Callable[[], MatchedPairs]:
+        """The same begun in threads; the function that is returned waits for the pairs. Errors are raised here."""
         teacher_logits, teacher_boxes = teacher.logits, teacher.boxes
         teacher_queries, student_queries = teacher_logits.shape[2], student.logits.shape[2]
         chosen = None
@@ -78,12 +84,14 @@ class AdaptiveMatcher:
             self.giou_weight,
         )
         # student queries as rows: scipy returns rows in ascending order
-        assignments = assign(cost.mT, "teacher to student")
-        rows, columns = (
-            torch.from_numpy(np.array([[pair[side] for pair in layer] for layer in assignments])).to(cost.device)
-            for side in (0, 1)
-        )
-        return MatchedPairs(columns if chosen is None else chosen.take_along_dim(columns, dim=-1), rows)
+        assignments = start_assigning(cost.mT, "teacher to student")
+
+        def wait() -> MatchedPairs:
+            pairs = torch.from_numpy(np.array(assignments())).to(cost.device)  # (L, B, 2, P)
+            rows, columns = pairs.unbind(2)
+            return MatchedPairs(columns if chosen is None else chosen.gather(-1, columns), rows)
+
+        return wait
 
 
 @dataclass(frozen=True)
@@ -97,11 +105,18 @@ class MixMatcher:
         self, teacher: QueryGroupOutput, student: QueryGroupOutput, auxiliary: QueryGroupOutput | None
     ) -> dict[str, MatchedPairs]:
         """Pairs by the group's name, "student" and "auxiliary", for the groups that are matched."""
+        return {name: matched() for name, matched in self.start(teacher, student, auxiliary).items()}
+
+    def start(
+        self, teacher: QueryGroupOutput, student: QueryGroupOutput, auxiliary: QueryGroupOutput | None
+    ) -> dict[str, Callable[[], MatchedPairs]]:
+        """The same as functions that wait for the pairs: the fixed ones, which are there, before the adaptive ones."""
+        student_pairs = None if self.adaptive is None else self.adaptive.start(teacher, student)
         pairs = {}
-        if self.adaptive is not None:
-            pairs["student"] = self.adaptive(teacher, student)
         if self.fixed is not None and auxiliary is not None:
-            pairs["auxiliary"] = self.fixed(teacher, auxiliary)
+            pairs["auxiliary"] = partial(self.fixed, teacher, auxiliary)
+        if student_pairs is not None:
+            pairs["student"] = student_pairs
         return pairs
 
 
