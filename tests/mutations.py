@@ -19,6 +19,7 @@ MODEL, ATTENTION = "d3etr_hf/models/conditional_detr.py", "d3etr_hf/models/atten
 TRAINER, OBJECTIVE = "d3etr_hf/trainer.py", "d3etr_hf/objective.py"
 COSTS, LOSSES = "d3etr_hf/matching/costs.py", "d3etr_hf/losses"
 MODEL_TESTS, TRAINER_TESTS = "tests/models/test_conditional_detr.py", "tests/test_trainer.py"
+ATTENTION_TESTS = "tests/models/test_attention.py"
 INITIALISATION_TESTS, OBJECTIVE_TESTS = "tests/models/test_initialisation.py", "tests/test_objective.py"
 
 MUTATIONS = [
@@ -42,9 +43,10 @@ MUTATIONS = [
     ("note 3: of a new head", MODEL, "            initialise_as_in_paper(model, new)\n", "",
      f"{INITIALISATION_TESTS}::test_new_class_head_of_a_loaded_model_starts_as_in_paper"),
     # HF_NOTES 4: attention maps
-    ("note 4: maps after dropout", ATTENTION, "    return torch.matmul(weights, value), log_map",
-     "    return torch.matmul(weights, value), weights.log()", f"{MODEL_TESTS}::test_maps_are_taken_before_dropout"),
-    ("note 4: mass on padding", ATTENTION, 'scores.masked_fill(~mask, float("-inf"))', "scores + mask",
+    ("note 4: maps after dropout", ATTENTION, "return torch.matmul(weights.to(value.dtype), value), attention",
+     "return torch.matmul(weights.to(value.dtype), value), AttentionMap(weights.log(), weights)",
+     f"{MODEL_TESTS}::test_maps_are_taken_before_dropout"),
+    ("note 4: mass on padding", ATTENTION, "masked_fill_(padding, -PADDING)", "masked_fill_(padding, -1.0)",
      f"{MODEL_TESTS}::test_maps_equal_stock_eager_maps"),
     ("note 4: reentrant checkpointing", MODEL, '.get("use_reentrant", False)', '.get("nothing", False)',
      f"{MODEL_TESTS}::test_reentrant_checkpointing_is_refused"),
@@ -64,8 +66,8 @@ MUTATIONS = [
     ("note 7: teacher left in train mode", TRAINER, ".to(self.args.device).eval().requires_grad_(False)",
      ".to(self.args.device).train()", f"{TRAINER_TESTS}::test_teacher_is_frozen_and_kept_out_of_the_student"),
     # HF_NOTES 8: classes by name, dtype
-    ("note 8: classes by position", OBJECTIVE, "[..., self.class_index.to(teacher.logits.device)]",
-     "[..., : len(self.class_index)]", f"{OBJECTIVE_TESTS}::test_teacher_classes_are_gathered_by_name"),
+    ("note 8: classes by position", OBJECTIVE, "logits[..., self.class_index]",
+     "logits[..., : len(self.class_index)]", f"{OBJECTIVE_TESTS}::test_teacher_classes_are_gathered_by_name"),
     ("note 8: dtype of the checkpoint", MODEL, '        kwargs.setdefault("dtype", torch.float32)\n', "",
      f"{MODEL_TESTS}::test_half_precision_checkpoint_loads_in_float32"),
     # HF_NOTES 9, 10: the detection loss
@@ -74,7 +76,7 @@ MUTATIONS = [
     ("note 10: class weight", OBJECTIVE, "scale * config.cls_loss_coefficient", "scale",
      f"{OBJECTIVE_TESTS}::test_detection_weights_and_group_reduction"),
     # HF_NOTES 12: bad numbers
-    ("note 12: NaN matched in silence", COSTS, "if not np.isfinite(matrix[:, :size]).all():", "if False:",
+    ("note 12: NaN matched in silence", COSTS, "if not np.isfinite(host).all():", "if False:",
      "tests/matching/test_mix_matcher.py::test_non_finite_prediction_is_refused_with_its_place"),
     ("note 12: boxes without area", "d3etr_hf/boxes.py", "tiny = 1e-9", "tiny = 0.0",
      f"tests/{LOSSES.split('/')[1]}/test_detection.py::test_identical_boxes_without_area_give_no_nan"),
@@ -124,10 +126,20 @@ MUTATIONS = [
      "tests/test_distributed.py::test_first_gradients_are_the_same_on_two_processes"),
     ("matching: foreground chosen first", "d3etr_hf/matching/mix_matcher.py", "teacher_logits.amax(-1).topk(",
      "(-teacher_logits.amax(-1)).topk(", "tests/matching/test_mix_matcher.py"),
-    ("attention: renormalised rows", f"{LOSSES}/attention.py", "else restricted.log_softmax(-1)", "else restricted",
+    ("attention: renormalised rows", f"{LOSSES}/attention.py", "_block(attention.log, index).log_softmax(-1)",
+     "_block(attention.log, index)",
      "tests/losses/test_attention.py"),
-    ("attention: unequal heads on padding", f"{LOSSES}/attention.py",
-     "log_map.clamp(min=torch.finfo(log_map.dtype).min)", "log_map", "tests/losses/test_attention.py"),
+    ("attention: the softmax's gradient", ATTENTION, "return scores_gradient.addcmul_(probability, total, value=-1)",
+     "return scores_gradient", f"{ATTENTION_TESTS}::test_gradient_of_both_forms"),
+    ("attention: gradient of the logarithm alone", ATTENTION, "gradient.sum(-1, keepdim=True), value=-1)",
+     "gradient.sum(-1, keepdim=True), value=1)", f"{ATTENTION_TESTS}::test_gradient_of_both_forms"),
+    ("matching: threads mix up images", COSTS, "assignments[part::threads] = solved.result()",
+     "assignments[threads - 1 - part :: threads] = solved.result()",
+     "tests/matching/test_costs.py::test_threads_assign_as_a_loop_does"),
+    ("matching: costs in chunks", COSTS, "torch.cat([_cost_of_images(", "torch.cat([0 * _cost_of_images(",
+     "tests/matching/test_costs.py::test_costs_do_not_depend_on_the_chunks"),
+    ("note 8: a wider teacher", OBJECTIVE, "logits[..., : len(self.class_index)] if", "logits if",
+     f"{OBJECTIVE_TESTS}::test_teacher_with_classes_beyond_the_students"),
     ("logs: learning rate of the backbone", TRAINER, "groups = {False: [], True: []}",
      "groups = {True: [], False: []}",
      f"{TRAINER_TESTS}::test_logged_learning_rate_is_not_the_backbones"),

@@ -344,3 +344,15 @@ def test_what_reads_the_teacher(tmp_path):
     assert not args(**off, auxiliary_queries="learned").needs_teacher
     assert args(detection_weight=0.0, prediction_weight=0.0).ddp_find_unused_parameters is True
     assert args().ddp_find_unused_parameters is False
+
+
+def test_teacher_with_classes_beyond_the_students(tmp_path):
+    """The first classes in order need no gathering, but the teacher's others must not be compared."""
+    wide = tiny_config(id2label={index: f"class {index}" for index in range(9)})
+    teacher = perturb(type(tiny_model())(wide)).eval()
+    batch, count = padded_batch(), tiny_config().num_labels
+    output = teacher(**batch, **MAPS)
+    run = objective(tmp_path, class_index=torch.arange(count))
+    aligned = run._aligned(output.groups[0], [0, 2])
+    assert output.groups[0].logits.shape[-1] == 9 and count < 9
+    assert torch.equal(aligned.logits, output.groups[0].logits[[0, 2]][..., :count])

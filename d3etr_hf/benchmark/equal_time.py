@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -48,7 +49,8 @@ def run_budgets(
         "alone": ["scripts/train.py", str(CONFIGURATIONS / "student.yaml"), *data],
         "distilled": ["scripts/distill.py", str(CONFIGURATIONS / "distill.yaml"), *data, "--teacher", str(teacher)],
     }
-    lines = read_lines(results)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    lines, lock = read_lines(results), Lock()
     finished = {(line["kind"], line["seed"], line["steps"]) for line in lines}
 
     def train(kind: str, seed: int, steps: int) -> None:
@@ -57,9 +59,8 @@ def run_budgets(
         found = train_one(f"{kind}_{steps}_seed_{seed}", [*commands[kind], *options], folder)
         line = {"kind": kind, "seed": seed, "steps": steps}
         line |= {name: found[name] for name in ("seconds", "AP", "AP50")}
-        lines.append(line)
-        results.parent.mkdir(parents=True, exist_ok=True)
-        with results.open("a") as file:
+        with lock, results.open("a") as file:
+            lines.append(line)
             file.write(json.dumps(line) + "\n")
 
     with ThreadPoolExecutor(max_workers=2) as pool, stopping(pool):
@@ -120,7 +121,9 @@ def draw_budgets(lines: list[dict], path: Path) -> None:
         runs = [line for line in lines if line["kind"] == kind]
         means = [row for row in rows if row["kind"] == kind]
         axes.plot([row["seconds"] for row in means], [100 * row["AP"] for row in means], color=COLOURS[kind])
-        axes.scatter([r["seconds"] for r in runs], [100 * r["AP"] for r in runs], color=COLOURS[kind], s=18, label=kind)
+        axes.scatter(
+            [r["seconds"] for r in runs], [100 * r["AP"] for r in runs], color=COLOURS[kind], s=18, label=kind
+        )
     axes.set_xlabel("seconds of training (one thread; each dot a run with its own full schedule)")
     axes.set_ylabel("validation AP")
     axes.set_ylim(bottom=0)

@@ -1,5 +1,6 @@
 """The models and batches that are timed: random weights and random images of the right size."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,7 +47,9 @@ def on_gpu(size: Size) -> Size:
     return size if size.height == size.width else replace(size, batch=8, height=800, width=1066)
 
 
-def make_detector(path: str, size: Size, seed: int) -> D3etrConditionalDetrForObjectDetection:
+def make_detector(
+    path: str, size: Size, seed: int, class_names: Sequence[str] | None = None
+) -> D3etrConditionalDetrForObjectDetection:
     """A detector whose predictions spread over image and classes, as a trained one's do (assignment time depends)."""
     torch.manual_seed(seed)
     options = dict(read_model_options(ModelArguments(model_config=path)))
@@ -54,7 +57,8 @@ def make_detector(path: str, size: Size, seed: int) -> D3etrConditionalDetrForOb
         options["num_queries"] = size.queries
     if size.layers is not None:
         options["decoder_layers"] = size.layers
-    model = build_model(ModelArguments(model_config=options), [f"class {index}" for index in range(size.classes)])
+    class_names = class_names or [f"class {index}" for index in range(size.classes)]
+    model = build_model(ModelArguments(model_config=options), list(class_names))
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "bbox_predictor" in name or "class_labels_classifier" in name:

@@ -1,0 +1,126 @@
+"""Matching and losses of this package against those of a public-style loop over layers and images."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from ..losses import (
+    cross_attention_distillation,
+    pair_weights,
+    prediction_distillation,
+    self_attention_distillation,
+)
+from ..matching import AdaptiveMatcher, MatchedPairs
+from ..matching.costs import assign, prediction_cost
+from ..models import AttentionMap, QueryGroupOutput
+from .timing import seconds_of, timed_parts
+
+WORK = ("costs", "losses", "backward")
+# layers, images, queries, classes and memory tokens
+SIZES = {"L": 6, "B": 16, "N": 300, "C": 91, "K": 300}
+
+
+def load_public_loop(path: Path) -> ModuleType:
+    """The module at this path, with `matching`, `losses` and `random_outputs`."""
+    specification = importlib.util.spec_from_file_location("public_loop", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def compare_with_public_loop(path: Path, device: torch.device, rounds: int = 3, sizes: dict | None = None) -> dict:
+    """Seconds of both sides on the same random tensors, turn by turn, and how often ours fits into theirs.
+
+    "work" is costs, losses and their backward pass, without the assignment; either side starts from what its models
+    emit: attention maps there, their logarithms and they themselves here (one softmax gives both).
+
+    Returns:
+        Median seconds of each part, "theirs" and "ours" ("one by one" is scipy in a plain loop over our costs);
+        `public_loop_over_ours`, of the work; `assignment_speedup`, of ours over one by one; and `difference`, the
+        greatest relative difference of a loss.
+    """
+    sizes = SIZES if sizes is None else sizes
+    public_loop = load_public_loop(path)
+    teacher, student = (
+        {name: tensor.detach().to(device) for name, tensor in public_loop.random_outputs(seed=seed, **sizes).items()}
+        for seed in (0, 1)
+    )
+    rows = []
+    for _ in range(rounds + 1):
+        theirs, their_losses = _their_round(public_loop, teacher, student)
+        ours, our_losses = _our_round(teacher, student)
+        difference = max(abs(our_losses[name] / value - 1) for name, value in their_losses.items())
+        rows.append({"theirs": theirs, "ours": ours, "difference": difference})
+    rows = rows[1:]  # the first one allocates
+    parts = {
+        side: {part: float(np.median([row[side][part] for row in rows])) for part in rows[0][side]}
+        for side in ("theirs", "ours")
+    }
+    work = {side: sum(parts[side][part] for part in WORK) for side in parts}
+    return {
+        "sizes": sizes,
+        **parts,
+        "public_loop_over_ours": work["theirs"] / work["ours"],
+        "assignment_speedup": parts["ours"]["one by one"] / parts["ours"]["assignment"],
+        "difference": max(row["difference"] for row in rows),
+    }
+
+
+def _their_round(public_loop: ModuleType, teacher: dict, student: dict) -> tuple[dict, dict]:
+    student = {name: tensor.clone().requires_grad_() for name, tensor in student.items()}
+    kept = {}
+    with timed_parts({"assignment": [(public_loop, "linear_sum_assignment")]}) as inside:
+        matching = seconds_of(lambda: kept.update(pairs=public_loop.matching(teacher, student)))
+    losses = seconds_of(lambda: kept.update(losses=public_loop.losses(teacher, student, kept["pairs"])))
+    backward = seconds_of(lambda: sum(kept["losses"].values()).backward())
+    seconds = {"costs": matching - inside["assignment"], "losses": losses, "backward": backward, **inside}
+    return seconds, {name: value.item() for name, value in kept["losses"].items()}
+
+
+def _our_round(teacher: dict, student: dict) -> tuple[dict, dict]:
+    teacher, student = _group(teacher, False), _group(student, True)
+    predictions = teacher.logits, teacher.boxes, student.logits, student.boxes
+    kept = {}
+    seconds = {"costs": seconds_of(lambda: kept.update(cost=prediction_cost(*predictions, 1.0, 5.0, 2.0)))}
+    seconds["assignment"] = seconds_of(lambda: assign(kept["cost"], "teacher to student"))
+    matrices = kept.pop("cost").flatten(0, 1).cpu().numpy()
+    seconds["one by one"] = seconds_of(lambda: [linear_sum_assignment(matrix) for matrix in matrices])
+    pairs = AdaptiveMatcher()(teacher, student)
+    seconds["losses"] = seconds_of(lambda: kept.update(losses=_losses(teacher, student, pairs)))
+    total = sum(value.sum() for value in kept["losses"].values())
+    seconds["backward"] = seconds_of(total.backward)
+    return seconds, {name: value.sum().item() for name, value in kept["losses"].items()}
+
+
+def _group(tensors: dict, requires_grad: bool) -> QueryGroupOutput:
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone().requires_grad_(requires_grad)
+
+    def maps(name: str) -> tuple[AttentionMap, ...]:
+        return tuple(AttentionMap(leaf(layer.log()), layer) for layer in tensors[name])
+
+    return QueryGroupOutput(
+        logits=leaf(tensors["logits"]),
+        boxes=leaf(tensors["boxes"]),
+        self_attention=maps("self_attn"),
+        cross_attention=maps("cross_attn"),
+    )
+
+
+def _losses(teacher: QueryGroupOutput, student: QueryGroupOutput, pairs: MatchedPairs) -> dict[str, torch.Tensor]:
+    images = teacher.logits.shape[1]
+    mask = torch.ones(
+        images, 1, teacher.cross_attention[0].log.shape[-1], dtype=torch.bool, device=pairs.teacher.device
+    )
+    weights = pair_weights(teacher.logits, pairs)
+    return {
+        "prediction": prediction_distillation(teacher, student, pairs, weights, weights.sum((1, 2))),
+        "self_attention": self_attention_distillation(teacher.self_attention, student.self_attention, pairs, images),
+        "cross_attention": cross_attention_distillation(
+            teacher.cross_attention, student.cross_attention, pairs, mask, mask, images
+        ),
+    }

@@ -1,0 +1,67 @@
+"""What a D3ETR step costs, beside the parts it cannot do without.
+
+    python scripts/benchmark.py --size shapes
+    python scripts/benchmark.py --size real --rounds 8 --json benchmark.json
+    python scripts/benchmark.py --growth true --json growth.json
+
+Measures, turn by turn in one process: a plain training step of the stock model, the teacher's forward pass, a step of
+the student with two query groups and no distillation, and the full step. floor = teacher + two groups. Then the parts
+of a step, the peak memory of each (in processes of their own), costs and losses against a public-style loop over
+layers and images, the wait for real images, and COCO evaluation. Nothing else should run meanwhile.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# scripts/evaluate.py would hide the evaluate package
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
+import torch
+
+from d3etr_hf.arguments import option
+from d3etr_hf.benchmark.growth import draw_growth, format_growth, growth_curves
+from d3etr_hf.benchmark.report import format_report, measure
+from d3etr_hf.benchmark.sizes import SIZES, on_gpu
+from d3etr_hf.command_line import parse_arguments, run
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to measure."""
+
+    size: Literal["shapes", "real"] = option("shapes", "The demo's models, or R101 to R50 at 480x640 (GPU: 800x1066).")
+    rounds: int = option(30, "Rounds of the interleaved steps.")
+    precision: Literal["no", "fp16", "bf16"] = option("no", "Mixed precision.")
+    public_loop: str = option("../shared/reference/public_loop.py", "The slow loop's file.")
+    data_folder: str = option("../shared/data/coco_mini", "Real images in COCO format.")
+    growth: bool = option(False, "Measure instead how the parts grow with queries, batch, layers and classes.")
+    json: str | None = option(None, "Gets all figures; the growth curves' picture lies beside it.")
+
+
+def main() -> None:
+    (arguments,) = parse_arguments([BenchmarkArguments], description=__doc__)
+    target = Path(arguments.json) if arguments.json else None
+    if arguments.growth:
+        found = growth_curves(precision=arguments.precision)
+        print(format_growth(found))
+        if target is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draw_growth(found, target.with_suffix(".png"))
+    else:
+        size = SIZES[arguments.size]
+        if torch.accelerator.is_available():
+            size = on_gpu(size)
+        public_loop, data_folder = Path(arguments.public_loop), arguments.data_folder
+        with_evaluation = arguments.size == "real"
+        found = measure(size, arguments.precision, arguments.rounds, public_loop, data_folder, with_evaluation)
+        print(format_report(found))
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main, ())

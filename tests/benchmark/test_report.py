@@ -1,0 +1,110 @@
+"""The benchmark's figures, on sizes that take no time."""
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from d3etr_hf.benchmark import memory, report
+from d3etr_hf.benchmark.growth import draw_growth, format_growth, growth_curves
+from d3etr_hf.benchmark.public_loop import compare_with_public_loop
+from d3etr_hf.benchmark.sizes import SIZES
+from d3etr_hf.benchmark.waiting import evaluation_seconds, waiting_share
+
+TINY = replace(SIZES["shapes"], batch=2, queries=5, layers=2, height=48, width=48)
+
+
+def test_measurements_hold_what_they_promise(monkeypatch, shared_data):
+    monkeypatch.setattr(report, "peak_memories", lambda *_: {name: 100.0 for name in report.STEPS} | {"step": 110.0})
+    monkeypatch.setattr(
+        report,
+        "compare_with_public_loop",
+        lambda *_: {
+            "theirs": {"costs": 2.0},
+            "ours": {"costs": 1.0},
+            "public_loop_over_ours": 2.0,
+            "assignment_speedup": 1.5,
+        },
+    )
+    loop = shared_data.parent / "reference" / "public_loop.py"
+    found = report.measure(TINY, "no", 2, loop, None, evaluation=False)
+    for name in ("step_over_floor", "step_over_plain", "matching_share"):
+        assert found[name] > 0
+    assert found["memory_over_two_groups"] == pytest.approx(1.1) and found["public_loop_over_ours"] == 2.0
+    assert "waiting" not in found and json.loads(json.dumps(found)) == found
+    text = report.format_report(found)
+    assert "step over floor" in text and "assignment" in text and "over two groups 1.100" in text
+
+
+def test_floor_is_teacher_and_two_groups_of_the_same_round(monkeypatch):
+    """Ratios are taken within a round: a busy moment then falls on both sides."""
+    import numpy as np
+
+    rounds = {"plain": [1, 10], "teacher": [1, 10], "two groups": [2, 20], "step": [3.3, 33]}
+    monkeypatch.setattr(report, "make_steps", lambda *_: None)
+    monkeypatch.setattr(report, "interleaved", lambda *_, **__: {k: np.array(v, float) for k, v in rounds.items()})
+    found = report.measure_steps(TINY, "no", 2)
+    assert found["step_over_floor"] == pytest.approx(1.1) and found["step_over_plain"] == pytest.approx(3.3)
+
+
+def test_memory_is_measured_in_processes_of_their_own(monkeypatch):
+    asked = []
+
+    def process(command, **_):
+        asked.append(json.loads(command[-1])["step"])
+        return SimpleNamespace(returncode=0, stdout=f"noise\n{len(asked)}\n", stderr="")
+
+    monkeypatch.setattr(memory.subprocess, "run", process)
+    assert memory.peak_memories(TINY, "no") == {"plain": 1.0, "teacher": 2.0, "two groups": 3.0, "step": 4.0}
+    monkeypatch.setattr(
+        memory.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr="no memory left")
+    )
+    with pytest.raises(RuntimeError, match="'plain'.*\n.*no memory left"):
+        memory.peak_memories(TINY, "no")
+
+
+def test_memory_process(capsys):
+    memory.main({"size": vars(TINY), "precision": "no", "step": "step"})
+    assert float(capsys.readouterr().out.split()[-1]) > 50
+    assert sys.modules["d3etr_hf.benchmark.memory"] is memory
+
+
+def test_both_sides_of_the_public_loop_compute_the_same(shared_data):
+    sizes = {"L": 2, "B": 3, "N": 20, "C": 5, "K": 12}
+    path = shared_data.parent / "reference" / "public_loop.py"
+    found = compare_with_public_loop(path, torch.device("cpu"), rounds=1, sizes=sizes)
+    assert found["difference"] < 1e-4 and found["public_loop_over_ours"] > 0 and found["assignment_speedup"] > 0
+
+
+def test_growth_curves(tmp_path):
+    curves = growth_curves(TINY, {"queries": (4, 8), "layers": (1, 2)}, rounds=1)
+    assert curves["queries"]["values"] == [4, 8] and set(curves) == {"queries", "layers"}
+    assert all(len(seconds) == 2 for seconds in curves["layers"]["seconds"].values())
+    curves["queries"]["seconds"]["step"] = [1.0, 4.0]
+    assert "| step | 1000.0 | 4000.0 |" in format_growth(curves)
+    draw_growth(curves, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_exponent_is_the_slope_of_the_last_two_values(monkeypatch):
+    from d3etr_hf.benchmark import growth
+
+    def fake_parts(size, precision, rounds):
+        return [{"quadratic": size.queries**2 + 5.0, "constant": 1.0}]
+
+    monkeypatch.setattr(growth, "step_parts", fake_parts)
+    exponents = growth.growth_curves(TINY, {"queries": (10, 1000, 2000)}, rounds=1)["queries"]["exponents"]
+    assert exponents["quadratic"] == pytest.approx(2, abs=1e-3) and exponents["constant"] == pytest.approx(0)
+
+
+def test_waiting_for_real_images(shared_data):
+    size = replace(TINY, queries=None, layers=None)
+    found = waiting_share(size, str(shared_data / "bccd"), "no", workers=0, steps=2)
+    assert 0 < found["share"] < 1 and found["wait"] > 0 and found["step"] > 0
+
+
+def test_evaluation_is_timed():
+    assert 0 < evaluation_seconds(classes=3, images=5) < 60
