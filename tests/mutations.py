@@ -129,6 +129,8 @@ MUTATIONS = [
     ("attention: renormalised rows", f"{LOSSES}/attention.py", "_block(attention.log, index).log_softmax(-1)",
      "_block(attention.log, index)",
      "tests/losses/test_attention.py"),
+    ("attention: one float32 sum for whole maps", f"{LOSSES}/attention.py", "DOT_PIECE = 2**19", "DOT_PIECE = 2**40",
+     "tests/losses/test_attention.py::test_small_divergence_of_large_maps_in_float32"),
     ("attention: the softmax's gradient", ATTENTION, "return scores_gradient.addcmul_(probability, total, value=-1)",
      "return scores_gradient", f"{ATTENTION_TESTS}::test_gradient_of_both_forms"),
     ("attention: gradient of the logarithm alone", ATTENTION, "gradient.sum(-1, keepdim=True), value=-1)",

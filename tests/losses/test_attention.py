@@ -5,7 +5,7 @@ import torch
 
 from d3etr_hf.losses import cross_attention_distillation, self_attention_distillation
 from d3etr_hf.losses.grids import resample_map
-from d3etr_hf.matching import AdaptiveMatcher
+from d3etr_hf.matching import AdaptiveMatcher, MatchedPairs
 from d3etr_hf.models import AttentionMap
 from tests import slow_reference
 
@@ -104,3 +104,23 @@ def test_unknown_divergence_is_refused():
     teacher, student, _, pairs = case("equal")
     with pytest.raises(ValueError, match="'js'.*kl.*mse"):
         self_attention_distillation(teacher.self_attention, student.self_attention, pairs, BATCH, "js")
+
+
+def test_small_divergence_of_large_maps_in_float32():
+    """Entropy and cross-entropy nearly cancel: one float32 sum over millions of numbers would not tell the rest."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4, 8, 300, 400, generator=generator)
+    mask = torch.ones(4, 20, 20, dtype=torch.bool)
+    index = torch.arange(300).expand(1, 4, 300)
+    pairs = MatchedPairs(index, index, identity=True)
+
+    def maps(scores):
+        return [AttentionMap(scores.log_softmax(-1), scores.softmax(-1))]
+
+    for noise in (0.03, 0.3):
+        other = scores + noise * torch.randn(scores.shape, generator=generator)
+        exact, ours = (
+            cross_attention_distillation(maps(first), maps(second), pairs, mask, mask, 4.0)
+            for first, second in ((other.double(), scores.double()), (other, scores))
+        )
+        assert ours.item() == pytest.approx(exact.item(), rel=2e-3)
