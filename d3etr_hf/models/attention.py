@@ -68,8 +68,8 @@ def attend(
     scores = torch.matmul(query * scaling, key.transpose(2, 3))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
-        # padding is the same for every query; adding to the scores is much faster than filling them
-        padding = ~mask[:, :, :1]
+        # adding to the scores is much faster than filling them
+        padding = ~mask
         scores.add_(torch.zeros_like(padding, dtype=scores.dtype).masked_fill_(padding, -PADDING))
     attention = AttentionMap(*_BothForms.apply(scores))
     weights = nn.functional.dropout(attention.probability, p=dropout) if dropout else attention.probability
@@ -77,10 +77,10 @@ def attend(
 
 
 class _BothForms(torch.autograd.Function):
-    """Log-softmax and softmax of the same scores over the last axis; the scores' memory becomes the softmax's.
+    """Log-softmax and softmax of the same scores over the last axis.
 
-    log_softmax followed by exp would keep both results for the backward pass, and pass over them once more. Here the
-    logarithm is free as soon as the losses have read it.
+    log_softmax followed by exp would keep both results for the backward pass, and pass over them once more there. Here
+    the logarithm is free as soon as the losses have read it.
     """
 
     @staticmethod
@@ -141,6 +141,8 @@ def query_group_attention(
             recorder.self_maps.append([attention_map for _, attention_map in attended])
         output = torch.cat([part for part, _ in attended], dim=2)
     else:
+        if recorder.cross_attention and attention_mask is not None:
+            attention_mask = attention_mask[:, :, :1]  # padding is the same for every query
         output, whole = attend(query, key, value, attention_mask, dropout, scaling, recorder.cross_attention)
         if recorder.cross_attention and recorder.open:
             parts = zip(*(form.split(query_group_sizes, dim=2) for form in whole), strict=True)
