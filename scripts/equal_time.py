@@ -1,6 +1,6 @@
 """AP over seconds of a student alone and of the same student distilled, each with a full schedule per budget.
 
-    python scripts/equal_time.py                                    # 3 seeds, 3 budgets: about an hour on two cores
+    python scripts/equal_time.py        # 3 seeds, 3 budgets: an hour and a half on two cores
     python scripts/equal_time.py --budgets 100 --seeds 0 --results runs/quick/results.jsonl --folder runs/quick
 
 Makes the data, trains the strong teacher (25 minutes) and both students of every seed and budget, two runs at a time.
@@ -31,7 +31,7 @@ class EqualTimeArguments:
         default_factory=lambda: [500, 1000, 2000], metadata={"help": "Steps of the distilled runs."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the students."})
-    steps_ratio: float = option(1.6, "Steps of the student alone for each distilled step; rather more than fewer.")
+    steps_ratio: float = option(1.6, "Steps of the student alone for each distilled step.")
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Distilled against alone at equal time: what either reaches with a schedule of its own in the same seconds.
 
-Each budget is a whole training run of either kind. The two run side by side, one thread each, so that a busy machine
-hits both alike; the student alone gets more steps, and in the end at least as many seconds.
+Each budget is a whole training run of either kind. Two runs go side by side, one thread each, and those of a seed and
+budget follow each other, so that a busy machine hits both alike; the student alone gets so many more steps that both
+take about as long. The time that the teacher's training took is not counted.
 """
 
 import json

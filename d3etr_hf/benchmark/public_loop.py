@@ -17,8 +17,10 @@ from ..losses import (
 from ..matching import AdaptiveMatcher, MatchedPairs
 from ..matching.costs import assign, prediction_cost
 from ..models import AttentionMap, QueryGroupOutput
+from ..models.attention import both_forms
 from .timing import seconds_of, timed_parts
 
+MAPS = ("self_attn", "cross_attn")
 WORK = ("costs", "losses", "backward")
 # layers, images, queries, classes and memory tokens
 SIZES = {"L": 6, "B": 16, "N": 300, "C": 91, "K": 300}
@@ -35,8 +37,8 @@ def load_public_loop(path: Path) -> ModuleType:
 def compare_with_public_loop(path: Path, device: torch.device, rounds: int = 3, sizes: dict | None = None) -> dict:
     """Seconds of both sides on the same random tensors, turn by turn, and how often ours fits into theirs.
 
-    "work" is costs, losses and their backward pass, without the assignment; either side starts from what its models
-    emit: attention maps there, their logarithms and they themselves here (one softmax gives both).
+    "work" is costs, losses and their backward pass, without the assignment. Both sides start from the same predictions
+    and attention scores: the loop takes their softmax, ours both of its forms, and the backward passes end at them.
 
     Returns:
         Median seconds of each part, "theirs" and "ours" ("one by one" is scipy in a plain loop over our costs);
@@ -45,10 +47,7 @@ def compare_with_public_loop(path: Path, device: torch.device, rounds: int = 3, 
     """
     sizes = SIZES if sizes is None else sizes
     public_loop = load_public_loop(path)
-    teacher, student = (
-        {name: tensor.detach().to(device) for name, tensor in public_loop.random_outputs(seed=seed, **sizes).items()}
-        for seed in (0, 1)
-    )
+    teacher, student = (_scores(public_loop.random_outputs(seed=seed, **sizes), device) for seed in (0, 1))
     rows = []
     for _ in range(rounds + 1):
         theirs, their_losses = _their_round(public_loop, teacher, student)
@@ -70,42 +69,60 @@ def compare_with_public_loop(path: Path, device: torch.device, rounds: int = 3, 
     }
 
 
+def _scores(outputs: dict, device: torch.device) -> dict:
+    """Predictions, and scores whose softmax is the maps."""
+    tensors = {name: tensor.detach().to(device) for name, tensor in outputs.items()}
+    return tensors | {name: tensors[name].log() for name in MAPS}
+
+
 def _their_round(public_loop: ModuleType, teacher: dict, student: dict) -> tuple[dict, dict]:
-    student = {name: tensor.clone().requires_grad_() for name, tensor in student.items()}
     kept = {}
+
+    def with_maps(tensors: dict, requires_grad: bool) -> dict:
+        leaves = {name: tensor.clone().requires_grad_(requires_grad) for name, tensor in tensors.items()}
+        return leaves | {name: leaves[name].softmax(-1) for name in MAPS}
+
+    maps = seconds_of(lambda: kept.update(teacher=with_maps(teacher, False), student=with_maps(student, True)))
+    pair = kept["teacher"], kept["student"]
     with timed_parts({"assignment": [(public_loop, "linear_sum_assignment")]}) as inside:
-        matching = seconds_of(lambda: kept.update(pairs=public_loop.matching(teacher, student)))
-    losses = seconds_of(lambda: kept.update(losses=public_loop.losses(teacher, student, kept["pairs"])))
+        matching = seconds_of(lambda: kept.update(pairs=public_loop.matching(*pair)))
+    losses = seconds_of(lambda: kept.update(losses=public_loop.losses(*pair, kept["pairs"])))
     backward = seconds_of(lambda: sum(kept["losses"].values()).backward())
-    seconds = {"costs": matching - inside["assignment"], "losses": losses, "backward": backward, **inside}
+    seconds = {"costs": matching - inside["assignment"], "losses": maps + losses, "backward": backward, **inside}
     return seconds, {name: value.item() for name, value in kept["losses"].items()}
 
 
 def _our_round(teacher: dict, student: dict) -> tuple[dict, dict]:
-    teacher, student = _group(teacher, False), _group(student, True)
-    predictions = teacher.logits, teacher.boxes, student.logits, student.boxes
     kept = {}
-    seconds = {"costs": seconds_of(lambda: kept.update(cost=prediction_cost(*predictions, 1.0, 5.0, 2.0)))}
-    seconds["assignment"] = seconds_of(lambda: assign(kept["cost"], "teacher to student"))
+    maps = seconds_of(lambda: kept.update(teacher=_group(teacher, False), student=_group(student, True)))
+    teacher, student = kept["teacher"], kept["student"]
+    predictions = teacher.logits, teacher.boxes, student.logits, student.boxes
+    costs = seconds_of(lambda: kept.update(cost=prediction_cost(*predictions, 1.0, 5.0, 2.0)))
+    assignment = seconds_of(lambda: assign(kept["cost"], "teacher to student"))
     matrices = kept.pop("cost").flatten(0, 1).cpu().numpy()
-    seconds["one by one"] = seconds_of(lambda: [linear_sum_assignment(matrix) for matrix in matrices])
-    pairs = AdaptiveMatcher()(teacher, student)
-    seconds["losses"] = seconds_of(lambda: kept.update(losses=_losses(teacher, student, pairs)))
-    total = sum(value.sum() for value in kept["losses"].values())
-    seconds["backward"] = seconds_of(total.backward)
+    one_by_one = seconds_of(lambda: [linear_sum_assignment(matrix) for matrix in matrices])
+    matching = seconds_of(lambda: kept.update(pairs=AdaptiveMatcher()(teacher, student)))
+    losses = seconds_of(lambda: kept.update(losses=_losses(teacher, student, kept["pairs"])))
+    backward = seconds_of(lambda: sum(value.sum() for value in kept["losses"].values()).backward())
+    seconds = {
+        "costs": max(costs, matching - assignment),  # with the making of the pairs
+        "losses": maps + losses,
+        "backward": backward,
+        "assignment": assignment,
+        "one by one": one_by_one,
+    }
     return seconds, {name: value.sum().item() for name, value in kept["losses"].items()}
 
 
 def _group(tensors: dict, requires_grad: bool) -> QueryGroupOutput:
-    def leaf(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone().requires_grad_(requires_grad)
+    leaves = {name: tensor.clone().requires_grad_(requires_grad) for name, tensor in tensors.items()}
 
     def maps(name: str) -> tuple[AttentionMap, ...]:
-        return tuple(AttentionMap(leaf(layer.log()), layer) for layer in tensors[name])
+        return tuple(both_forms(layer) for layer in leaves[name].unbind())
 
     return QueryGroupOutput(
-        logits=leaf(tensors["logits"]),
-        boxes=leaf(tensors["boxes"]),
+        logits=leaves["logits"],
+        boxes=leaves["boxes"],
         self_attention=maps("self_attn"),
         cross_attention=maps("cross_attn"),
     )

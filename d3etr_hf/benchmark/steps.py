@@ -66,7 +66,12 @@ def step_parts(size: Size, precision: str = "no", rounds: int = 10) -> list[dict
         "attention with maps": [(attention, "attend")],
         "costs": [(mix_matcher, "prediction_cost"), (HungarianAssigner, "_cost")],
         "assignment": [(mix_matcher, "start_assigning"), (Future, "result"), (label_assignment, "assign")],
-        "matching, rest": [(AdaptiveMatcher, "start"), (HungarianAssigner, "__call__")],
+        "matching, rest": [
+            (AdaptiveMatcher, "start"),
+            (mix_matcher, "MatchedPairs"),
+            (HungarianAssigner, "__call__"),
+            (objective, "matched_foreground_share"),
+        ],
         "distillation losses": [(objective, name) for name in losses],
         "detection losses": [(objective, "detection_losses")],
         "backward": [(trainer.accelerator, "backward")],

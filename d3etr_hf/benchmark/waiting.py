@@ -11,15 +11,19 @@ from .sizes import Size
 from .steps import distillation_trainer, ready, training_step
 from .timing import seconds_of
 
+PREFETCHED = 2  # batches that each worker of a data loader prepares ahead, by default
 COCO_TRAIN_IMAGES, COCO_VAL_IMAGES, DETECTIONS = 118_287, 5_000, 100
 
 
-def waiting_share(size: Size, data_folder: str, precision: str, workers: int = 2, steps: int = 8) -> dict:
+def waiting_share(size: Size, data_folder: str, precision: str, workers: int = 2, steps: int = 16) -> dict:
     """Share of the training loop's time that it waits for a batch of real images, flipped, of this size.
 
+    The batches that workers prepare ahead during the slow first steps do not count.
+
     Returns:
-        `share` (0..1), and the median seconds of a `wait` and of a `step`; the first two batches do not count.
+        `share` (0..1), and the median seconds of a `wait` and of a `step`.
     """
+    ahead = 2 + PREFETCHED * workers
     processor = load_image_processor(None)
     arguments = DataArguments(
         data_folder=data_folder, short_side=size.height, long_side=size.width, augmentation="flip"
@@ -35,12 +39,12 @@ def waiting_share(size: Size, data_folder: str, precision: str, workers: int = 2
         )
     )
     batches, waits, seconds = iter(trainer.get_train_dataloader()), [], []
-    for _ in range(steps + 2):
+    for _ in range(ahead + steps):
         start = time.perf_counter()
         batch = next(batches)
         waits.append(time.perf_counter() - start)
         seconds.append(seconds_of(lambda batch=batch: training_step(trainer, batch)))
-    waits, seconds = np.array(waits[2:]), np.array(seconds[2:])
+    waits, seconds = np.array(waits[ahead:]), np.array(seconds[ahead:])
     return {
         "share": float(waits.sum() / (waits.sum() + seconds.sum())),
         "wait": float(np.median(waits)),

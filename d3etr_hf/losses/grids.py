@@ -50,7 +50,8 @@ def resample_map(probability: torch.Tensor, source_mask: torch.Tensor, target_ma
     along_y = overlap_weights(source_rows, rows, height, target_mask.shape[1]).to(probability.dtype)
     along_x = overlap_weights(source_columns, columns, width, target_mask.shape[2]).to(probability.dtype)
     grid = probability.unflatten(-1, (height, width))
-    resampled = along_y[:, None, None] @ grid @ along_x.mT[:, None, None]
+    with torch.autocast(grid.device.type, enabled=False):
+        resampled = along_y[:, None, None] @ grid @ along_x.mT[:, None, None]
     range_of_type = torch.finfo(probability.dtype)
     resampled = resampled.flatten(-2).clamp(min=range_of_type.tiny)
     resampled = resampled.masked_fill(~target_mask.flatten(1)[:, None, None], 0.0)

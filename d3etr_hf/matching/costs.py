@@ -1,6 +1,7 @@
 """Matching costs in batched tensor operations; the assignments they lead to, through scipy."""
 
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -65,10 +66,12 @@ def prediction_cost(
     Returns:
         `(L, B, N_t, N_s)`, float32 or wider.
     """
+    device = student_logits.device.type
     images = [wide(tensor).flatten(0, 1) for tensor in (teacher_logits, teacher_boxes, student_logits, student_boxes)]
     pairs = teacher_logits.shape[2] * student_logits.shape[2]
     chunks = zip(*(tensor.split(max(1, PAIRS_AT_ONCE // pairs)) for tensor in images), strict=True)
-    cost = torch.cat([_cost_of_images(*chunk, class_weight, l1_weight, giou_weight) for chunk in chunks])
+    with torch.autocast(device, enabled=False):
+        cost = torch.cat([_cost_of_images(*chunk, class_weight, l1_weight, giou_weight) for chunk in chunks])
     return cost.unflatten(0, teacher_logits.shape[:2])
 
 
@@ -102,7 +105,8 @@ def start_assigning(cost: torch.Tensor, what: str, sizes: list[int] | None = Non
     """As `assign`, in threads of their own where that pays (the solver releases Python's lock).
 
     Returns:
-        A function that waits for the assignments and returns them; the error is raised before.
+        A function that waits for the assignments and returns them; the error is raised before. Until it has returned
+        `cost` must not be written to.
     """
     host = cost.detach().cpu().numpy()
     layers, images = host.shape[:2]
@@ -118,8 +122,8 @@ def start_assigning(cost: torch.Tensor, what: str, sizes: list[int] | None = Non
 
     if host.size < THREADS_PAY_FROM:
         return partial(by_layer, _one_by_one(matrices))
-    threads = min(assignment_threads(), len(matrices))
-    parts = [_pool(threads).submit(_one_by_one, matrices[part::threads]) for part in range(threads)]
+    threads = assignment_threads()
+    parts = [_pool().submit(_one_by_one, matrices[part::threads]) for part in range(threads)]
 
     def wait() -> Assignments:
         assignments = [None] * len(matrices)
@@ -135,10 +139,16 @@ def _one_by_one(matrices: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray
 
 
 def assignment_threads() -> int:
-    """This process's share of the cores; more than eight hardly help a batch."""
-    return max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    """This process's share of the cores that it may run on; more than eight hardly help a batch."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="assignment")
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(assignment_threads(), thread_name_prefix="assignment")
+
+
+if sys.platform != "win32":
+    # threads do not survive a fork (accelerate's notebook_launcher): the child starts its own
+    os.register_at_fork(after_in_child=_pool.cache_clear)

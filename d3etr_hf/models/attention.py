@@ -71,9 +71,14 @@ def attend(
         # adding to the scores is much faster than filling them
         padding = ~mask
         scores.add_(torch.zeros_like(padding, dtype=scores.dtype).masked_fill_(padding, -PADDING))
-    attention = AttentionMap(*_BothForms.apply(scores))
+    attention = both_forms(scores)
     weights = nn.functional.dropout(attention.probability, p=dropout) if dropout else attention.probability
     return torch.matmul(weights.to(value.dtype), value), attention
+
+
+def both_forms(scores: torch.Tensor) -> AttentionMap:
+    """The map of attention scores `(B, M, queries, keys)`, float32 or wider: their softmax and its logarithm."""
+    return AttentionMap(*_BothForms.apply(scores))
 
 
 class _BothForms(torch.autograd.Function):

@@ -11,8 +11,8 @@ class AttentionMap(NamedTuple):
     """One layer's attention map before dropout, in both forms that divergences read; computing attention gives both.
 
     Attributes:
-        log: `(B, M, N, keys)`, the natural logarithm of the map, float32 or wider. Finite everywhere: about the lowest
-            number of its type where the key is padding, so that zero times it is zero.
+        log: `(B, M, N, keys)`, the natural logarithm of the map, float32 or wider. Finite everywhere: very
+            low where the key is padding (-1e30 or less), so that zero times it is zero.
         probability: `(B, M, N, keys)`, its exponential: every row sums to one, padding is exactly zero.
     """
 

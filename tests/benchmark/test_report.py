@@ -1,18 +1,17 @@
 """The benchmark's figures, on sizes that take no time."""
 
 import json
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from d3etr_hf.benchmark import memory, report
+from d3etr_hf.benchmark import memory, report, waiting
 from d3etr_hf.benchmark.growth import draw_growth, format_growth, growth_curves
 from d3etr_hf.benchmark.public_loop import compare_with_public_loop
 from d3etr_hf.benchmark.sizes import SIZES
-from d3etr_hf.benchmark.waiting import evaluation_seconds, waiting_share
+from d3etr_hf.benchmark.waiting import waiting_share
 
 TINY = replace(SIZES["shapes"], batch=2, queries=5, layers=2, height=48, width=48)
 
@@ -58,18 +57,28 @@ def test_memory_is_measured_in_processes_of_their_own(monkeypatch):
         return SimpleNamespace(returncode=0, stdout=f"noise\n{len(asked)}\n", stderr="")
 
     monkeypatch.setattr(memory.subprocess, "run", process)
-    assert memory.peak_memories(TINY, "no") == {"plain": 1.0, "teacher": 2.0, "two groups": 3.0, "step": 4.0}
+    found = memory.peak_memories(TINY, "no")
+    assert found == {"imports": 1.0, "plain": 2.0, "teacher": 3.0, "two groups": 4.0, "step": 5.0}
     monkeypatch.setattr(
         memory.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr="no memory left")
     )
-    with pytest.raises(RuntimeError, match="'plain'.*\n.*no memory left"):
+    with pytest.raises(RuntimeError, match="'imports'.*\n.*no memory left"):
         memory.peak_memories(TINY, "no")
 
 
-def test_memory_process(capsys):
+def test_memory_process_takes_the_steps_it_is_asked_for(monkeypatch, capsys):
+    taken = []
+
+    def make_steps(size, precision, names):
+        taken.append((names, precision, size))
+        return {name: lambda name=name: taken.append(name) for name in names}
+
+    monkeypatch.setattr(memory, "make_steps", make_steps)
     memory.main({"size": vars(TINY), "precision": "no", "step": "step"})
-    assert float(capsys.readouterr().out.split()[-1]) > 50
-    assert sys.modules["d3etr_hf.benchmark.memory"] is memory
+    assert taken == [(("step",), "no", TINY)] + ["step"] * memory.STEPS_TAKEN
+    assert float(capsys.readouterr().out) == pytest.approx(memory.peak_memory(), rel=0.2)
+    memory.main({"step": memory.IMPORTS})
+    assert len(taken) == 1 + memory.STEPS_TAKEN
 
 
 def test_both_sides_of_the_public_loop_compute_the_same(shared_data):
@@ -106,5 +115,16 @@ def test_waiting_for_real_images(shared_data):
     assert 0 < found["share"] < 1 and found["wait"] > 0 and found["step"] > 0
 
 
-def test_evaluation_is_timed():
-    assert 0 < evaluation_seconds(classes=3, images=5) < 60
+def test_evaluation_that_is_timed_finds_objects(monkeypatch):
+    """Detections that match nothing would make it look fast."""
+    found = []
+    original = waiting.CocoAveragePrecision._compute
+
+    def spy(self, *, predictions, **options):
+        found.append((original(self, predictions=predictions, **options), len(predictions)))
+        return found[-1][0]
+
+    monkeypatch.setattr(waiting.CocoAveragePrecision, "_compute", spy)
+    assert waiting.evaluation_seconds(classes=3, images=5) > 0
+    ((metrics, detections),) = found
+    assert 0.02 < metrics["AP"] < 0.98 and detections == 500

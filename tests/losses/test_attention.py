@@ -100,6 +100,17 @@ def test_resampling_keeps_mass_and_place():
     torch.testing.assert_close(resampled.flatten(), torch.tensor([0.0, 0.0, 1.0, 0.0]), atol=1e-6, rtol=0)
 
 
+def test_unequal_grids_under_autocast():
+    """The resampling is a matrix product, which autocast would take in half precision."""
+    teacher, student, masks, pairs = case("finer teacher grid")
+    maps = [
+        [AttentionMap(*(form.float() for form in m)) for m in group.cross_attention] for group in (teacher, student)
+    ]
+    plain = cross_attention_distillation(*maps, pairs, *masks, BATCH)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(cross_attention_distillation(*maps, pairs, *masks, BATCH), plain, rtol=1e-6, atol=0)
+
+
 def test_unknown_divergence_is_refused():
     teacher, student, _, pairs = case("equal")
     with pytest.raises(ValueError, match="'js'.*kl.*mse"):

@@ -12,8 +12,7 @@ from d3etr_hf.losses import (
 )
 from d3etr_hf.matching import AdaptiveMatcher
 from d3etr_hf.models import QueryGroupOutput
-from d3etr_hf.models.attention import _BothForms
-from d3etr_hf.models.outputs import AttentionMap
+from d3etr_hf.models.attention import both_forms
 
 LAYERS, IMAGES, HEADS, CLASSES, TOKENS = 3, 4, 2, 5, 12
 TERMS = ("prediction", "self_attention", "cross_attention")
@@ -51,7 +50,7 @@ def losses_of_public_loop(public_loop, teacher, student):
 def losses_of_ours(teacher, student):
     def group(leaves, detach):
         def maps(scores):
-            forms = (AttentionMap(*_BothForms.apply(layer * 1)) for layer in scores.unbind())
+            forms = (both_forms(layer) for layer in scores.unbind())
             return tuple(form.detach() if detach else form for form in forms)
 
         return QueryGroupOutput(

@@ -1,5 +1,9 @@
 """Costs in chunks and assignments in threads give what the plain computation gives."""
 
+import os
+import signal
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +62,7 @@ def test_costs_do_not_depend_on_the_chunks(monkeypatch):
 
 
 def test_processes_share_the_cores(monkeypatch):
+    monkeypatch.setattr(costs.sys, "platform", "another")
     monkeypatch.setattr(costs.os, "cpu_count", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert costs.assignment_threads() == 8
@@ -65,3 +70,27 @@ def test_processes_share_the_cores(monkeypatch):
     assert costs.assignment_threads() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
     assert costs.assignment_threads() == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
+def test_forked_process_assigns_too():
+    """Threads do not survive a fork: without a pool of its own the child would wait for ever."""
+    cost = random_cost(90, 90)
+    assert cost.numel() >= costs.THREADS_PAY_FROM
+    costs.assign(cost, "this to that")
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        costs.assign(cost, "this to that")
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_costs_are_not_taken_in_half_precision():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 1, 1, 50, 91, generator=generator) - 3
+    boxes = torch.rand(2, 1, 1, 50, 4, generator=generator)
+    plain = costs.prediction_cost(logits[0], boxes[0], logits[1], boxes[1], 1.0, 5.0, 2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = costs.prediction_cost(logits[0], boxes[0], logits[1], boxes[1], 1.0, 5.0, 2.0)
+    assert torch.equal(plain, cast)

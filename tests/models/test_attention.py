@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from d3etr_hf.models.attention import _BothForms, attend
+from d3etr_hf.models.attention import attend, both_forms
 
 
 @pytest.mark.parametrize("read", ["both", "log", "probability"])
@@ -17,7 +17,7 @@ def test_gradient_of_both_forms(read):
     if read == "log":
         weights[1] = 0
     gradients = []
-    for forms in (_BothForms.apply, lambda x: (x.log_softmax(-1), x.softmax(-1))):
+    for forms in (both_forms, lambda x: (x.log_softmax(-1), x.softmax(-1))):
         leaf = scores.clone().requires_grad_()
         log, probability = forms(leaf * 1)
         loss = 0
