@@ -118,7 +118,7 @@ def _group(tensors: dict, requires_grad: bool) -> QueryGroupOutput:
     leaves = {name: tensor.clone().requires_grad_(requires_grad) for name, tensor in tensors.items()}
 
     def maps(name: str) -> tuple[AttentionMap, ...]:
-        return tuple(both_forms(layer) for layer in leaves[name].unbind())
+        return tuple(both_forms(layer.clone()) for layer in leaves[name].unbind())
 
     return QueryGroupOutput(
         logits=leaves["logits"],

@@ -1,11 +1,13 @@
 """Interleaved timing, the time of named parts inside a step, and peak memory."""
 
+import re
 import resource
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -89,5 +91,7 @@ def peak_memory() -> float:
     """MiB at the peak of this process: of the allocator on an accelerator, else of the resident set."""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated() / 2**20
+    if sys.platform == "linux":  # getrusage's peak is handed down to a child process
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

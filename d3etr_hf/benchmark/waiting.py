@@ -38,10 +38,14 @@ def waiting_share(size: Size, data_folder: str, precision: str, workers: int = 2
             dataloader_num_workers=workers,
         )
     )
-    batches, waits, seconds = iter(trainer.get_train_dataloader()), [], []
+    loader, waits, seconds = trainer.get_train_dataloader(), [], []
+    batches = iter(loader)
     for _ in range(ahead + steps):
         start = time.perf_counter()
-        batch = next(batches)
+        batch = next(batches, None)
+        if batch is None:  # the epoch is over: starting its workers again is waiting too
+            batches = iter(loader)
+            batch = next(batches)
         waits.append(time.perf_counter() - start)
         seconds.append(seconds_of(lambda batch=batch: training_step(trainer, batch)))
     waits, seconds = np.array(waits[ahead:]), np.array(seconds[ahead:])

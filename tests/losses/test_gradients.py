@@ -50,7 +50,7 @@ def losses_of_public_loop(public_loop, teacher, student):
 def losses_of_ours(teacher, student):
     def group(leaves, detach):
         def maps(scores):
-            forms = (both_forms(layer) for layer in scores.unbind())
+            forms = (both_forms(layer * 1) for layer in scores.unbind())
             return tuple(form.detach() if detach else form for form in forms)
 
         return QueryGroupOutput(
