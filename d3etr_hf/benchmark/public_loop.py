@@ -16,7 +16,7 @@ from ..losses import (
 )
 from ..matching import AdaptiveMatcher, MatchedPairs
 from ..matching.costs import assign, prediction_cost
-from ..models import AttentionMap, QueryGroupOutput
+from ..models import QueryGroupOutput
 from ..models.attention import both_forms
 from .timing import seconds_of, timed_parts
 
@@ -94,8 +94,11 @@ def _their_round(public_loop: ModuleType, teacher: dict, student: dict) -> tuple
 
 def _our_round(teacher: dict, student: dict) -> tuple[dict, dict]:
     kept = {}
-    maps = seconds_of(lambda: kept.update(teacher=_group(teacher, False), student=_group(student, True)))
-    teacher, student = kept["teacher"], kept["student"]
+    # scores that a model has just computed may be overwritten: no leaves
+    leaves = _leaves(teacher, False), _leaves(student, True)
+    scores = [{name: [layer.clone() for layer in side[name]] for name in MAPS} for side in leaves]
+    maps = seconds_of(lambda: kept.update(groups=[_group(*side) for side in zip(leaves, scores, strict=True)]))
+    teacher, student = kept.pop("groups")
     predictions = teacher.logits, teacher.boxes, student.logits, student.boxes
     costs = seconds_of(lambda: kept.update(cost=prediction_cost(*predictions, 1.0, 5.0, 2.0)))
     assignment = seconds_of(lambda: assign(kept["cost"], "teacher to student"))
@@ -114,17 +117,19 @@ def _our_round(teacher: dict, student: dict) -> tuple[dict, dict]:
     return seconds, {name: value.sum().item() for name, value in kept["losses"].items()}
 
 
-def _group(tensors: dict, requires_grad: bool) -> QueryGroupOutput:
-    leaves = {name: tensor.clone().requires_grad_(requires_grad) for name, tensor in tensors.items()}
+def _leaves(tensors: dict, requires_grad: bool) -> dict:
+    leaves = {name: tensors[name].clone().requires_grad_(requires_grad) for name in ("logits", "boxes")}
+    return leaves | {
+        name: [layer.clone().requires_grad_(requires_grad) for layer in tensors[name].unbind()] for name in MAPS
+    }
 
-    def maps(name: str) -> tuple[AttentionMap, ...]:
-        return tuple(both_forms(layer.clone()) for layer in leaves[name].unbind())
 
+def _group(leaves: dict, scores: dict) -> QueryGroupOutput:
     return QueryGroupOutput(
         logits=leaves["logits"],
         boxes=leaves["boxes"],
-        self_attention=maps("self_attn"),
-        cross_attention=maps("cross_attn"),
+        self_attention=tuple(both_forms(layer) for layer in scores["self_attn"]),
+        cross_attention=tuple(both_forms(layer) for layer in scores["cross_attn"]),
     )
 
 
