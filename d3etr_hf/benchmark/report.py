@@ -63,6 +63,12 @@ def measure(
         "size": vars(size) | {},
         "precision": precision,
     }
+    # first: later the process's memory is in pieces, which slows either side by another factor
+    if public_loop is not None and public_loop.exists():
+        found["public_loop"] = compare_with_public_loop(public_loop, device)
+        found["public_loop_over_ours"] = found["public_loop"]["public_loop_over_ours"]
+    else:
+        logger.warning(f"not compared with a public loop: there is no file {public_loop}")
     found |= measure_steps(size, precision, rounds)
     found["parts"] = measure_parts(size, precision, max(3, rounds // 3))
     # costs and assignments of both: teacher to student, and ground truth to queries
@@ -70,11 +76,6 @@ def measure(
     found["matching_share"] = matching / found["seconds"]["step"]["median"]
     found["memory"] = peak_memories(size, precision)
     found["memory_over_two_groups"] = found["memory"]["step"] / found["memory"]["two groups"]
-    if public_loop is not None and public_loop.exists():
-        found["public_loop"] = compare_with_public_loop(public_loop, device)
-        found["public_loop_over_ours"] = found["public_loop"]["public_loop_over_ours"]
-    else:
-        logger.warning(f"not compared with a public loop: there is no file {public_loop}")
     if data_folder is not None and Path(data_folder).is_dir():
         found["waiting"] = waiting_share(size, data_folder, precision)
     else:
