@@ -101,7 +101,8 @@ def test_detector_is_loaded_whole_and_in_float32(checkpoint):
     torch.testing.assert_close(load_detector(str(checkpoint)).state_dict(), expected.state_dict(), atol=0, rtol=0)
 
 
-def test_nothing_there(tmp_path):
+def test_nothing_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a demonstration was run there is a runs/demo/teacher
     with pytest.raises(DetectorLoadError, match=f"teacher '{tmp_path}': no model configuration.*config.json"):
         load_detector(str(tmp_path), "teacher")
     for path in (str(tmp_path / "absent"), "./absent", "runs/demo/teacher"):
