@@ -34,7 +34,7 @@ def run_budgets(
         data_folder: gets the shapes.
         budgets: steps of the distilled runs.
         seeds: of the students; the teacher is the same for all.
-        steps_ratio: how many steps the student alone takes in the time of a distilled step; rather more than fewer.
+        steps_ratio: how many steps the student alone takes for each distilled step.
 
     Returns:
         The lines: kind, seed, steps, seconds, AP and AP50 (0..1).

@@ -125,13 +125,10 @@ def _teacher(size: Size, precision: str) -> Callable[[], None]:
 
 
 def _two_groups(size: Size, precision: str) -> Callable[[], None]:
-    options = {"adaptive_matching": False, "fixed_matching": False, "auxiliary_assignment": "own"}
+    return _step(size, precision, adaptive_matching=False, fixed_matching=False, auxiliary_assignment="own")
+
+
+def _step(size: Size, precision: str, **options) -> Callable[[], None]:
     trainer = ready(distillation_trainer(size, precision, **options))
-    batch = trainer._prepare_inputs(make_batch(size))
-    return lambda: training_step(trainer, batch)
-
-
-def _step(size: Size, precision: str) -> Callable[[], None]:
-    trainer = ready(distillation_trainer(size, precision))
     batch = trainer._prepare_inputs(make_batch(size))
     return lambda: training_step(trainer, batch)
