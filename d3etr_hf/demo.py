@@ -14,22 +14,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import yaml
 from tqdm.auto import tqdm
 
 from .data import load_coco_split
 from .data.coco import find_coco_split
-from .data.collate import DetectionCollator
 from .data.shapes import make_shapes
 from .data.transforms import DetectionTransform
-from .evaluation import select_detections
 from .models.loading import load_detector, load_image_processor
 from .output_folder import CONFIGURATION, HISTORY, RESULTS, SECONDS
-from .pictures import draw_detection_grid, draw_training_curves
+from .pictures import draw_training_curves
+from .publishing.run_pictures import draw_detections_of
 
 CONFIGURATIONS = Path("configs") / "shapes"
-PICTURED_IMAGES = 6
 COLUMNS = {"teacher": "teacher", "student_alone": "student alone", "distilled": "distilled"}
 PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
 
@@ -178,24 +175,15 @@ def show_progress(log: Path, start: int, bar: tqdm) -> None:
 
 def draw_demo_detections(folder: Path, data_folder: Path) -> None:
     """A grid of the first validation images: ground truth, teacher, student alone, distilled."""
-    val = load_coco_split(*find_coco_split(data_folder, "val")).select(range(PICTURED_IMAGES))
-    columns = {"ground truth": [_ground_truth_rows(val[index]["target"]) for index in range(len(val))]}
-    images = [val.read_image(index) for index in range(len(val))]
-    for name, title in COLUMNS.items():
-        model = load_detector(str(folder / name)).eval()
-        examples = val.with_transform(DetectionTransform(load_image_processor(str(folder / name))))
-        batch = DetectionCollator()([examples[index] for index in range(len(examples))])
-        sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
-        with torch.no_grad():
-            outputs = model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
-        columns[title] = list(select_detections(outputs.logits, outputs.pred_boxes, sizes))
-    draw_detection_grid(images, columns, val.class_names, folder / "detections.png")
-
-
-def _ground_truth_rows(target: dict) -> torch.Tensor:
-    """xyxy boxes and labels of a target as rows x, y, width, height, score 1, label."""
-    boxes, labels = target["boxes"], target["class_labels"]
-    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], torch.ones(len(boxes), 1), labels[:, None]], dim=1)
+    val = load_coco_split(*find_coco_split(data_folder, "val"))
+    models = {
+        title: (
+            load_detector(str(folder / name)),
+            val.with_transform(DetectionTransform(load_image_processor(str(folder / name)))),
+        )
+        for name, title in COLUMNS.items()
+    }
+    draw_detections_of(models, val, folder / "detections.png")
 
 
 def format_table(rows: list[dict]) -> str:

@@ -14,7 +14,7 @@ from .yaml_files import ConfigurationLoader
 
 logger = logging.get_logger(__name__)
 
-CONFIGURATION, LAUNCH = "run.yaml", "launch.json"
+CONFIGURATION, LAUNCH, ENVIRONMENT = "run.yaml", "launch.json", "environment.json"
 RESULTS, HISTORY, SECONDS = "results.json", "log_history.json", "seconds.json"
 # fields of a run that may differ when it goes on: they cannot change what is learned
 WITHOUT_EFFECT = {
@@ -28,6 +28,10 @@ WITHOUT_EFFECT = {
     "save_total_limit",
     "push_to_hub",
     "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
+    "hub_always_push",
+    "hub_revision",
     "use_cpu",
 }
 
@@ -55,6 +59,14 @@ def describe_run(*instances) -> str:
     with tempfile.TemporaryDirectory() as folder:
         write_configuration(Path(folder) / CONFIGURATION, *instances)
         return (Path(folder) / CONFIGURATION).read_text()
+
+
+def describe_launch(training_arguments: D3etrTrainingArguments) -> dict:
+    """What the launcher decides: number of processes and precision."""
+    return {
+        "processes": training_arguments.world_size,
+        "mixed_precision": training_arguments.mixed_precision or "no",
+    }
 
 
 def check_output_folder(output: Path, configuration: str, launch: dict) -> str | None:

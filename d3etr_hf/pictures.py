@@ -112,7 +112,7 @@ def draw_detection_grid(
             if row == 0:
                 axes.set_title(title, fontsize=13, fontweight="bold", pad=5)
             rows = _checked_rows(detections_of_images[row], class_names, f"column {title!r}, image {row}")
-            _draw_detections(axes, canvas, [entry for entry in rows if entry[4] >= score_threshold], class_names)
+            draw_detections(axes, canvas, [entry for entry in rows if entry[4] >= score_threshold], class_names)
         top -= cell_height + CELL_GAP
     figure.savefig(path, format="png")
 
@@ -132,7 +132,7 @@ def _checked_rows(detections: Tensor, class_names: Sequence[str], place: str) ->
     return rows
 
 
-def _draw_detections(axes: Axes, canvas: FigureCanvasAgg, rows: list[list[float]], class_names: Sequence[str]) -> None:
+def draw_detections(axes: Axes, canvas: FigureCanvasAgg, rows: list[list[float]], class_names: Sequence[str]) -> None:
     """Draws boxes, large ones first, then their labels, best score first, each where it covers others least."""
     for x, y, width, height, _, label in sorted(rows, key=lambda row: -row[2] * row[3]):
         colour, line_style = class_style(int(label))

@@ -18,6 +18,7 @@ from .compatibility import (
     spread_layers,
 )
 from .data import DataArguments, DatasetError, load_splits
+from .environment import describe_environment
 from .models import inherit_from_teacher
 from .models.loading import (
     DetectorLoadError,
@@ -32,19 +33,27 @@ from .models.loading import (
 )
 from .output_folder import (
     CONFIGURATION,
-    HISTORY,
+    ENVIRONMENT,
     LAUNCH,
     RESULTS,
     SECONDS,
     OutputFolderError,
     check_output_folder,
+    describe_launch,
     describe_run,
     refuse_split_launch,
     write_json,
 )
+from .publishing.card import CardArguments
+from .publishing.hub import HubError
+from .publishing.privacy import PrivacyError
+from .publishing.publish import resume_command
+from .publishing.run_folder import PublishError
 from .trainer import D3etrTrainer, NonFiniteLossError
 
 logger = logging.get_logger(__name__)
+
+NO_CARD_ARGUMENTS = CardArguments()
 
 # options that plain training has no use for
 DISTILLATION_OPTIONS = (
@@ -71,8 +80,9 @@ def train_detector(
     teacher_arguments: TeacherArguments,
     data_arguments: DataArguments,
     training_arguments: D3etrTrainingArguments,
+    card_arguments: CardArguments = NO_CARD_ARGUMENTS,
 ) -> dict:
-    """Train, evaluate and save one detector; go on where an interrupted run of the same configuration stopped.
+    """Train, evaluate, save and publish one detector; go on where an interrupted run of the same options stopped.
 
     A run that goes on ends as if nothing had stopped it, save that within an epoch the rest of that epoch draws its
     augmentation anew (a data loader fetches ahead of the random state that a checkpoint holds).
@@ -83,19 +93,19 @@ def train_detector(
 
     Raises:
         OutputFolderError: the output folder holds another run, or files that are no run.
+        HubError: the upload failed; the results are saved.
     """
     refuse_split_launch(training_arguments)
     output = Path(training_arguments.output_dir)
     # with the model's options themselves: a path would not tell that the file has changed
     described = replace(model_arguments, model_config=read_model_options(model_arguments))
     configuration = describe_run(described, teacher_arguments, data_arguments, training_arguments)
-    launch = {
-        "processes": training_arguments.world_size,
-        "mixed_precision": training_arguments.mixed_precision or "no",
-    }
+    launch = describe_launch(training_arguments)
     checkpoint = check_output_folder(output, configuration, launch)
     if (output / RESULTS).exists():
-        logger.warning(f"{output} holds this run already, finished: nothing to do")
+        publish = resume_command(output, training_arguments.hub_model_id, card_arguments)
+        hint = f"; to publish it:\n{publish}" if training_arguments.push_to_hub else ""
+        logger.warning(f"{output} holds this run already, finished: nothing to do{hint}")
         return json.loads((output / RESULTS).read_text())
     set_seed(training_arguments.seed)
     source = model_arguments.model or teacher_arguments.teacher
@@ -131,18 +141,15 @@ def train_detector(
         # only now: a call that failed on its data or its teacher leaves the folder free for the next
         (output / CONFIGURATION).write_text(configuration)
         write_json(output / LAUNCH, launch)
+        write_json(output / ENVIRONMENT, describe_environment())
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
-    trainer.save_model()
-    results = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    results |= {
-        "parameters": sum(parameter.numel() for parameter in model.to_stock().parameters()),
-        "steps": trainer.state.global_step,
-        "seconds": stopwatch.seconds,
-    }
-    if trainer.is_world_process_zero():
-        write_json(output / HISTORY, trainer.state.log_history)
-        write_json(output / RESULTS, results)
+    # not `save_model()`, which pushes: the Hub may fail, and all that was found out must be on disk by then
+    trainer.save_model(_internal_call=True)
+    results = trainer.record_results(metrics, stopwatch.seconds)
+    report(results, training_arguments)
+    if training_arguments.push_to_hub:
+        trainer.push_to_hub(**card_arguments.for_trainer())
     return results
 
 
@@ -190,6 +197,9 @@ USER_ERRORS = (
     DetectorLoadError,
     OutputFolderError,
     NonFiniteLossError,
+    PublishError,
+    HubError,
+    PrivacyError,
 )
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
@@ -25,6 +24,7 @@ from .matching import NonFiniteCostError, Targets
 from .models import AuxiliaryQueries, D3etrConditionalDetrForObjectDetection, DetectorOutput
 from .models.loading import class_names_of
 from .objective import D3etrObjective, Shares
+from .publishing.trainer import PublishingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +36,7 @@ class NonFiniteLossError(RuntimeError):
     """A loss term or a prediction became NaN or infinite; the last checkpoint is untouched."""
 
 
-class D3etrTrainer(Trainer):
+class D3etrTrainer(PublishingTrainer):
     """Trains a detector by D3ETR, or plainly when the options need no teacher.
 
     Args:
@@ -83,6 +83,7 @@ class D3etrTrainer(Trainer):
         # the loss is already divided by what the whole step holds, accumulated batches included
         self.loss_is_scaled_for_ga = True
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        self.teacher_processing_class = teacher_processing_class
         self.objective = D3etrObjective(args, model.config, class_index, layer_map)
         self._logged_sums: dict[str, torch.Tensor] = {}
         self._gradient_norm_sums: dict[str, torch.Tensor] = {}

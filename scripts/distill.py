@@ -17,13 +17,13 @@ from d3etr_hf.arguments import D3etrTrainingArguments
 from d3etr_hf.command_line import parse_arguments, run
 from d3etr_hf.data import DataArguments
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
-from d3etr_hf.runs import USER_ERRORS, report, train_detector
+from d3etr_hf.publishing.card import CardArguments
+from d3etr_hf.runs import USER_ERRORS, train_detector
 
 
 def main() -> None:
-    types = (ModelArguments, TeacherArguments, DataArguments, D3etrTrainingArguments)
-    results = train_detector(*(arguments := parse_arguments(types, description=__doc__)))
-    report(results, arguments[-1])
+    types = (ModelArguments, TeacherArguments, DataArguments, D3etrTrainingArguments, CardArguments)
+    train_detector(*parse_arguments(types, description=__doc__))
 
 
 if __name__ == "__main__":

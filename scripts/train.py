@@ -16,15 +16,15 @@ from d3etr_hf.arguments import D3etrTrainingArguments
 from d3etr_hf.command_line import parse_arguments, run
 from d3etr_hf.data import DataArguments
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
-from d3etr_hf.runs import USER_ERRORS, report, train_detector, without_distillation
+from d3etr_hf.publishing.card import CardArguments
+from d3etr_hf.runs import USER_ERRORS, train_detector, without_distillation
 
 
 def main() -> None:
-    types = (ModelArguments, DataArguments, D3etrTrainingArguments)
-    model, data, training = parse_arguments(types, description=__doc__)
+    types = (ModelArguments, DataArguments, D3etrTrainingArguments, CardArguments)
+    model, data, training, card = parse_arguments(types, description=__doc__)
     without_distillation(training)
-    results = train_detector(model, TeacherArguments(), data, training)
-    report(results, training)
+    train_detector(model, TeacherArguments(), data, training, card)
 
 
 if __name__ == "__main__":

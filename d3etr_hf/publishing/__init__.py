@@ -1,0 +1,1 @@
+"""What leaves the machine: the run folder, the model card, the pictures, and the way to the Hub."""

@@ -1,0 +1,197 @@
+"""The model card: a Jinja template filled with what was measured, and metadata that the Hub parses back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from d3etr_hf.arguments import option
+from d3etr_hf.yaml_files import ConfigurationDumper
+
+from . import card_texts
+from .citations import citations_for
+from .privacy import anonymise
+from .run_folder import PublishError, is_hub_id, read_configuration, read_json
+
+TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
+CARD, TRAINING = "README.md", "training.yaml"
+PICTURES = ("detections.png", "attention.png", "curves.png")
+ONNX_CHECK = "onnx_check.json"
+MOST_CLASSES_UNFOLDED = 12
+# the Hub knows these relations: adapter, merge, quantized, finetune
+RELATION = "finetune"
+
+
+@dataclass
+class CardArguments:
+    """What a card tells that no measurement knows."""
+
+    license: str | None = option(None, "The Hub's identifier of the model's licence, for example apache-2.0.")
+    teacher_id: str | None = option(None, "Hub id to link the teacher to, where it was trained from a local folder.")
+    dataset_id: str | None = option(None, "Hub id to link the data set to, where it was read from a local folder.")
+    compare: list[str] = option(
+        [], "Further detectors for the results table, each as 'title=folder', such as 'student alone=runs/alone'."
+    )
+
+    def __post_init__(self):
+        for name in ("teacher_id", "dataset_id"):
+            value = getattr(self, name)
+            if value is not None and not is_hub_id(value):
+                raise ValueError(f"{name}={value!r} is no Hub id: give owner/name")
+        for entry in self.compare:
+            if not all(part.strip() for part in entry.partition("=")):
+                raise ValueError(f"compare: {entry!r} must be 'title=folder', such as 'student alone=runs/alone'")
+
+    def for_trainer(self) -> dict:
+        """The same as arguments of `D3etrTrainer.push_to_hub`, which are named as in Transformers."""
+        return {
+            "license": self.license,
+            "finetuned_from": self.teacher_id,
+            "dataset": self.dataset_id,
+            "compare": self.compare,
+        }
+
+    def compared(self) -> dict[str, str]:
+        """Title → folder."""
+        return {title.strip(): path.strip() for title, _, path in (entry.partition("=") for entry in self.compare)}
+
+
+def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: str | None = None) -> Path:
+    """Write `README.md` and the `training.yaml` that reproduces the run; the same input gives the same bytes.
+
+    Args:
+        folder: of the run, with its pictures.
+        metrics: from `measure_run`.
+        arguments: licence and links.
+        repo_id: where it will be published: its code examples then load it from there, else from its folder.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        PublishError: the Hub's client does not accept the metadata.
+    """
+    configuration = publishable_configuration(folder)
+    (folder / TRAINING).write_text(configuration)
+    title = repo_id.split("/")[-1] if repo_id else metrics["name"]
+    try:
+        data = card_data(metrics, arguments, title)
+    except ValueError as error:
+        raise PublishError(f"{folder}: the card's metadata are not valid: {error}") from error
+    onnx_check = read_json(folder / ONNX_CHECK)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=title,
+        model_id=repo_id or ".",
+        summary=summary(metrics, arguments),
+        highlights=card_texts.highlights(metrics),
+        evaluated_on=f"On the {metrics['data']['val']['images']:,} images of {metrics['data']['val']['name']}.",
+        results_table=card_texts.results_table(metrics),
+        class_table=card_texts.class_table(metrics),
+        folded=len(metrics["data"]["val"]["classes"]) > MOST_CLASSES_UNFOLDED,
+        cost_table=card_texts.cost_table(metrics),
+        cost_note=card_texts.cost_note(metrics),
+        data_table=card_texts.data_table(metrics["data"]),
+        training_table=card_texts.training_table(metrics["training"]),
+        option_table=card_texts.option_table(metrics["training"]) if is_distilled(metrics) else None,
+        pictures=pictures_of(folder, metrics),
+        configuration=configuration.rstrip(),
+        limitations=card_texts.limitations(metrics),
+        versions=card_texts.versions(metrics),
+        citation_note="Please cite the method and what it builds on.",
+        citations="\n\n".join(citations_for(metrics["training"])),
+        onnx_snippet=None,
+        onnx_check=onnx_check,
+    )
+    path = folder / CARD
+    card.save(path)
+    return path
+
+
+def card_data(metrics: dict, arguments: CardArguments, name: str) -> ModelCardData:
+    """The metadata at the top of a card, with one `model-index` entry for every COCO metric."""
+    validation, links = metrics["data"]["val"], links_of(metrics, arguments)
+    tags = ["object-detection", "conditional-detr"]
+    if is_distilled(metrics):
+        tags += ["knowledge-distillation", "d3etr"]
+    base_model = links.get("teacher") or links.get("started_from")
+    more = {"base_model_relation": RELATION} if base_model else {}
+    if "energy" in metrics["training"]:
+        grams = 1000 * metrics["training"]["energy"]["kilograms_of_co2"]
+        more["co2_eq_emissions"] = {"emissions": grams, "source": "codecarbon", "training_type": "fine-tuning"}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="object-detection",
+        license=arguments.license,
+        tags=tags,
+        datasets=[links["dataset"]] if "dataset" in links else None,
+        base_model=base_model,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="object-detection",
+                task_name="Object Detection",
+                dataset_type=links.get("dataset", validation["name"]),
+                dataset_name=validation["name"],
+                metric_type=key,
+                metric_name=f"COCO {key}",
+                # a number of numpy's would become a binary YAML tag
+                metric_value=float(value),
+            )
+            for key, value in metrics["student"]["metrics"].items()
+        ],
+        **more,
+    )
+
+
+def links_of(metrics: dict, arguments: CardArguments) -> dict[str, str]:
+    """Hub ids of `teacher`, `dataset` and `started_from`, given, or because the run loaded them from there."""
+    given = {"teacher": arguments.teacher_id, "dataset": arguments.dataset_id}
+    return metrics["links"] | {name: value for name, value in given.items() if value is not None}
+
+
+def is_distilled(metrics: dict) -> bool:
+    """Whether the run learned from a teacher."""
+    options = metrics["training"]["options"]
+    return options["auxiliary_queries"] == "teacher" or options["adaptive_matching"]
+
+
+def summary(metrics: dict, arguments: CardArguments) -> str:
+    """What this model is, in two sentences."""
+    classes, links = list(metrics["data"]["val"]["classes"]), links_of(metrics, arguments)
+    named = f" ({', '.join(classes)})" if len(classes) <= MOST_CLASSES_UNFOLDED else ""
+    what = f"A Conditional DETR object detector for {len(classes)} classes{named}"
+    if "teacher" in metrics and is_distilled(metrics):
+        teacher = linked(links.get("teacher"), metrics["teacher"]["name"])
+        what += (
+            f", distilled from the teacher {teacher} by D³ETR (decoder distillation: MixMatcher pairs the object "
+            "queries of both, and the student learns the teacher's self-attention, cross-attention and predictions)"
+        )
+    data = linked(links.get("dataset"), metrics["data"]["train"]["name"], "datasets/")
+    return f"{what}. Trained on {data} with [Transformers](https://github.com/huggingface/transformers) and d3etr_hf."
+
+
+def linked(hub_id: str | None, name: str, kind: str = "") -> str:
+    """A link to the Hub where there is an address, else the name alone."""
+    return f"[{hub_id}](https://huggingface.co/{kind}{hub_id})" if hub_id else f"`{name}`"
+
+
+def pictures_of(folder: Path, metrics: dict) -> dict:
+    """The pictures that are there; for `detections` the titles of its columns."""
+    found = {name.removesuffix(".png"): True for name in PICTURES if (folder / name).exists()}
+    if "detections" in found:
+        teacher = ["teacher"] if "teacher" in metrics else []
+        found["detections"] = ["ground truth", *teacher, "student"]
+    return found
+
+
+def publishable_configuration(folder: Path) -> str:
+    """The run's YAML without what publishes it, secrets, and paths outside the working directory."""
+    configuration = read_configuration(folder)
+    script = "distill.py" if configuration.get("teacher") else "train.py"
+    return (
+        f"# scripts/{script} {TRAINING}; a path outside the working directory keeps its last part only\n"
+        + yaml.dump(anonymise(configuration), Dumper=ConfigurationDumper, sort_keys=False)
+    )

@@ -1,0 +1,58 @@
+"""What a card cites, in BibTeX."""
+
+D3ETR = """\
+@inproceedings{chen2024d3etr,
+  title={D$^3$ETR: Decoder Distillation for Detection Transformer},
+  author={Chen, Xiaokang and Chen, Jiahui and Liu, Yan and Tang, Jiaxiang and Zeng, Gang},
+  booktitle={Proceedings of the International Joint Conference on Artificial Intelligence (IJCAI)},
+  pages={668--676},
+  year={2024},
+  doi={10.24963/ijcai.2024/74}
+}"""
+
+CONDITIONAL_DETR = """\
+@inproceedings{meng2021conditional,
+  title={Conditional {DETR} for Fast Training Convergence},
+  author={Meng, Depu and Chen, Xiaokang and Fan, Zejia and Zeng, Gang and Li, Houqiang and Yuan, Yuhui and Sun, Lei and
+    Wang, Jingdong},
+  booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year={2021}
+}"""
+
+GROUP_DETR = """\
+@inproceedings{chen2023group,
+  title={Group {DETR}: Fast {DETR} Training with Group-Wise One-to-Many Assignment},
+  author={Chen, Qiang and Chen, Xiaokang and Wang, Jian and Zhang, Shan and Yao, Kun and Feng, Haocheng and
+    Han, Junyu and Ding, Errui and Zeng, Gang and Wang, Jingdong},
+  booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year={2023}
+}"""
+
+TRANSFORMERS = """\
+@inproceedings{wolf2020transformers,
+  title={Transformers: State-of-the-Art Natural Language Processing},
+  author={Wolf, Thomas and others},
+  booktitle={Proceedings of the Conference on Empirical Methods in Natural Language Processing: System Demonstrations},
+  year={2020}
+}"""
+
+CODECARBON = """\
+@software{codecarbon,
+  title={CodeCarbon: Estimate and Track Carbon Emissions from Machine Learning Computing},
+  author={Courty, Benoit and Schmidt, Victor and others},
+  url={https://github.com/mlco2/codecarbon}
+}"""
+
+
+def citations_for(training: dict) -> list[str]:
+    """The papers behind what a run used, from `metrics.json`'s `training`."""
+    options = training["options"]
+    distilled = options["auxiliary_queries"] == "teacher" or options["adaptive_matching"]
+    used = [D3ETR] if distilled else []
+    used.append(CONDITIONAL_DETR)
+    if options["auxiliary_queries"] == "learned":
+        used.append(GROUP_DETR)
+    used.append(TRANSFORMERS)
+    if "energy" in training:
+        used.append(CODECARBON)
+    return used

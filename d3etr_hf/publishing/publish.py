@@ -1,0 +1,76 @@
+"""From a finished run to a published model: measure, draw, write the card, upload."""
+
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from d3etr_hf.arguments import option
+from d3etr_hf.data import DataArguments
+
+from .card import CardArguments, write_card
+from .hub import describe_upload, upload
+from .measurements import METRICS, is_measured, measure_run
+from .run_folder import PublishedRun, load_run, read_json
+from .run_pictures import draw_pictures
+
+
+@dataclass
+class PublishArguments:
+    """Which run to publish, and where."""
+
+    folder: str = option("", "The output folder of a finished run; also taken as the first argument.")
+    repo_id: str | None = option(None, "Where on the Hub: owner/name. Without it only the card is written.")
+    private: bool = option(False, "Make the repository private, if it is new.")
+    dry_run: bool = option(False, "Write the card and print what would be uploaded; upload nothing.")
+    teacher: str | None = option(None, "Where the teacher is now, if it has moved; 'none' leaves it out of the card.")
+    measure_again: bool = option(False, "Measure and draw anew what lies in the folder already.")
+
+    def __post_init__(self):
+        if not self.folder:
+            raise ValueError("give the folder of a finished run: scripts/publish.py FOLDER [--repo_id owner/name]")
+
+
+def publish(arguments: PublishArguments, card: CardArguments, data: DataArguments | None = None) -> str:
+    """Write the card of a run and upload the folder.
+
+    Args:
+        data: where the data are now; by default where the run had them.
+
+    Returns:
+        What to tell: the address of the commit, or what would be uploaded.
+
+    Raises:
+        PublishError, HubError, PrivacyError: see there; nothing local is lost.
+    """
+    folder = Path(arguments.folder)
+    if arguments.measure_again or not is_measured(folder, card.compared()):
+        run = load_run(folder, data, arguments.teacher)
+        prepare(run, card, arguments.repo_id, arguments.measure_again)
+    else:
+        # all that a card needs lies in the folder: models and data may be gone by now
+        write_card(folder, read_json(folder / METRICS), card, arguments.repo_id)
+    if arguments.dry_run or arguments.repo_id is None:
+        return describe_upload(folder, arguments.repo_id)
+    command = resume_command(folder, arguments.repo_id, card, arguments.private)
+    return upload(folder, arguments.repo_id, command, private=arguments.private)
+
+
+def prepare(run: PublishedRun, card: CardArguments, repo_id: str | None = None, again: bool = False) -> Path:
+    """Everything that lies beside the weights of a published model: metrics, pictures, the card (returned)."""
+    again = again or not is_measured(run.folder, {})
+    metrics = measure_run(run, card.compared(), again)
+    draw_pictures(run, again)
+    return write_card(run.folder, metrics, card, repo_id)
+
+
+def resume_command(folder: Path, repo_id: str | None, card: CardArguments, private: bool | None = False) -> str:
+    """The command that publishes this folder, which is measured already, with every argument that matters."""
+    words = ["python", "scripts/publish.py", str(folder)]
+    if repo_id:
+        words += ["--repo_id", repo_id]
+    if private:
+        words.append("--private")
+    for name, value in asdict(card).items():
+        if value:
+            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return shlex.join(words)

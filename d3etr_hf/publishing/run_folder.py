@@ -1,0 +1,196 @@
+"""A finished run as publishing sees it: its models, its data, and what it recorded about itself."""
+
+import csv
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+from transformers.image_processing_utils import BaseImageProcessor
+
+from d3etr_hf.arguments import D3etrTrainingArguments
+from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
+from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
+from d3etr_hf.yaml_files import ConfigurationLoader
+
+EMISSIONS = "emissions.csv"
+# COCO's limits of small and medium objects, square pixels
+SIZE_LIMITS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
+NO_TEACHER = "none"
+# what a card tells of the distillation, whether it was set or left at its default
+TOLD_OPTIONS = (
+    "auxiliary_queries",
+    "auxiliary_reference_points",
+    "auxiliary_assignment",
+    "adaptive_matching",
+    "fixed_matching",
+    "self_attention_weight",
+    "cross_attention_weight",
+    "prediction_weight",
+    "detection_weight",
+    "class_weight",
+    "l1_weight",
+    "giou_weight",
+    "attention_divergence",
+    "prediction_normaliser",
+    "group_reduction",
+)
+
+
+class PublishError(RuntimeError):
+    """A folder cannot be published as it is; the message says what is missing and what to do."""
+
+
+@dataclass
+class PublishedRun:
+    """Everything that a card is measured from.
+
+    Attributes:
+        folder: the output folder of the run.
+        student: what was trained.
+        train, val: the splits, with the student's transforms.
+        teacher, teacher_name, teacher_processor: the teacher, its folder or Hub id and its image processor; None
+            without one.
+    """
+
+    folder: Path
+    student: D3etrConditionalDetrForObjectDetection
+    train: DetectionDataset
+    val: DetectionDataset
+    teacher: D3etrConditionalDetrForObjectDetection | None = None
+    teacher_name: str | None = None
+    teacher_processor: BaseImageProcessor | None = None
+
+    @property
+    def teacher_val(self) -> DetectionDataset:
+        """The validation split as the teacher's own image processor scales it (the student's where it has none)."""
+        if self.teacher_processor is None:
+            return self.val
+        return self.val.with_transform(DetectionTransform(self.teacher_processor))
+
+    def record(self, name: str):
+        """What the run wrote into one of its JSON files; None where it has not."""
+        return read_json(self.folder / name)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is an address on the Hub, `owner/name`, and no folder here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
+
+
+def read_json(path: Path):
+    """A JSON file's content, or None where there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_configuration(folder: Path) -> dict:
+    """The values that the run's `run.yaml` sets.
+
+    Raises:
+        PublishError: there is none, or the run is not finished.
+    """
+    for name in (CONFIGURATION, RESULTS):
+        if not (folder / name).exists():
+            raise PublishError(
+                f"{folder} holds no {name}, so it is no finished run of scripts/distill.py or scripts/train.py: "
+                "finish the run with the same command, or publish from Python by `trainer.push_to_hub()`"
+            )
+    return yaml.load((folder / CONFIGURATION).read_text(), Loader=ConfigurationLoader) or {}
+
+
+def load_run(folder: Path, data_arguments: DataArguments | None = None, teacher: str | None = None) -> PublishedRun:
+    """Load a finished run's models and data from its output folder.
+
+    Args:
+        folder: the output folder.
+        data_arguments: where the data are now; by default where the run had them.
+        teacher: where the teacher is now; by default where the run had it, and "none" leaves it out of the card.
+
+    Raises:
+        PublishError, DetectorLoadError, DatasetError: the run, a model or the data cannot be read.
+    """
+    configuration = read_configuration(folder)
+    if data_arguments is None:
+        names = {field.name for field in fields(DataArguments)}
+        data_arguments = DataArguments(**{name: value for name, value in configuration.items() if name in names})
+    processor = load_image_processor(str(folder)) or load_image_processor(None)
+    student = load_detector(str(folder), "student")
+    train, val = load_splits(data_arguments, processor)
+    teacher = teacher or configuration.get("teacher")
+    if teacher is None or teacher == NO_TEACHER:
+        return PublishedRun(folder, student, train, val)
+    model = load_detector(teacher, "teacher")
+    return PublishedRun(folder, student, train, val, model, teacher, load_image_processor(teacher))
+
+
+def describe_data(train: DetectionDataset, val: DetectionDataset) -> dict:
+    """Names, numbers of images and objects, boxes of each class, and of each of COCO's sizes in validation."""
+    described = {}
+    for split, dataset in (("train", train), ("val", val)):
+        labels = Counter(label for labels in dataset.rows["class_labels"] for label in labels)
+        described[split] = {
+            "name": dataset.name,
+            "images": len(dataset),
+            "objects": sum(labels.values()),
+            "classes": {name: labels[label] for label, name in enumerate(dataset.class_names)},
+        }
+    areas = [
+        annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])
+        for annotation in val.ground_truth["annotations"]
+        if not annotation.get("iscrowd", 0)
+    ]
+    sizes = Counter(next(name for name, limit in SIZE_LIMITS.items() if area < limit) for area in areas)
+    described["val"]["sizes"] = {name: sizes[name] for name in SIZE_LIMITS}
+    return described
+
+
+def describe_training(run: PublishedRun, configuration: dict) -> dict:
+    """How the student was trained: what its folder recorded, and the options in force."""
+    fields_of_arguments = D3etrTrainingArguments.__dataclass_fields__
+
+    def value_of(name: str):
+        return configuration.get(name, fields_of_arguments[name].default)
+
+    results, launch = run.record(RESULTS), run.record(LAUNCH) or {}
+    per_device = value_of("per_device_train_batch_size")
+    accumulated, processes = value_of("gradient_accumulation_steps"), launch.get("processes", 1)
+    training = {
+        "steps": results["steps"],
+        "epochs": results.get("epoch"),
+        "seconds": results.get("seconds"),
+        "seed": value_of("seed"),
+        "batch_size": per_device * accumulated * processes,
+        "batch": {"per_device": per_device, "accumulated": accumulated, "processes": processes},
+        "precision": {"no": "float32"}.get(launch.get("mixed_precision"), launch.get("mixed_precision")),
+        "options": {name: value_of(name) for name in TOLD_OPTIONS},
+        "inherited": configuration.get("inherit_from_teacher", []),
+        "environment": run.record(ENVIRONMENT),
+        "energy": read_energy(run.folder / EMISSIONS),
+    }
+    return {name: value for name, value in training.items() if value is not None}
+
+
+def links_of_run(configuration: dict, teacher_name: str | None) -> dict[str, str]:
+    """Hub ids of `teacher`, `dataset` and `started_from`, where the run loaded them from the Hub."""
+    names = {
+        "teacher": teacher_name,
+        "dataset": configuration.get("dataset_name"),
+        "started_from": configuration.get("model"),
+    }
+    return {role: name for role, name in names.items() if name is not None and is_hub_id(name)}
+
+
+def read_energy(path: Path) -> dict | None:
+    """Kilowatt hours and kilograms of CO2 that codecarbon measured, over all interruptions; None without its file."""
+    if not path.exists():
+        return None
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        "kilowatt_hours": sum(float(row["energy_consumed"]) for row in rows),
+        "kilograms_of_co2": sum(float(row["emissions"]) for row in rows),
+    }

@@ -1,0 +1,66 @@
+"""The pictures of a card: detections of the first validation images, attention, and the training curves."""
+
+from pathlib import Path
+
+from transformers.utils import logging
+
+from d3etr_hf.attention_pictures import draw_attention_of
+from d3etr_hf.data import DetectionDataset
+from d3etr_hf.evaluation import predict_detections
+from d3etr_hf.output_folder import HISTORY
+from d3etr_hf.pictures import draw_detection_grid, draw_training_curves
+from d3etr_hf.visualisation import PictureError, ground_truth_rows
+
+from .measurements import with_classes_of
+from .run_folder import PublishedRun, read_json
+
+logger = logging.get_logger(__name__)
+
+PICTURED_IMAGES = 6
+# a detection whose query no query of the teacher is matched with cannot be shown beside it
+MOST_DETECTIONS_TRIED = 20
+
+
+def draw_pictures(run: PublishedRun, again: bool = False) -> None:
+    """Draw into the run's folder what is not there yet, or all of it."""
+    history = read_json(run.folder / HISTORY)
+    curves, detections, attention = (run.folder / f"{name}.png" for name in ("curves", "detections", "attention"))
+    if history and (again or not curves.exists()):
+        draw_training_curves({run.folder.resolve().name: history}, curves)
+    if again or not detections.exists():
+        models = {"student": (run.student, run.val)}
+        if run.teacher is not None:
+            teacher = with_classes_of(run.val, run.teacher, "teacher")
+            models = {"teacher": (teacher, run.teacher_val), **models}
+        draw_detections_of(models, run.val, detections)
+    if run.teacher is not None and (again or not attention.exists()):
+        draw_attention_of_run(run, attention)
+
+
+def draw_attention_of_run(run: PublishedRun, path: Path) -> None:
+    """Where teacher and student look for the first validation image's best detection that both have."""
+    own = run.val.transform.image_processor
+    models = {"teacher": run.teacher, "student": run.student}
+    processors = {"teacher": run.teacher_processor or own, "student": own}
+    for detection in range(MOST_DETECTIONS_TRIED):
+        try:
+            return draw_attention_of(run.val.read_image(0), models, processors, path, run.val.class_names, detection)
+        except PictureError as error:
+            reason = error
+    logger.warning(f"no picture of attention: {reason}")
+
+
+def draw_detections_of(models: dict, val: DetectionDataset, path: Path) -> None:
+    """A grid of the first images of a split: ground truth, then each detector.
+
+    Args:
+        models: title → a detector of the split's classes, and the split with that detector's transform.
+        val: the split.
+        path: the PNG to write.
+    """
+    first = range(min(PICTURED_IMAGES, len(val)))
+    shown = val.with_transform(None)
+    columns = {"ground truth": [ground_truth_rows(shown[index]["target"]) for index in first]}
+    for title, (model, examples) in models.items():
+        columns[title] = list(predict_detections(model, examples.select(first), len(first), title))
+    draw_detection_grid([val.read_image(index) for index in first], columns, val.class_names, path)

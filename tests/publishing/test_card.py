@@ -1,0 +1,220 @@
+"""The card says what was measured, and no more; the Hub's own parser reads it back."""
+
+import copy
+import json
+import re
+import runpy
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from d3etr_hf.arguments import D3etrTrainingArguments
+from d3etr_hf.command_line import parse_arguments
+from d3etr_hf.data import DataArguments
+from d3etr_hf.models.loading import ModelArguments, TeacherArguments
+from d3etr_hf.publishing.card import CardArguments, card_data, write_card
+from d3etr_hf.publishing.measurements import METRICS
+from d3etr_hf.publishing.publish import PublishArguments, prepare, publish
+from d3etr_hf.publishing.run_folder import load_run
+from d3etr_hf.yaml_files import ConfigurationLoader
+
+
+@pytest.fixture(scope="module")
+def prepared(finished_runs, tmp_path_factory):
+    """The distilled run with its card, compared with the student alone."""
+    import shutil
+
+    folder = shutil.copytree(finished_runs / "distilled", tmp_path_factory.mktemp("prepared") / "student")
+    card = CardArguments(license="mit", compare=[f"student alone={finished_runs / 'alone'}"])
+    prepare(load_run(folder), card)
+    return folder
+
+
+@pytest.fixture
+def metrics(prepared):
+    return json.loads((prepared / METRICS).read_text())
+
+
+def test_model_index_is_what_the_run_measured(prepared):
+    """Every COCO metric of results.json, to the last bit."""
+    results = json.loads((prepared / "results.json").read_text())
+    card = ModelCard.load(prepared / "README.md")
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found == {name: value for name, value in results.items() if name.startswith(("AP", "AR"))}
+    assert found.keys() >= {"AP", "AP50", "AP75", "AR_100"}
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "object-detection"
+    assert card.data.license == "mit"
+    assert "knowledge-distillation" in card.data.tags
+    # nothing that has no address on the Hub is linked
+    assert card.data.base_model is None and card.data.datasets is None
+    assert "!!" not in (prepared / "README.md").read_text()
+
+
+@given(values=st.lists(st.floats(0, 1), min_size=11, max_size=11))
+def test_any_value_survives(values):
+    metrics = minimal_metrics()
+    metrics["student"]["metrics"] = dict(zip([f"metric {index}" for index in range(11)], values, strict=True))
+    data = card_data(metrics, CardArguments(), "name")
+    parsed = ModelCard(f"---\n{data.to_yaml()}\n---\n").data
+    assert [result.metric_value for result in parsed.eval_results] == values
+
+
+def minimal_metrics() -> dict:
+    split = {"name": "x/val", "images": 2, "objects": 3, "classes": {"a": 3}, "sizes": {}}
+    return {
+        "name": "student",
+        "student": {"metrics": {"AP": 0.5}},
+        "data": {"train": split, "val": split},
+        "training": {"options": {"auxiliary_queries": "teacher", "adaptive_matching": True}},
+        "links": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("links", "arguments", "base_model", "datasets"),
+    [
+        ({}, {}, None, None),
+        ({"teacher": "a/teacher", "dataset": "b/data"}, {}, "a/teacher", ["b/data"]),
+        ({"teacher": "a/teacher"}, {"teacher_id": "c/better", "dataset_id": "d/data"}, "c/better", ["d/data"]),
+        ({"started_from": "e/start"}, {}, "e/start", None),
+    ],
+)
+def test_links(links, arguments, base_model, datasets):
+    """Given ids, else those the run loaded from; a local folder is never linked."""
+    data = card_data(minimal_metrics() | {"links": links}, CardArguments(**arguments), "name").to_dict()
+    assert data.get("base_model") == base_model
+    assert data.get("datasets") == datasets
+    assert data.get("base_model_relation") == ("finetune" if base_model else None)
+
+
+def test_second_run_gives_the_same_bytes(prepared, finished_runs):
+    """Figures, pictures and card: nothing is measured or drawn again, and nothing depends on the hour."""
+    names = ("README.md", "metrics.json", "training.yaml", "curves.png", "detections.png", "attention.png")
+    before = {name: (prepared / name).read_bytes() for name in names}
+    arguments = CardArguments(license="mit", compare=[f"student alone={finished_runs / 'alone'}"])
+    publish(PublishArguments(str(prepared)), arguments)
+    assert {name: (prepared / name).read_bytes() for name in names} == before
+
+
+def test_card_needs_neither_models_nor_data_again(prepared, finished_runs, tmp_path, monkeypatch):
+    """What a failed upload left behind is published later, wherever teacher and data are by then."""
+    import shutil
+
+    folder = shutil.copytree(prepared, tmp_path / "elsewhere")
+    configuration = yaml.safe_load((folder / "run.yaml").read_text())
+    (folder / "run.yaml").write_text(yaml.dump(configuration | {"teacher": "gone", "data_folder": "gone"}))
+    assert "README.md" in publish(PublishArguments(str(folder), repo_id="user/student", dry_run=True), CardArguments())
+    assert "user/student" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_code_in_the_card_runs(prepared, tmp_path, monkeypatch, capsys, index):
+    """Both snippets, as they stand, from the model's folder."""
+    import shutil
+
+    folder = shutil.copytree(prepared, tmp_path / "model")
+    Image.new("RGB", (90, 70), "orange").save(folder / "photograph.jpg")
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[index]
+    (folder / "snippet.py").write_text(code.replace("threshold=0.4", "threshold=0.0"))
+    monkeypatch.chdir(folder)
+    runpy.run_path("snippet.py")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 5 and any("circle" in line for line in lines)
+
+
+def test_training_yaml_builds_the_run_again(prepared):
+    """The published YAML is a configuration of the scripts, and holds no path of this machine."""
+    text = (prepared / "training.yaml").read_text()
+    types = (ModelArguments, TeacherArguments, DataArguments, D3etrTrainingArguments)
+    model, teacher, data, training = parse_arguments(types, [str(prepared / "training.yaml"), "--use_cpu", "true"])
+    assert (data.data_folder, teacher.teacher, training.output_dir) == ("data", "teacher", "distilled")
+    assert training.max_steps == 4 and training.learning_rate == 1e-3
+    assert yaml.load(text, Loader=ConfigurationLoader)["model_config"] == model.model_config
+    assert "/" not in re.sub(r"scripts/\w+.py", "", text)
+
+
+def test_what_was_not_measured_is_left_out(prepared, metrics, tmp_path):
+    """No empty rows, no placeholder: neither for a teacher, nor for energy, time or sizes."""
+    import shutil
+
+    folder = shutil.copytree(prepared, tmp_path / "model")
+    for name in ("detections.png", "attention.png", "curves.png"):
+        (folder / name).unlink()
+    bare = copy.deepcopy(metrics)
+    del bare["teacher"], bare["compared"], bare["training"]["seconds"], bare["training"]["environment"]
+    for name in ("AP_small", "AP_medium", "AP_large"):
+        bare["student"]["metrics"].pop(name, None)
+    write_card(folder, bare, CardArguments())
+    text = (folder / "README.md").read_text()
+    for absent in (
+        "teacher |",
+        "| S |",
+        "kWh",
+        "time of the training",
+        "| device |",
+        "png",
+        "None",
+        "nan",
+        "license",
+        "{{",
+    ):
+        assert absent not in text, absent
+    full = (prepared / "README.md").read_text()
+    for present in (
+        "teacher |",
+        "student alone |",
+        "time of the training",
+        "| device |",
+        "detections.png",
+        "curves.png",
+    ):
+        assert present in full, present
+
+
+def test_energy(metrics, tmp_path, prepared):
+    """What codecarbon wrote reaches the text and the metadata."""
+    import shutil
+
+    folder = shutil.copytree(prepared, tmp_path / "model")
+    metrics["training"]["energy"] = {"kilowatt_hours": 1.25, "kilograms_of_co2": 0.5}
+    write_card(folder, metrics, CardArguments())
+    card = ModelCard.load(folder / "README.md")
+    assert card.data["co2_eq_emissions"] == {
+        "emissions": 500.0,
+        "source": "codecarbon",
+        "training_type": "fine-tuning",
+    }
+    assert "1.25 kWh, 0.5 kg CO₂" in card.text and "codecarbon" in card.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"compare": ["runs/alone"]}, "title=folder"),
+        ({"compare": ["=x"]}, "title=folder"),
+        ({"teacher_id": "teacher"}, "owner/name"),
+        ({"dataset_id": "/data/coco"}, "owner/name"),
+    ],
+)
+def test_arguments(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CardArguments(**fields)
+
+
+def test_class_names_do_not_break_tables(prepared, metrics, tmp_path):
+    """A bar or a line break in a class name stays inside its cell."""
+    import shutil
+
+    folder = shutil.copytree(prepared, tmp_path / "model")
+    strange = "a|b\nc"
+    for split in metrics["data"].values():
+        split["classes"] = {strange: 3, **split["classes"]}
+    write_card(folder, metrics, CardArguments())
+    row = next(line for line in (folder / "README.md").read_text().splitlines() if "a\\|b c" in line and "|" in line)
+    header = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| class |"))
+    assert row.replace("\\|", "").count("|") == header.count("|")

@@ -1,0 +1,132 @@
+"""`metrics.json`: each figure against another way to it."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from d3etr_hf.data import DataArguments
+from d3etr_hf.publishing.cost import count_cost, measure_milliseconds
+from d3etr_hf.publishing.measurements import METRICS, is_measured, measure_run
+from d3etr_hf.publishing.run_folder import PublishError, describe_data, load_run, read_energy
+from d3etr_hf.runs import evaluate_detector
+from tests.tiny import tiny_model
+
+
+def test_teacher_and_control_are_evaluated_as_by_the_script(distilled, finished_runs, tmp_path):
+    """The same AP as scripts/evaluate.py gives for each, on the same split."""
+    run = load_run(distilled)
+    metrics = measure_run(run, {"student alone": str(finished_runs / "alone")})
+    data = DataArguments(data_folder=str(finished_runs / "data"))
+    for row, model in ((metrics["teacher"], "teacher"), (metrics["compared"]["student alone"], "alone")):
+        wanted = evaluate_detector(data, str(finished_runs / model), str(tmp_path), batch_size=4, use_cpu=True)
+        assert row["metrics"] == pytest.approx(wanted)
+    assert metrics["student"]["metrics"]["AP"] == json.loads((distilled / "results.json").read_text())["AP"]
+    assert metrics["compared"]["student alone"]["steps"] == 4
+    assert "steps" not in metrics["teacher"]  # a checkpoint without a run
+    assert metrics["teacher"]["name"] == "teacher"  # its folder's last part only
+
+
+def test_measured_once(distilled, monkeypatch):
+    """Called again it reads; other weights, or a new title, are measured."""
+    run = load_run(distilled, teacher="none")
+    first = measure_run(run)
+    assert "teacher" not in first
+    assert is_measured(distilled, {}) and not is_measured(distilled, {"other": "x"})
+    tampered = json.loads((distilled / METRICS).read_text())
+    tampered["student"]["metrics"]["AP"] = 0.123
+    (distilled / METRICS).write_text(json.dumps(tampered))
+    assert measure_run(run)["student"]["metrics"]["AP"] == 0.123
+    assert measure_run(run, again=True)["student"]["metrics"]["AP"] == first["student"]["metrics"]["AP"]
+    weights = load_file(distilled / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, distilled / "model.safetensors", {"format": "pt"})
+    assert not is_measured(distilled, {})
+
+
+def test_data(finished_runs, distilled):
+    """Counts, against the annotation files."""
+    run = load_run(distilled, teacher="none")
+    described = describe_data(run.train, run.val)
+    for split in ("train", "val"):
+        coco = json.loads((finished_runs / "data" / "annotations" / f"{split}.json").read_text())
+        names = {category["id"]: category["name"] for category in coco["categories"]}
+        counts = Counter(names[annotation["category_id"]] for annotation in coco["annotations"])
+        assert described[split]["classes"] == {name: counts[name] for name in names.values()}
+        assert described[split]["images"] == len(coco["images"])
+        assert described[split]["objects"] == len(coco["annotations"])
+    small = [annotation for annotation in coco["annotations"] if annotation["area"] < 1024]
+    assert described["val"]["sizes"]["small"] == len(small) and sum(described["val"]["sizes"].values()) == len(
+        coco["annotations"]
+    )
+
+
+def test_training_facts(distilled):
+    """Steps, batch and options of the run; versions and device as recorded when it ran."""
+    training = measure_run(load_run(distilled, teacher="none"))["training"]
+    assert (training["steps"], training["batch_size"], training["precision"]) == (4, 8, "float32")
+    assert training["options"]["auxiliary_queries"] == "teacher" and training["options"]["l1_weight"] == 5.0
+    assert training["environment"]["versions"]["torch"] == torch.__version__
+    assert training["seconds"] > 0 and training["epochs"] == 2.0
+    assert "energy" not in training
+
+
+def test_energy_is_summed_over_interruptions(tmp_path):
+    file = tmp_path / "emissions.csv"
+    file.write_text("run_id,energy_consumed,emissions\na,0.5,0.1\nb,0.25,0.05\n")
+    assert read_energy(file) == pytest.approx({"kilowatt_hours": 0.75, "kilograms_of_co2": 0.15})
+    assert read_energy(tmp_path / "absent.csv") is None
+
+
+def test_flops_against_a_count_by_hand():
+    """The whole decoder, from its shapes: d = 32, 7 queries, 64 tokens of memory, FFN 48, 3 layers."""
+    model = tiny_model().to_stock()
+    cost = count_cost(model, torch.randn(1, 3, 64, 64))
+    d, queries, tokens, ffn, layers = 32, 7, 64, 48, 3
+    self_attention = 6 * queries * d * d + 2 * queries * queries * d  # 5 inputs and the output projected; QK and AV
+    # content key, value and position key of the memory; content, sine and output of the queries; keys twice as wide
+    cross_attention = 3 * tokens * d * d + 3 * queries * d * d + queries * tokens * (2 * d + d)
+    per_layer = self_attention + cross_attention + 2 * queries * d * ffn
+    # only the first layer projects the position of the queries for cross-attention
+    reference_points = queries * (d * d + d * 2)
+    query_scale = (layers - 1) * 2 * queries * d * d
+    by_hand = 2 * (layers * per_layer + queries * d * d + reference_points + query_scale)
+    assert cost["parts"]["decoder"]["flops"] == by_hand
+    assert cost["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    for key in ("parameters", "flops"):
+        assert sum(part[key] for part in cost["parts"].values()) == cost[key]
+    convolutions = 2 * (16 * 16 * 8 * 3 * 16) + 2 * (8 * 8 * 16 * 8 * 4)  # patches of 4, then of 2
+    assert cost["parts"]["backbone"]["flops"] > convolutions
+
+
+def test_milliseconds():
+    """A slower model is slower, whichever comes first."""
+
+    class Sleeper(torch.nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, pixel_values):
+            import time
+
+            time.sleep(self.seconds)
+
+    pixels = torch.zeros(1)
+    found = measure_milliseconds({"slow": (Sleeper(0.02), pixels), "fast": (Sleeper(0.005), pixels)})
+    assert 20 <= found["slow"]["median"] < 40 and 5 <= found["fast"]["median"] < 20
+
+
+@pytest.mark.parametrize("missing", ["run.yaml", "results.json"])
+def test_unfinished_runs_are_refused(distilled, missing):
+    (distilled / missing).unlink()
+    with pytest.raises(PublishError, match=missing):
+        load_run(distilled)
+
+
+def test_missing_weights_are_named(distilled):
+    run = load_run(distilled, teacher="none")
+    (distilled / "model.safetensors").unlink()
+    with pytest.raises(PublishError, match="model.safetensors"):
+        measure_run(run)

@@ -1,0 +1,358 @@
+"""The ONNX file computes what PyTorch does at every size, or there is none."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ResNetConfig, SwinConfig, pipeline
+
+from d3etr_hf.command_line import CommandLineError, parse_arguments
+from d3etr_hf.data import DataArguments
+from d3etr_hf.models.loading import DetectorLoadError, load_detector, load_image_processor
+from d3etr_hf.publishing import onnx_export
+from d3etr_hf.publishing.onnx_export import (
+    ExportArguments,
+    OnnxExportError,
+    check_in_words,
+    compare_with_onnx,
+    export_and_check,
+    export_onnx,
+    onnx_snippet,
+)
+from tests.data.coco_files import coco, write_split
+from tests.tiny import tiny_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+# batch, height, width: one pixel more and less than a multiple of the strides 8 and 32, multiples, one cell, upright
+SIZES = [(1, 64, 64), (2, 65, 97), (3, 63, 128), (1, 8, 40), (2, 200, 71), (5, 33, 64)]
+FIGURES = {
+    "images": 3,
+    "differences": {
+        "one_by_one": {"box_pixels": 0.01, "score": 1e-5},
+        "other_sizes": {"box_pixels": 0.02, "score": 2e-5},
+        "padded_batch": {"box_pixels": 0.03, "score": 3e-6},
+    },
+    "milliseconds": {"pytorch": 20.0, "onnxruntime": 10.0},
+    "threads": 1,
+}
+
+
+def run_script(*argv: str) -> str:
+    """What scripts/export.py prints."""
+    main = runpy.run_path(str(REPOSITORY / "scripts" / "export.py"))["main"]
+    printed, before = io.StringIO(), sys.argv
+    sys.argv = ["export.py", *argv]
+    try:
+        with contextlib.redirect_stdout(printed):
+            main()
+    finally:
+        sys.argv = before
+    return printed.getvalue()
+
+
+def write_run(folder: Path) -> Path:
+    """The folder of a run: a perturbed detector, its image processor, and its data, images of two shapes in noise."""
+    content = coco(images=[{"id": 7, "file_name": "7.png", "width": 40, "height": 30}])
+    content["images"] += [{"id": image, "file_name": f"{image}.png", "width": 30, "height": 52} for image in (3, 9)]
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        _, images = write_split(folder / "data", content, split)
+        for image in content["images"]:
+            noise = generator.integers(0, 256, (image["height"], image["width"], 3), dtype=np.uint8)
+            Image.fromarray(noise).save(images / image["file_name"])
+    model = tiny_model(encoder_layers=2)
+    with torch.no_grad():
+        model.class_labels_classifier.bias += 4.5  # scores on both sides of the snippet's threshold
+    model.save_pretrained(folder / "run")
+    load_image_processor(None, 64, 96).save_pretrained(folder / "run")
+    (folder / "run" / "run.yaml").write_text(f"data_folder: {folder / 'data'}\nlearning_rate: 0.001\n")
+    return folder / "run"
+
+
+def a_batch(batch: int, height: int, width: int) -> dict[str, torch.Tensor]:
+    """Random pixels; every image but the first is padded at the right and at the bottom."""
+    generator = torch.Generator().manual_seed(height)
+    mask = torch.ones(batch, height, width, dtype=torch.int64)
+    for image in range(1, batch):
+        mask[image, height - 3 * image :] = 0
+        mask[image, :, width - 7 * image :] = 0
+    pixels = torch.randn(batch, 3, height, width, generator=generator)
+    return {"pixel_values": pixels * mask[:, None], "pixel_mask": mask}
+
+
+@torch.no_grad()
+def assert_same_outputs(model, path: Path, inputs: dict[str, torch.Tensor]) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path))
+    logits, boxes = session.run(["logits", "pred_boxes"], {name: value.numpy() for name, value in inputs.items()})
+    wanted = model(**inputs)
+    assert logits.shape == wanted.logits.shape and boxes.shape == wanted.pred_boxes.shape
+    np.testing.assert_allclose(logits, wanted.logits, atol=2e-5, rtol=0)
+    np.testing.assert_allclose(boxes, wanted.pred_boxes, atol=2e-6, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def packages_found(monkeypatch):
+    """As if the extra were installed."""
+    monkeypatch.setattr(onnx_export, "NEEDED", ())
+
+
+# what needs no onnx
+
+
+def test_missing_packages_are_named_with_the_extra(run_folder, monkeypatch):
+    monkeypatch.setattr(onnx_export, "NEEDED", ("json", "onnx_absent", "onnxruntime_absent"))
+    for call in (
+        lambda: run_script(str(run_folder)),
+        lambda: export_onnx(tiny_model().to_stock(), run_folder / "model.onnx", {}),
+    ):
+        with pytest.raises(OnnxExportError) as caught:
+            call()
+        message = "an export needs onnx_absent, onnxruntime_absent: pip install 'd3etr_hf[onnx]'"
+        assert str(caught.value) == message
+
+
+def test_arguments():
+    (arguments,) = parse_arguments([ExportArguments], ["--folder", "runs/x"])
+    assert arguments == ExportArguments(folder="runs/x", output=None, check_images=20)
+    with pytest.raises(CommandLineError, match="check_images is 0: it must be at least 1"):
+        parse_arguments([ExportArguments], ["--folder", "runs/x", "--check_images", "0"])
+    with pytest.raises(CommandLineError, match="'folder' is required"):
+        run_script("--check_images", "3")
+
+
+def test_what_cannot_be_exported_is_refused(run_folder, packages_found, tmp_path, monkeypatch):
+    """A Hub id with no output, a folder that tells of no data, one that is absent, Swin, and two gigabytes."""
+    with pytest.raises(OnnxExportError, match="'user/student' is no folder here: say with --output where"):
+        run_script("user/student")
+    tiny_model().save_pretrained(tmp_path / "bare")
+    with pytest.raises(OnnxExportError, match="bare holds no run.yaml .* give --data_folder"):
+        run_script(str(tmp_path / "bare"))
+    with pytest.raises(DetectorLoadError, match="there is no such folder"):
+        export_and_check(str(tmp_path / "absent"), str(tmp_path / "model.onnx"), 1, DataArguments())
+    swin = SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, out_features=["stage2"])
+    with pytest.raises(OnnxExportError, match="a 'swin' backbone cannot be exported for images of any size"):
+        export_onnx(tiny_model(backbone_config=swin).to_stock(), tmp_path / "model.onnx", {})
+    monkeypatch.setattr(onnx_export, "MOST_BYTES", 1000)
+    with pytest.raises(OnnxExportError, match="do not fit into one ONNX file"):
+        export_onnx(tiny_model().to_stock(), tmp_path / "model.onnx", {})
+    assert not list(tmp_path.glob("*.onnx*"))
+
+
+@pytest.mark.parametrize("changed", [{"box_pixels": 0.6}, {"score": 0.002}, {"box_pixels": math.nan}])
+def test_a_file_that_differs_is_not_kept(run_folder, packages_found, tmp_path, monkeypatch, changed):
+    """Whatever lay there stays as it was; what is equal replaces it, with the figures beside it."""
+    figures = json.loads(json.dumps(FIGURES))
+    figures["differences"]["padded_batch"] |= changed
+    monkeypatch.setattr(onnx_export, "export_onnx", lambda model, path, metadata: path.write_text("new"))
+    monkeypatch.setattr(onnx_export, "compare_with_onnx", lambda model, path, examples: figures)
+    (tmp_path / "model.onnx").write_text("old")
+    output = str(tmp_path / "model.onnx")
+    with pytest.raises(OnnxExportError, match=r"model.onnx: not written, .* \(padded batch: boxes differ by up to"):
+        export_and_check(str(run_folder), output)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_text() == "old"
+
+    figures["differences"] = FIGURES["differences"]
+    check = export_and_check(str(run_folder), output)
+    assert (tmp_path / "model.onnx").read_text() == "new"
+    assert json.loads((tmp_path / "onnx_check.json").read_text()) == check
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "onnx_check.json"]
+
+
+def test_data_and_number_of_images(run_folder, packages_found, tmp_path, monkeypatch):
+    """A checkpoint's data are those of its run; flags say otherwise; no more images than there are."""
+    seen = []
+    monkeypatch.setattr(onnx_export, "export_onnx", lambda model, path, metadata: path.write_text("new"))
+    monkeypatch.setattr(
+        onnx_export, "compare_with_onnx", lambda model, path, examples: seen.append(len(examples)) or FIGURES
+    )
+    checkpoint = run_folder / "checkpoint-2"
+    load_detector(str(run_folder)).save_pretrained(checkpoint)
+    export_and_check(str(checkpoint), str(tmp_path / "model.onnx"), 2)
+    export_and_check(str(checkpoint), str(tmp_path / "model.onnx"), 50)
+    write_split(tmp_path / "other", coco())
+    write_split(tmp_path / "other", coco(), "val")
+    check = export_and_check(
+        str(run_folder), str(tmp_path / "o" / "m.onnx"), 50, DataArguments(str(tmp_path / "other"))
+    )
+    assert seen == [2, 3, 2] and check["data"] == "other/val" and (tmp_path / "o" / "onnx_check.json").exists()
+
+
+def test_words():
+    assert check_in_words({"data": "bccd/val", **FIGURES}) == (
+        "On 3 images of bccd/val, alone, at other sizes and as a padded batch, boxes differ from PyTorch's by at most "
+        "0.03 pixels and scores by 2e-05; an image takes 10.0 ms, with PyTorch 20.0 ms (CPU, 1 threads)."
+    )
+
+
+def test_snippets_are_short_programs():
+    for repo_id in (None, "user/student"):
+        snippet = onnx_snippet(repo_id)
+        compile(snippet, "snippet", "exec")
+        assert snippet.count("\n") <= 20
+    assert 'hf_hub_download("user/student", "model.onnx")' in snippet and 'from_pretrained("user/student"' in snippet
+
+
+# what needs onnx, onnxruntime and onnxscript
+
+
+@pytest.fixture(scope="module")
+def onnx():
+    """The module; skips where the extra is not installed."""
+    for name in PACKAGES:
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'd3etr_hf[onnx]'")
+    return importlib.import_module("onnx")
+
+
+@pytest.fixture(scope="module")
+def exported(onnx, tmp_path_factory):
+    """A run's folder after scripts/export.py, and what that printed."""
+    folder = write_run(tmp_path_factory.mktemp("exported"))
+    return folder, run_script(str(folder))
+
+
+@pytest.fixture(scope="module")
+def resnet(onnx, tmp_path_factory):
+    """A detector with a ResNet and `auxiliary_loss`, and its ONNX file."""
+    backbone = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 16, 32],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage4"],
+    )
+    detector = tiny_model(backbone_config=backbone, encoder_layers=2, decoder_layers=2, auxiliary_loss=True)
+    path = tmp_path_factory.mktemp("resnet") / "model.onnx"
+    export_onnx(detector.to_stock(), path, {})
+    return detector.to_stock(), path
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_same_outputs_at_every_size(exported, size):
+    model = load_detector(str(exported[0])).to_stock()
+    assert_same_outputs(model, exported[0] / "model.onnx", a_batch(*size))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_same_outputs_with_resnet_and_auxiliary_loss(resnet, size):
+    assert_same_outputs(*resnet, a_batch(*size))
+
+
+def test_script_keeps_the_file_with_its_figures(exported):
+    folder, printed = exported
+    check = json.loads((folder / "onnx_check.json").read_text())
+    assert printed == check_in_words(check) + "\n"
+    assert check["data"] == "data/val" and check["images"] == 3 and check["opset"] == 18
+    for group in check["differences"].values():
+        assert 0 < group["box_pixels"] < 1e-3 and 0 < group["score"] < 1e-5
+    assert min(check["milliseconds"].values()) > 0
+    assert not list(folder.glob("*.unfinished"))
+
+
+def test_file_says_what_it_needs_and_nothing_of_this_machine(exported, onnx):
+    """The exporter writes the path of every source file into every node."""
+    folder, _ = exported
+    content = (folder / "model.onnx").read_bytes()
+    for private in ("site-packages", str(REPOSITORY), str(Path.home()), "/torch/"):
+        assert private.encode() not in content
+    model = onnx.load_from_string(content)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert metadata["id2label"] == {"0": "circle", "1": "rectangle", "2": "triangle"}
+    saved = json.loads((folder / "preprocessor_config.json").read_text())
+    assert metadata["image_processor"] == {key: saved[key] for key in onnx_export.PROCESSOR_KEYS}
+    dimensions = {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert dimensions == {
+        "pixel_values": ["batch", 3, "height", "width"],
+        "pixel_mask": ["batch", "height", "width"],
+        "logits": ["batch", 7, 3],
+        "pred_boxes": ["batch", 7, 4],
+    }
+
+
+def test_a_tampered_file_is_found_and_not_kept(exported, onnx, tmp_path, monkeypatch):
+    """One bias of the box head off by 0.05."""
+    folder, _ = exported
+    model = onnx.load(folder / "model.onnx")
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("bbox_predictor.layers.2.bias"))
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.05), bias.name))
+    tampered = model.SerializeToString()
+    monkeypatch.setattr(onnx_export, "export_onnx", lambda model, path, metadata: path.write_bytes(tampered))
+    with pytest.raises(OnnxExportError, match="computes something else than PyTorch"):
+        export_and_check(str(folder), str(tmp_path / "model.onnx"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_padded_batch_finds_a_mask_that_is_not_used(exported, monkeypatch):
+    """A fault that no single image shows."""
+    folder, _ = exported
+    original = onnx_export._run_onnx
+    monkeypatch.setattr(
+        onnx_export,
+        "_run_onnx",
+        lambda session, batch: original(session, {**batch, "pixel_mask": torch.ones_like(batch["pixel_mask"])}),
+    )
+    example = {"pixel_values": torch.randn(3, 64, 80), "labels": {"orig_size": torch.tensor([64, 80])}}
+    figures = compare_with_onnx(load_detector(str(folder)).to_stock(), folder / "model.onnx", [example])
+    assert figures["differences"]["one_by_one"]["score"] < 1e-5
+    assert figures["differences"]["padded_batch"]["score"] > onnx_export.SCORE_TOLERANCE
+
+
+def test_differences_are_in_pixels_of_the_original_image(exported, monkeypatch):
+    """Boxes moved down by 0.1 of an image that was 300 pixels high, and 5000 wide."""
+    folder, _ = exported
+    original = onnx_export._run_onnx
+
+    def moved(session, batch):
+        logits, boxes = original(session, batch)
+        return logits, boxes + torch.tensor([0, 0.1, 0, 0])
+
+    monkeypatch.setattr(onnx_export, "_run_onnx", moved)
+    example = {"pixel_values": torch.randn(3, 64, 80), "labels": {"orig_size": torch.tensor([300, 5000])}}
+    figures = compare_with_onnx(load_detector(str(folder)).to_stock(), folder / "model.onnx", [example])
+    for group in figures["differences"].values():
+        assert group["box_pixels"] == pytest.approx(30, rel=0.01) and group["score"] < 1e-5
+
+
+def test_snippet_finds_what_the_pipeline_finds(exported, tmp_path, monkeypatch, capsys):
+    folder, _ = exported
+    for path in folder.iterdir():
+        if path.suffix in (".onnx", ".json", ".safetensors"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    picture = Image.open(folder.parent / "data" / "val" / "3.png")
+    picture.save(tmp_path / "photograph.jpg")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(compile(onnx_snippet(), "snippet", "exec"), {})
+    lines = [line.split(" ", 2) for line in capsys.readouterr().out.splitlines()]
+    found = [(name, float(score), json.loads(corners)) for name, score, corners in lines]
+    wanted = pipeline("object-detection", model=".")("photograph.jpg", threshold=0.4)
+    assert 0 < len(found) == len(wanted) < 21
+    key = lambda item: (-item[1], item[0])  # noqa: E731
+    wanted = [(item["label"], item["score"], list(item["box"].values())) for item in wanted]
+    for (name, score, corners), (wanted_name, wanted_score, box) in zip(
+        sorted(found, key=key), sorted(wanted, key=key), strict=True
+    ):
+        assert name == wanted_name and score == pytest.approx(wanted_score, abs=0.006)
+        assert corners == pytest.approx(box, abs=1.1)  # the pipeline cuts off fractions of a pixel
