@@ -39,8 +39,8 @@ PANEL_PIXELS = 600  # longest side of the images that attention is laid over: sm
 COLOUR_MAP = "inferno"
 DIMMED = 0.6  # brightness of the grey image under the attention
 NOTE = (
-    "Colour: where the query of this detection looks (cross-attention, mean over heads), each panel up to its own "
-    "maximum, the share of one memory cell.   +  reference point"
+    "Colour: where the query of this detection looks (cross-attention, mean over heads), the root of its share of "
+    "the panel's maximum, which is the share of one memory cell.   +  reference point"
 )
 
 
@@ -207,15 +207,18 @@ def attention_overlay(grey: np.ndarray, attention: Tensor) -> np.ndarray:
 
     Args:
         grey: (height, width), 0..1.
-        attention: (rows, columns), not negative; bilinearly resized to the image and scaled by its own maximum.
+        attention: (rows, columns), not negative; bilinearly resized to the image. Colours and covering go by the root
+            of its share of its own maximum.
 
     Returns:
         (height, width, 3) float, 0..1.
     """
     resized = torch.nn.functional.interpolate(attention[None, None], grey.shape, mode="bilinear")[0, 0].numpy()
-    strength = resized / attention.max().item()
-    alpha = np.sqrt(strength)[..., None]  # the root: half the attention must not look like a third
-    return (1 - alpha) * DIMMED * grey[..., None] + alpha * colormaps[COLOUR_MAP](strength)[..., :3]
+    # The root: one cell may draw a fifth of the attention (a sink), and the object must not vanish beside it.
+    strength = np.sqrt(resized / attention.max().item())
+    return (1 - strength[..., None]) * DIMMED * grey[..., None] + (
+        strength[..., None] * colormaps[COLOUR_MAP](strength)[..., :3]
+    )
 
 
 def draw_attention(

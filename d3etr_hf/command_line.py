@@ -43,7 +43,10 @@ class CommandLineError(ValueError):
 
 
 def parse_arguments(
-    dataclass_types: Sequence[type], argv: list[str] | None = None, description: str = ""
+    dataclass_types: Sequence[type],
+    argv: list[str] | None = None,
+    description: str = "",
+    first_argument: str | None = None,
 ) -> tuple[Any, ...]:
     """Reads `[configuration.yaml] [--field value ...]` into one instance of each dataclass, in their order.
 
@@ -55,16 +58,19 @@ def parse_arguments(
         dataclass_types: dataclasses with no field name in common; `metadata["help"]` documents a field.
         argv: the arguments after the script's name; `sys.argv[1:]` where None.
         description: printed as it is at the top of `--help`.
+        first_argument: a field whose value may be given first, in the place of the configuration file.
 
     Raises:
         CommandLineError: an unknown key or flag, a missing or wrong value, an unreadable file, or a combination that
             a dataclass's own checks refuse.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if first_argument is not None and argv and not argv[0].startswith("-"):
+        argv.insert(0, f"--{first_argument}")
     fields = _fields_by_name(dataclass_types)
     configuration_file = argv.pop(0) if argv and not argv[0].startswith("-") else None
     # Flags first, so that --help works beside a broken file.
-    values = _read_flags(dataclass_types, argv, fields, description)
+    values = _read_flags(dataclass_types, argv, fields, description, first_argument or "configuration.yaml")
     if configuration_file is not None:
         values = {**_read_configuration_file(configuration_file, fields), **values}
 
@@ -149,13 +155,13 @@ class _FlagParser(HfArgumentParser):
 
 
 def _read_flags(
-    dataclass_types: Sequence[type], argv: list[str], fields: dict[str, Any], description: str
+    dataclass_types: Sequence[type], argv: list[str], fields: dict[str, Any], description: str, first_argument: str
 ) -> dict[str, Any]:
     """The values of the flags in `argv`, by field name; the fields that no flag names are left out."""
     parser = _FlagParser(
         dataclass_types,
         description=description,
-        usage="%(prog)s [configuration.yaml] [--field value ...]",
+        usage=f"%(prog)s [{first_argument}] [--field value ...]",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )

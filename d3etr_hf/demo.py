@@ -24,9 +24,17 @@ from .data.transforms import DetectionTransform
 from .models.loading import load_detector, load_image_processor
 from .output_folder import CONFIGURATION, HISTORY, RESULTS, SECONDS
 from .pictures import draw_training_curves
+from .publishing.card import CardArguments
+from .publishing.publish import prepare
+from .publishing.run_folder import load_run
 from .publishing.run_pictures import draw_detections_of
 
 CONFIGURATIONS = Path("configs") / "shapes"
+CONTROLS = {
+    "student_alone": "student alone",
+    "student_alone_equal_time": "student alone, equal time",
+    "teacherless": "teacherless control",
+}
 COLUMNS = {"teacher": "teacher", "student_alone": "student alone", "distilled": "distilled"}
 PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
 
@@ -42,7 +50,8 @@ def run_demo(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) -> 
     """Make the data, train what is not trained yet, evaluate, and write results and pictures.
 
     Args:
-        folder: gets one folder for each model, `results.json`, `detections.png`, `curves.png` and `logs/`.
+        folder: gets one folder for each model, `results.json`, `detections.png`, `curves.png` and `logs/`; the folder
+            of the distilled student gets a model card.
         data_folder: gets the shapes.
         overrides: further flags for every training run.
 
@@ -63,6 +72,8 @@ def run_demo(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) -> 
         {name: json.loads((folder / name / HISTORY).read_text()) for name in results}, folder / "curves.png"
     )
     draw_demo_detections(folder, data_folder)
+    compared = [f"{title}={folder / name}" for name, title in CONTROLS.items()]
+    prepare(load_run(folder / "distilled"), CardArguments(compare=compared))
     rows = [
         {"name": name} | {key: result[key] for key in ("AP", "AP50", "parameters", "steps", "seconds")}
         for name, result in results.items()

@@ -30,7 +30,7 @@ CELL_WIDTH = 3.4
 CELL_GAP = 0.06
 TITLE_HEIGHT = 0.36
 LABEL_PADDING = 1.5  # points around a label's text
-MOST_LABEL_OVERLAP = 0.2  # share of a label; the box of a label that would be covered more keeps its colour only
+MOST_LABEL_OVERLAP = 0.05  # share of a label; the box of a label that would be covered more keeps its colour only
 TALLEST_CELL = 1.5 * CELL_WIDTH
 DOTS_PER_INCH = 150
 

@@ -30,6 +30,7 @@ def main() -> None:
     folder = Path(arguments.folder)
     print(format_table(run_demo(folder, Path(arguments.data_folder))))
     print(f"Pictures: {folder / 'detections.png'}, {folder / 'curves.png'}; table: {folder / 'results.json'}")
+    print(f"Model card of the distilled student: {folder / 'distilled' / 'README.md'}")
 
 
 if __name__ == "__main__":

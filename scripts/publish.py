@@ -24,10 +24,8 @@ from d3etr_hf.runs import USER_ERRORS
 
 
 def main() -> None:
-    # the folder may come first, where other scripts take a configuration file
-    argv = sys.argv[1:]
-    argv = ["--folder", *argv] if argv and not argv[0].startswith("-") else argv
-    arguments, card, data = parse_arguments((PublishArguments, CardArguments, DataArguments), argv, __doc__)
+    types = (PublishArguments, CardArguments, DataArguments)
+    arguments, card, data = parse_arguments(types, description=__doc__, first_argument="folder")
     print(publish(arguments, card, None if data == DataArguments() else data))
 
 

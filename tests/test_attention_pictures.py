@@ -193,12 +193,12 @@ def test_overlay():
     # at the centre of a cell, three pixels to the cell, resizing leaves the value as it is
     np.testing.assert_allclose(overlay[4, 13], colormaps["inferno"](1.0)[:3], atol=1e-6)
     alpha = np.sqrt(0.5)
-    expected = (1 - alpha) * DIMMED * grey[7, 1] + alpha * np.array(colormaps["inferno"](0.5)[:3])
+    expected = (1 - alpha) * DIMMED * grey[7, 1] + alpha * np.array(colormaps["inferno"](alpha)[:3])
     np.testing.assert_allclose(overlay[7, 1], expected, atol=1e-6)
     np.testing.assert_array_equal(overlay, attention_overlay(grey, attention / 8))
     # two pixels to the cell: three quarters of the way to its centre along both axes, of its own maximum still
     between = attention_overlay(np.zeros((6, 10)), attention)[2, 8]
-    np.testing.assert_allclose(between, 0.75 * np.array(colormaps["inferno"](0.75**2)[:3]), atol=1e-6)
+    np.testing.assert_allclose(between, 0.75 * np.array(colormaps["inferno"](0.75)[:3]), atol=1e-6)
 
 
 def row(layers, class_name="rectangle", box=(10.0, 20.0, 30.0, 40.0), seed=0):

@@ -249,3 +249,14 @@ def test_a_script_reads_its_file_and_flags_and_reports_errors(configuration, tmp
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1] == "make_shapes.py: error: val_images must be at least 1, got 0"
     assert "Traceback" not in refused.stderr
+
+
+def test_first_argument(capsys):
+    """A script that works on a folder takes it first; flags after it still count, and --help says so."""
+    types = [DetectorArguments]
+    for argv in (["runs/x", "--weight", "0.5"], ["--folder", "runs/x", "--weight", "0.5"]):
+        (values,) = parse_arguments(types, argv, first_argument="folder")
+        assert (values.folder, values.weight) == ("runs/x", 0.5)
+    with pytest.raises(SystemExit):
+        parse_arguments(types, ["--help"], first_argument="folder")
+    assert "[folder] [--field value ...]" in capsys.readouterr().out

@@ -40,6 +40,8 @@ def test_whole_demonstration(tmp_path, monkeypatch, capsys):
     assert equal_time_steps(tmp_path / "demo", {"seconds": 5.0, "steps": 10}, finished) == rows[4]["steps"]
     for picture in ("detections.png", "curves.png"):
         assert Image.open(tmp_path / "demo" / picture).size[0] > 500
+    card = (tmp_path / "demo" / "distilled" / "README.md").read_text()
+    assert "| teacher |" in card and "| student alone, equal time |" in card and "attention.png" in card
     capsys.readouterr()
     assert run_demo(tmp_path / "demo", tmp_path / "shapes", overrides) == rows
     assert "done already" in capsys.readouterr().out

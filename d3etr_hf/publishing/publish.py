@@ -1,7 +1,7 @@
 """From a finished run to a published model: measure, draw, write the card, upload."""
 
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from d3etr_hf.arguments import option
@@ -18,16 +18,12 @@ from .run_pictures import draw_pictures
 class PublishArguments:
     """Which run to publish, and where."""
 
-    folder: str = option("", "The output folder of a finished run; also taken as the first argument.")
+    folder: str = field(metadata={"help": "The output folder of a finished run; also taken as the first argument."})
     repo_id: str | None = option(None, "Where on the Hub: owner/name. Without it only the card is written.")
     private: bool = option(False, "Make the repository private, if it is new.")
     dry_run: bool = option(False, "Write the card and print what would be uploaded; upload nothing.")
     teacher: str | None = option(None, "Where the teacher is now, if it has moved; 'none' leaves it out of the card.")
     measure_again: bool = option(False, "Measure and draw anew what lies in the folder already.")
-
-    def __post_init__(self):
-        if not self.folder:
-            raise ValueError("give the folder of a finished run: scripts/publish.py FOLDER [--repo_id owner/name]")
 
 
 def publish(arguments: PublishArguments, card: CardArguments, data: DataArguments | None = None) -> str:

@@ -102,6 +102,12 @@ def read_configuration(folder: Path) -> dict:
     return yaml.load((folder / CONFIGURATION).read_text(), Loader=ConfigurationLoader) or {}
 
 
+def data_arguments_of(configuration: dict) -> DataArguments:
+    """Where a run of this configuration has its data."""
+    names = {field.name for field in fields(DataArguments)}
+    return DataArguments(**{name: value for name, value in configuration.items() if name in names})
+
+
 def load_run(folder: Path, data_arguments: DataArguments | None = None, teacher: str | None = None) -> PublishedRun:
     """Load a finished run's models and data from its output folder.
 
@@ -114,9 +120,7 @@ def load_run(folder: Path, data_arguments: DataArguments | None = None, teacher:
         PublishError, DetectorLoadError, DatasetError: the run, a model or the data cannot be read.
     """
     configuration = read_configuration(folder)
-    if data_arguments is None:
-        names = {field.name for field in fields(DataArguments)}
-        data_arguments = DataArguments(**{name: value for name, value in configuration.items() if name in names})
+    data_arguments = data_arguments or data_arguments_of(configuration)
     processor = load_image_processor(str(folder)) or load_image_processor(None)
     student = load_detector(str(folder), "student")
     train, val = load_splits(data_arguments, processor)
