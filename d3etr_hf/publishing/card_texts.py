@@ -110,6 +110,10 @@ def training_table(training: dict) -> str:
     """Length, batch, processes, precision, device and energy of the training."""
     batch = training["batch"]
     rows = [["optimizer steps", f"{training['steps']:,}"]]
+    if "started_from" in training:
+        rows.append(["started from", f"`{training['started_from']}`"])
+    if training["inherited"]:
+        rows.append(["weights taken over from the teacher", ", ".join(training["inherited"])])
     if "epochs" in training:
         rows.append(["epochs", f"{training['epochs']:.1f}"])
     parts = f"{batch['per_device']} per device × {batch['processes']} process{'es' if batch['processes'] > 1 else ''}"
@@ -171,13 +175,15 @@ def limitations(metrics: dict) -> list[str]:
     """What the student does badly, as measured on the validation split."""
     student, data, lines = metrics["student"]["metrics"], metrics["data"], []
     scores = {name: student[f"AP/{name}"] for name in data["val"]["classes"] if f"AP/{name}" in student}
-    if len(scores) > 1:
-        weakest = sorted(scores, key=scores.get)[: min(WEAKEST, len(scores) - 1)]
+    weakest = sorted((name for name in scores if scores[name] < student["AP"]), key=scores.get)[:WEAKEST]
+    if weakest:
         told = [
             f"{name} (AP {percent(scores[name])}, {data['train']['classes'].get(name, 0):,} training objects)"
             for name in weakest
         ]
-        lines.append(f"Weakest classes: {', '.join(told)}; the mean over classes is {percent(student['AP'])}.")
+        lines.append(
+            f"Weakest class{'es' if len(weakest) > 1 else ''}: {', '.join(told)}; the mean over classes is {percent(student['AP'])}."
+        )
     if unseen := [name for name, count in data["val"]["classes"].items() if count == 0]:
         lines.append(f"Not measured, without an object in the validation split: {', '.join(unseen)}.")
     measured = {size: student[key] for key, size in SIZES.items() if key in student}

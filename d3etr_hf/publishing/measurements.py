@@ -169,6 +169,13 @@ def _configuration_beside(path: str) -> dict | None:
 
 
 def _length_of_training(path: str) -> dict:
-    """Steps and seconds, where the detector's folder is that of a run."""
-    results = read_json(Path(path) / RESULTS) or {}
-    return {name: results[name] for name in ("steps", "seconds") if name in results}
+    """Steps and seconds, where the detector's folder is that of a run; with those of the run that it went on from."""
+    results = read_json(Path(path) / RESULTS)
+    if results is None:
+        return {}
+    length = {name: results[name] for name in ("steps", "seconds") if name in results}
+    start = read_configuration(Path(path)).get("model")
+    if start is None:
+        return length
+    before = _length_of_training(start)
+    return {name: value + before[name] for name, value in length.items() if name in before}

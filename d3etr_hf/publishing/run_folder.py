@@ -172,6 +172,7 @@ def describe_training(run: PublishedRun, configuration: dict) -> dict:
         "precision": {"no": "float32"}.get(launch.get("mixed_precision"), launch.get("mixed_precision")),
         "options": {name: value_of(name) for name in TOLD_OPTIONS},
         "inherited": configuration.get("inherit_from_teacher", []),
+        "started_from": configuration.get("model"),
         "environment": run.record(ENVIRONMENT),
         "energy": read_energy(run.folder / EMISSIONS),
     }

@@ -1,10 +1,12 @@
 """`metrics.json`: each figure against another way to it."""
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from d3etr_hf.data import DataArguments
@@ -27,6 +29,18 @@ def test_teacher_and_control_are_evaluated_as_by_the_script(distilled, finished_
     assert metrics["compared"]["student alone"]["steps"] == 4
     assert "steps" not in metrics["teacher"]  # a checkpoint without a run
     assert metrics["teacher"]["name"] == "teacher"  # its folder's last part only
+
+
+def test_length_of_a_continued_training(finished_runs, distilled, tmp_path):
+    """Steps and seconds of the run before are counted too; where they are unknown, none are told."""
+    first = json.loads((finished_runs / "alone" / "results.json").read_text())
+    for start, told in ((finished_runs / "alone", 8), (finished_runs / "teacher", None)):
+        folder = shutil.copytree(finished_runs / "alone", tmp_path / f"after_{start.name}")
+        configuration = yaml.safe_load((folder / "run.yaml").read_text())
+        (folder / "run.yaml").write_text(yaml.dump(configuration | {"model": str(start)}))
+        row = measure_run(load_run(distilled, teacher="none"), {start.name: str(folder)})["compared"][start.name]
+        assert row.get("steps") == told
+        assert row.get("seconds") == (None if told is None else pytest.approx(2 * first["seconds"]))
 
 
 def test_measured_once(distilled, monkeypatch):
