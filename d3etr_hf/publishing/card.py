@@ -11,13 +11,15 @@ from d3etr_hf.yaml_files import ConfigurationDumper
 
 from . import card_texts
 from .citations import citations_for
+from .onnx_export import CHECK as ONNX_CHECK
+from .onnx_export import MODEL as ONNX_MODEL
+from .onnx_export import check_in_words, onnx_snippet
 from .privacy import anonymise
 from .run_folder import PublishError, is_hub_id, read_configuration, read_json
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 CARD, TRAINING = "README.md", "training.yaml"
 PICTURES = ("detections.png", "attention.png", "curves.png")
-ONNX_CHECK = "onnx_check.json"
 MOST_CLASSES_UNFOLDED = 12
 # the Hub knows these relations: adapter, merge, quantized, finetune
 RELATION = "finetune"
@@ -79,7 +81,7 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
         data = card_data(metrics, arguments, title)
     except ValueError as error:
         raise PublishError(f"{folder}: the card's metadata are not valid: {error}") from error
-    onnx_check = read_json(folder / ONNX_CHECK)
+    onnx_check = check_of_onnx(folder, metrics["weights"])
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -102,12 +104,29 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
         versions=card_texts.versions(metrics),
         citation_note="Please cite the method and what it builds on.",
         citations="\n\n".join(citations_for(metrics["training"])),
-        onnx_snippet=None,
-        onnx_check=onnx_check,
+        onnx_snippet=onnx_snippet(repo_id).rstrip() if onnx_check else None,
+        onnx_check=check_in_words(onnx_check) if onnx_check else None,
     )
     path = folder / CARD
     card.save(path)
     return path
+
+
+def check_of_onnx(folder: Path, weights: str) -> dict | None:
+    """What `scripts/export.py` found out about the folder's ONNX file; None without one.
+
+    Raises:
+        PublishError: the file is unchecked, or was exported from other weights than are published beside it.
+    """
+    if not (folder / ONNX_MODEL).exists():
+        return None
+    check = read_json(folder / ONNX_CHECK)
+    if check is None or check.get("weights") != weights:
+        raise PublishError(
+            f"{folder / ONNX_MODEL} was not exported from these weights by scripts/export.py: export it again, or "
+            "remove it"
+        )
+    return check
 
 
 def card_data(metrics: dict, arguments: CardArguments, name: str) -> ModelCardData:

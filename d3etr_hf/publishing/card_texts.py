@@ -181,9 +181,8 @@ def limitations(metrics: dict) -> list[str]:
             f"{name} (AP {percent(scores[name])}, {data['train']['classes'].get(name, 0):,} training objects)"
             for name in weakest
         ]
-        lines.append(
-            f"Weakest class{'es' if len(weakest) > 1 else ''}: {', '.join(told)}; the mean over classes is {percent(student['AP'])}."
-        )
+        plural, mean = "es" if len(weakest) > 1 else "", percent(student["AP"])
+        lines.append(f"Weakest class{plural}: {', '.join(told)}; the mean over classes is {mean}.")
     if unseen := [name for name, count in data["val"]["classes"].items() if count == 0]:
         lines.append(f"Not measured, without an object in the validation split: {', '.join(unseen)}.")
     measured = {size: student[key] for key, size in SIZES.items() if key in student}

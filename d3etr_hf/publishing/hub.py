@@ -28,7 +28,7 @@ MODEL_FILES = ("model.safetensors", INDEX, "model-*-of-*.safetensors", "config.j
 CARD_FILES = ("README.md", "metrics.json", "training.yaml", "log_history.json")
 PICTURES = ("curves.png", "detections.png", "attention.png")
 # All that may leave a run's folder; whatever else lies there stays.
-PUBLISHED_FILES = (*MODEL_FILES, *CARD_FILES, *PICTURES, "model.onnx")
+PUBLISHED_FILES = (*MODEL_FILES, *CARD_FILES, *PICTURES, "model.onnx", "onnx_check.json")
 # All that may be pushed of a checkpoint; no pickle, which runs code where it is loaded.
 CHECKPOINT_FILES = (*MODEL_FILES, "extra_query_groups.safetensors", "trainer_state.json")
 

@@ -4,7 +4,6 @@ The card is written from this file alone, so that a second run gives the same ca
 """
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from .run_folder import (
     PublishError,
     describe_data,
     describe_training,
+    hash_of_weights,
     links_of_run,
     read_configuration,
     read_json,
@@ -34,8 +34,6 @@ from .run_folder import (
 logger = logging.get_logger(__name__)
 
 METRICS = "metrics.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
 PROGRESS_KEYS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "parameters", "steps", "seconds")
 
 
@@ -89,18 +87,6 @@ def measure_run(run: PublishedRun, compared: Mapping[str, str] | None = None, ag
     write_json(target, anonymise(known))
     # as a second run would read it
     return read_json(target)
-
-
-def hash_of_weights(folder: Path) -> str:
-    """SHA-256 of the student's weights file, or of the index of its shards.
-
-    Raises:
-        PublishError: there is none.
-    """
-    for name in (WEIGHTS, WEIGHTS_INDEX):
-        if (folder / name).exists():
-            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    raise PublishError(f"{folder} holds no {WEIGHTS}: let the run end, or call `trainer.save_model()`, first")
 
 
 def _measure_models(run: PublishedRun, batch_size: int) -> dict:

@@ -1,6 +1,7 @@
 """A finished run as publishing sees it: its models, its data, and what it recorded about itself."""
 
 import csv
+import hashlib
 import json
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ from d3etr_hf.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
 from d3etr_hf.yaml_files import ConfigurationLoader
 
 EMISSIONS = "emissions.csv"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # COCO's limits of small and medium objects, square pixels
 SIZE_LIMITS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
 NO_TEACHER = "none"
@@ -100,6 +102,18 @@ def read_configuration(folder: Path) -> dict:
                 "finish the run with the same command, or publish from Python by `trainer.push_to_hub()`"
             )
     return yaml.load((folder / CONFIGURATION).read_text(), Loader=ConfigurationLoader) or {}
+
+
+def hash_of_weights(folder: Path) -> str:
+    """SHA-256 of the student's weights file, or of the index of its shards.
+
+    Raises:
+        PublishError: there is none.
+    """
+    for name in (WEIGHTS, WEIGHTS_INDEX):
+        if (folder / name).exists():
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    raise PublishError(f"{folder} holds no {WEIGHTS}: let the run end, or call `trainer.save_model()`, first")
 
 
 def data_arguments_of(configuration: dict) -> DataArguments:

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import runpy
+import shutil
 
 import pytest
 import yaml
@@ -19,15 +20,13 @@ from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.publishing.card import CardArguments, card_data, write_card
 from d3etr_hf.publishing.measurements import METRICS
 from d3etr_hf.publishing.publish import PublishArguments, prepare, publish
-from d3etr_hf.publishing.run_folder import load_run
+from d3etr_hf.publishing.run_folder import PublishError, load_run
 from d3etr_hf.yaml_files import ConfigurationLoader
 
 
 @pytest.fixture(scope="module")
 def prepared(finished_runs, tmp_path_factory):
     """The distilled run with its card, compared with the student alone."""
-    import shutil
-
     folder = shutil.copytree(finished_runs / "distilled", tmp_path_factory.mktemp("prepared") / "student")
     card = CardArguments(license="mit", compare=[f"student alone={finished_runs / 'alone'}"])
     prepare(load_run(folder), card)
@@ -103,8 +102,6 @@ def test_second_run_gives_the_same_bytes(prepared, finished_runs):
 
 def test_card_needs_neither_models_nor_data_again(prepared, finished_runs, tmp_path, monkeypatch):
     """What a failed upload left behind is published later, wherever teacher and data are by then."""
-    import shutil
-
     folder = shutil.copytree(prepared, tmp_path / "elsewhere")
     configuration = yaml.safe_load((folder / "run.yaml").read_text())
     (folder / "run.yaml").write_text(yaml.dump(configuration | {"teacher": "gone", "data_folder": "gone"}))
@@ -112,11 +109,32 @@ def test_card_needs_neither_models_nor_data_again(prepared, finished_runs, tmp_p
     assert "user/student" in (folder / "README.md").read_text()
 
 
+def test_onnx_file_of_other_weights_is_not_published(prepared, metrics, tmp_path):
+    """Checked by scripts/export.py on these weights it is told of in the card; else nothing is published."""
+    folder = shutil.copytree(prepared, tmp_path / "model")
+    assert "onnx" not in (folder / "README.md").read_text()
+    (folder / "model.onnx").write_bytes(b"onnx")
+    check = {
+        "data": "data/val",
+        "weights": metrics["weights"],
+        "images": 2,
+        "threads": 1,
+        "differences": {"one_by_one": {"box_pixels": 0.25, "score": 2e-6}},
+        "milliseconds": {"pytorch": 2.0, "onnxruntime": 1.0},
+    }
+    for wrong in (None, check | {"weights": "other"}):
+        (folder / "onnx_check.json").write_text(json.dumps(wrong))
+        with pytest.raises(PublishError, match="model.onnx was not exported from these weights"):
+            write_card(folder, metrics, CardArguments())
+    (folder / "onnx_check.json").write_text(json.dumps(check))
+    write_card(folder, metrics, CardArguments())
+    text = (folder / "README.md").read_text()
+    assert "at most 0.25 pixels" in text and "onnxruntime.InferenceSession" in text
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_code_in_the_card_runs(prepared, tmp_path, monkeypatch, capsys, index):
     """Both snippets, as they stand, from the model's folder."""
-    import shutil
-
     folder = shutil.copytree(prepared, tmp_path / "model")
     Image.new("RGB", (90, 70), "orange").save(folder / "photograph.jpg")
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[index]
@@ -140,8 +158,6 @@ def test_training_yaml_builds_the_run_again(prepared):
 
 def test_what_was_not_measured_is_left_out(prepared, metrics, tmp_path):
     """No empty rows, no placeholder: neither for a teacher, nor for energy, time or sizes."""
-    import shutil
-
     folder = shutil.copytree(prepared, tmp_path / "model")
     for name in ("detections.png", "attention.png", "curves.png"):
         (folder / name).unlink()
@@ -178,8 +194,6 @@ def test_what_was_not_measured_is_left_out(prepared, metrics, tmp_path):
 
 def test_energy(metrics, tmp_path, prepared):
     """What codecarbon wrote reaches the text and the metadata."""
-    import shutil
-
     folder = shutil.copytree(prepared, tmp_path / "model")
     metrics["training"]["energy"] = {"kilowatt_hours": 1.25, "kilograms_of_co2": 0.5}
     write_card(folder, metrics, CardArguments())
@@ -208,8 +222,6 @@ def test_arguments(fields, message):
 
 def test_class_names_do_not_break_tables(prepared, metrics, tmp_path):
     """A bar or a line break in a class name stays inside its cell."""
-    import shutil
-
     folder = shutil.copytree(prepared, tmp_path / "model")
     strange = "a|b\nc"
     for split in metrics["data"].values():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 from huggingface_hub import ModelCard
@@ -99,8 +100,6 @@ def test_hub_that_is_down_does_not_keep_a_run_from_starting(finished_runs, hub, 
 
 def test_finished_run_tells_how_to_publish_it(finished_runs, hub, tmp_path, caplog, monkeypatch):
     """Called again with push_to_hub, a finished run trains nothing and names the command."""
-    import shutil
-
     shutil.copytree(finished_runs / "distilled", tmp_path / "run")
     monkeypatch.setattr(logging.getLogger("d3etr_hf"), "propagate", True)
     with caplog.at_level("WARNING"):
@@ -131,8 +130,6 @@ def test_unknown_card_argument_is_refused(finished_runs, hub, tmp_path):
 
 def test_secrets_reach_no_pushed_byte(finished_runs, hub, tmp_path, monkeypatch):
     """A token in the environment, one in the arguments, and a home directory with data and teacher in it."""
-    import shutil
-
     home = tmp_path / "home" / "alice"
     shutil.copytree(finished_runs, home / "work")
     secret, argument_token = "swordfish-0123456789", TOKEN_OF_ARGUMENTS

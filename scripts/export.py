@@ -1,0 +1,29 @@
+"""Export a trained detector to ONNX, for images and batches of any size, and check it against PyTorch.
+
+    python scripts/export.py runs/demo/distilled
+    python scripts/export.py user/student --output student.onnx --data_folder data/shapes
+
+Needs `pip install 'd3etr_hf[onnx]'`. Writes model.onnx and onnx_check.json into the folder. The check uses validation
+images, from where the run had its data unless told otherwise; a file that computes something else is not kept.
+"""
+
+import sys
+from pathlib import Path
+
+# scripts/evaluate.py would hide the evaluate package
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
+from d3etr_hf.command_line import parse_arguments, run
+from d3etr_hf.data import DataArguments
+from d3etr_hf.publishing.onnx_export import ExportArguments, OnnxExportError, check_in_words, export_and_check
+from d3etr_hf.runs import USER_ERRORS
+
+
+def main() -> None:
+    arguments, data = parse_arguments((ExportArguments, DataArguments), description=__doc__, first_argument="folder")
+    given = None if data == DataArguments() else data
+    print(check_in_words(export_and_check(**vars(arguments), data_arguments=given)))
+
+
+if __name__ == "__main__":
+    run(main, (*USER_ERRORS, OnnxExportError))
