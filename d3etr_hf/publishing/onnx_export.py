@@ -208,6 +208,8 @@ def compare_with_onnx(model: ConditionalDetrForObjectDetection, path: Path, exam
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # as many as PyTorch
     options.log_severity_level = 3
+    # else its threads wait at full speed after each call, and slow PyTorch down to half
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     collate = DetectionCollator()
     others = [_resized(*pair) for pair in zip(islice(cycle(examples), 3), OTHER_SIZES, strict=True)]
