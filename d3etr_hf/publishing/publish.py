@@ -11,7 +11,7 @@ from .card import CardArguments, write_card
 from .hub import describe_upload, upload
 from .measurements import METRICS, is_measured, measure_run
 from .run_folder import PublishedRun, load_run, read_json
-from .run_pictures import draw_pictures
+from .run_pictures import draw_pictures, is_drawn
 
 
 @dataclass
@@ -39,7 +39,7 @@ def publish(arguments: PublishArguments, card: CardArguments, data: DataArgument
         PublishError, HubError, PrivacyError: see there; nothing local is lost.
     """
     folder = Path(arguments.folder)
-    if arguments.measure_again or not is_measured(folder, card.compared()):
+    if arguments.measure_again or not (is_measured(folder, card.compared()) and is_drawn(folder)):
         run = load_run(folder, data, arguments.teacher)
         prepare(run, card, arguments.repo_id, arguments.measure_again)
     else:

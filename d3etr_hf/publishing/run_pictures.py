@@ -21,6 +21,11 @@ PICTURED_IMAGES = 6
 MOST_DETECTIONS_TRIED = 20
 
 
+def is_drawn(folder: Path) -> bool:
+    """Whether the pictures are there that every run has; there may be no attention to be shown."""
+    return (folder / "detections.png").exists() and (folder / "curves.png").exists()
+
+
 def draw_pictures(run: PublishedRun, again: bool = False) -> None:
     """Draw into the run's folder what is not there yet, or all of it."""
     history = read_json(run.folder / HISTORY)

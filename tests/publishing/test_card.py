@@ -100,6 +100,17 @@ def test_second_run_gives_the_same_bytes(prepared, finished_runs):
     assert {name: (prepared / name).read_bytes() for name in names} == before
 
 
+def test_pictures_are_drawn_alike(prepared, finished_runs, tmp_path):
+    """One that is missing is drawn again, to the same bytes."""
+    folder = shutil.copytree(prepared, tmp_path / "student")
+    names = ("curves.png", "detections.png", "attention.png")
+    for name in names:
+        (folder / name).unlink()
+    publish(PublishArguments(str(folder)), CardArguments())
+    for name in names:
+        assert (folder / name).read_bytes() == (prepared / name).read_bytes(), name
+
+
 def test_card_needs_neither_models_nor_data_again(prepared, finished_runs, tmp_path, monkeypatch):
     """What a failed upload left behind is published later, wherever teacher and data are by then."""
     folder = shutil.copytree(prepared, tmp_path / "elsewhere")
