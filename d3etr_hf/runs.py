@@ -149,7 +149,9 @@ def train_detector(
     results = trainer.record_results(metrics, stopwatch.seconds)
     report(results, training_arguments)
     if training_arguments.push_to_hub:
-        trainer.push_to_hub(**card_arguments.for_trainer())
+        address = trainer.push_to_hub(**card_arguments.for_trainer())
+        if trainer.is_world_process_zero():
+            print(f"published: {address}")
     return results
 
 
