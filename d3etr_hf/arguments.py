@@ -5,6 +5,25 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
+# fields of the training arguments that plain training has no use for
+DISTILLATION_OPTIONS = (
+    "auxiliary_queries",
+    "auxiliary_reference_points",
+    "auxiliary_assignment",
+    "group_reduction",
+    "adaptive_matching",
+    "fixed_matching",
+    "self_attention_weight",
+    "cross_attention_weight",
+    "prediction_weight",
+    "class_weight",
+    "l1_weight",
+    "giou_weight",
+    "attention_divergence",
+    "prediction_normaliser",
+    "layer_map",
+)
+
 
 def option(default, help: str):
     """A dataclass field with its documentation."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
 
-from .arguments import D3etrTrainingArguments
+from .arguments import DISTILLATION_OPTIONS, D3etrTrainingArguments
 from .command_line import CommandLineError
 from .compatibility import (
     IncompatibleDataError,
@@ -54,25 +54,6 @@ from .trainer import D3etrTrainer, NonFiniteLossError
 logger = logging.get_logger(__name__)
 
 NO_CARD_ARGUMENTS = CardArguments()
-
-# options that plain training has no use for
-DISTILLATION_OPTIONS = (
-    "auxiliary_queries",
-    "auxiliary_reference_points",
-    "auxiliary_assignment",
-    "group_reduction",
-    "adaptive_matching",
-    "fixed_matching",
-    "self_attention_weight",
-    "cross_attention_weight",
-    "prediction_weight",
-    "class_weight",
-    "l1_weight",
-    "giou_weight",
-    "attention_divergence",
-    "prediction_normaliser",
-    "layer_map",
-)
 
 
 def train_detector(

@@ -15,7 +15,8 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 
 from d3etr_hf.command_line import parse_arguments, run
 from d3etr_hf.data import DataArguments
-from d3etr_hf.publishing.onnx_export import ExportArguments, OnnxExportError, check_in_words, export_and_check
+from d3etr_hf.publishing.onnx_check import ExportArguments, check_in_words, export_and_check
+from d3etr_hf.publishing.onnx_export import OnnxExportError
 from d3etr_hf.runs import USER_ERRORS
 
 

@@ -11,9 +11,9 @@ from d3etr_hf.yaml_files import ConfigurationDumper
 
 from . import card_texts
 from .citations import citations_for
-from .onnx_export import CHECK as ONNX_CHECK
-from .onnx_export import MODEL as ONNX_MODEL
-from .onnx_export import check_in_words, onnx_snippet
+from .onnx_check import CHECK as ONNX_CHECK
+from .onnx_check import MODEL as ONNX_MODEL
+from .onnx_check import check_in_words, onnx_snippet
 from .privacy import anonymise
 from .run_folder import PublishError, is_hub_id, read_configuration, read_json
 

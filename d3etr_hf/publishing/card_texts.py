@@ -145,6 +145,7 @@ def option_table(training: dict) -> str:
     rows = [
         [f"`{name}`", f"`{str(value).lower() if isinstance(value, bool) else value}`"]
         for name, value in training["options"].items()
+        if value is not None
     ]
     return table(["option", "value"], rows, right_from=2)
 

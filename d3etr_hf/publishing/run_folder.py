@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from transformers.image_processing_utils import BaseImageProcessor
 
-from d3etr_hf.arguments import D3etrTrainingArguments
+from d3etr_hf.arguments import DISTILLATION_OPTIONS, D3etrTrainingArguments
 from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
 from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.loading import load_detector, load_image_processor
@@ -23,24 +23,8 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # COCO's limits of small and medium objects, square pixels
 SIZE_LIMITS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
 NO_TEACHER = "none"
-# what a card tells of the distillation, whether it was set or left at its default
-TOLD_OPTIONS = (
-    "auxiliary_queries",
-    "auxiliary_reference_points",
-    "auxiliary_assignment",
-    "adaptive_matching",
-    "fixed_matching",
-    "self_attention_weight",
-    "cross_attention_weight",
-    "prediction_weight",
-    "detection_weight",
-    "class_weight",
-    "l1_weight",
-    "giou_weight",
-    "attention_divergence",
-    "prediction_normaliser",
-    "group_reduction",
-)
+# what a card tells, whether it was set or left at its default
+TOLD_OPTIONS = (*DISTILLATION_OPTIONS, "detection_weight")
 
 
 class PublishError(RuntimeError):

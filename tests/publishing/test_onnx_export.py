@@ -18,16 +18,15 @@ from transformers import ResNetConfig, SwinConfig, pipeline
 from d3etr_hf.command_line import CommandLineError, parse_arguments
 from d3etr_hf.data import DataArguments
 from d3etr_hf.models.loading import DetectorLoadError, load_detector, load_image_processor
-from d3etr_hf.publishing import onnx_export
-from d3etr_hf.publishing.onnx_export import (
+from d3etr_hf.publishing import onnx_check, onnx_export
+from d3etr_hf.publishing.onnx_check import (
     ExportArguments,
-    OnnxExportError,
     check_in_words,
     compare_with_onnx,
     export_and_check,
-    export_onnx,
     onnx_snippet,
 )
+from d3etr_hf.publishing.onnx_export import OnnxExportError, export_onnx
 from tests.data.coco_files import coco, write_split
 from tests.tiny import tiny_model
 
@@ -160,8 +159,8 @@ def test_a_file_that_differs_is_not_kept(run_folder, packages_found, tmp_path, m
     """Whatever lay there stays as it was; what is equal replaces it, with the figures beside it."""
     figures = json.loads(json.dumps(FIGURES))
     figures["differences"]["padded_batch"] |= changed
-    monkeypatch.setattr(onnx_export, "export_onnx", lambda model, path, metadata: path.write_text("new"))
-    monkeypatch.setattr(onnx_export, "compare_with_onnx", lambda model, path, examples: figures)
+    monkeypatch.setattr(onnx_check, "export_onnx", lambda model, path, metadata: path.write_text("new"))
+    monkeypatch.setattr(onnx_check, "compare_with_onnx", lambda model, path, examples: figures)
     (tmp_path / "model.onnx").write_text("old")
     output = str(tmp_path / "model.onnx")
     with pytest.raises(OnnxExportError, match=r"model.onnx: not written, .* \(padded batch: boxes differ by up to"):
@@ -179,9 +178,9 @@ def test_a_file_that_differs_is_not_kept(run_folder, packages_found, tmp_path, m
 def test_data_and_number_of_images(run_folder, packages_found, tmp_path, monkeypatch):
     """A checkpoint's data are those of its run; flags say otherwise; no more images than there are."""
     seen = []
-    monkeypatch.setattr(onnx_export, "export_onnx", lambda model, path, metadata: path.write_text("new"))
+    monkeypatch.setattr(onnx_check, "export_onnx", lambda model, path, metadata: path.write_text("new"))
     monkeypatch.setattr(
-        onnx_export, "compare_with_onnx", lambda model, path, examples: seen.append(len(examples)) or FIGURES
+        onnx_check, "compare_with_onnx", lambda model, path, examples: seen.append(len(examples)) or FIGURES
     )
     checkpoint = run_folder / "checkpoint-2"
     load_detector(str(run_folder)).save_pretrained(checkpoint)
@@ -298,7 +297,7 @@ def test_a_tampered_file_is_found_and_not_kept(exported, onnx, tmp_path, monkeyp
     bias = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("bbox_predictor.layers.2.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.05), bias.name))
     tampered = model.SerializeToString()
-    monkeypatch.setattr(onnx_export, "export_onnx", lambda model, path, metadata: path.write_bytes(tampered))
+    monkeypatch.setattr(onnx_check, "export_onnx", lambda model, path, metadata: path.write_bytes(tampered))
     with pytest.raises(OnnxExportError, match="computes something else than PyTorch"):
         export_and_check(str(folder), str(tmp_path / "model.onnx"))
     assert not list(tmp_path.iterdir())
@@ -307,28 +306,28 @@ def test_a_tampered_file_is_found_and_not_kept(exported, onnx, tmp_path, monkeyp
 def test_padded_batch_finds_a_mask_that_is_not_used(exported, monkeypatch):
     """A fault that no single image shows."""
     folder, _ = exported
-    original = onnx_export._run_onnx
+    original = onnx_check._run_onnx
     monkeypatch.setattr(
-        onnx_export,
+        onnx_check,
         "_run_onnx",
         lambda session, batch: original(session, {**batch, "pixel_mask": torch.ones_like(batch["pixel_mask"])}),
     )
     example = {"pixel_values": torch.randn(3, 64, 80), "labels": {"orig_size": torch.tensor([64, 80])}}
     figures = compare_with_onnx(load_detector(str(folder)).to_stock(), folder / "model.onnx", [example])
     assert figures["differences"]["one_by_one"]["score"] < 1e-5
-    assert figures["differences"]["padded_batch"]["score"] > onnx_export.SCORE_TOLERANCE
+    assert figures["differences"]["padded_batch"]["score"] > onnx_check.SCORE_TOLERANCE
 
 
 def test_differences_are_in_pixels_of_the_original_image(exported, monkeypatch):
     """Boxes moved down by 0.1 of an image that was 300 pixels high, and 5000 wide."""
     folder, _ = exported
-    original = onnx_export._run_onnx
+    original = onnx_check._run_onnx
 
     def moved(session, batch):
         logits, boxes = original(session, batch)
         return logits, boxes + torch.tensor([0, 0.1, 0, 0])
 
-    monkeypatch.setattr(onnx_export, "_run_onnx", moved)
+    monkeypatch.setattr(onnx_check, "_run_onnx", moved)
     example = {"pixel_values": torch.randn(3, 64, 80), "labels": {"orig_size": torch.tensor([300, 5000])}}
     figures = compare_with_onnx(load_detector(str(folder)).to_stock(), folder / "model.onnx", [example])
     for group in figures["differences"].values():
