@@ -20,6 +20,7 @@ TRAINER, OBJECTIVE = "d3etr_hf/trainer.py", "d3etr_hf/objective.py"
 COSTS, LOSSES = "d3etr_hf/matching/costs.py", "d3etr_hf/losses"
 MODEL_TESTS, TRAINER_TESTS = "tests/models/test_conditional_detr.py", "tests/test_trainer.py"
 ATTENTION_TESTS = "tests/models/test_attention.py"
+HUB, HUB_TESTS = "d3etr_hf/publishing/hub.py", "tests/publishing/test_hub.py"
 INITIALISATION_TESTS, OBJECTIVE_TESTS = "tests/models/test_initialisation.py", "tests/test_objective.py"
 
 MUTATIONS = [
@@ -148,6 +149,27 @@ MUTATIONS = [
     ("model: attention set in the backbone", MODEL, "attention.config._attn_implementation_internal =",
      "attention.config._attn_implementation =", f"{MODEL_TESTS}::test_backbone_with_attention_of_its_own"),
     ("scripts: evaluate.py hides evaluate", "scripts/train.py", "sys.path[:] = [", "_ = [", "tests/test_readme.py"),
+    # HF_NOTES 21: what leaves for the Hub
+    ("note 21: whole folder pushed", HUB, "allow_patterns=allowed, ", "",
+     f"{HUB_TESTS}::test_only_the_allow_list_arrives_byte_by_byte"),
+    ("note 21: pickles of a checkpoint", HUB, '"extra_query_groups.safetensors", ', '"optimizer.pt", ',
+     "tests/publishing/test_trainer.py::test_hub_strategy"),
+    ("publishing: secrets unread", HUB, "    paths = files_to_publish(folder)\n    refuse_secrets(paths)\n",
+     "    paths = files_to_publish(folder)\n",
+     f"{HUB_TESTS}::test_secret_stops_everything_before_the_first_request"),
+    ("publishing: as patient as the client", HUB, "except (httpx2.ReadTimeout, httpx2.WriteTimeout) as error:",
+     "except ZeroDivisionError as error:", f"{HUB_TESTS}::test_silent_hub_is_waited_for_once"),
+    ("publishing: pushed before the results are saved", "d3etr_hf/runs.py",
+     "trainer.save_model(_internal_call=True)", "trainer.save_model()",
+     "tests/publishing/test_trainer.py::test_hub_that_fails_at_the_end"),
+    ("publishing: paths of this machine", "d3etr_hf/publishing/card.py", "yaml.dump(anonymise(configuration)",
+     "yaml.dump((configuration)", "tests/publishing/test_card.py::test_training_yaml_builds_the_run_again"),
+    ("publishing: stale figures", "d3etr_hf/publishing/measurements.py",
+     'and known["weights"] == hash_of_weights(folder)', "and True",
+     "tests/publishing/test_measurements.py::test_measured_once"),
+    ("publishing: results of an earlier training", "d3etr_hf/publishing/trainer.py",
+     'recorded is None or (steps > 0 and recorded["steps"] != steps)', "False",
+     "tests/publishing/test_trainer.py::test_push_from_python"),
 ]  # fmt: skip
 
 

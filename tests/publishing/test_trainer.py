@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -15,6 +19,7 @@ from d3etr_hf.runs import train_detector
 from tests.shapes_fixture import shapes_trainer
 from tests.test_runs import arguments
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = {"model.safetensors", "config.json", "preprocessor_config.json"}
 CARD = {"README.md", "metrics.json", "training.yaml", "log_history.json"}
 PICTURES = {"curves.png", "detections.png", "attention.png"}
@@ -148,3 +153,22 @@ def test_secrets_reach_no_pushed_byte(finished_runs, hub, tmp_path, monkeypatch)
 
 
 TOKEN_OF_ARGUMENTS = "hf_" + "givenAsArgument" * 3
+
+
+def test_two_processes_push_once(finished_runs, hub, tmp_path):
+    """By the script itself: two saves and the end are three commits, the card tells of both processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(REPOSITORY / "scripts" / "distill.py"), str(finished_runs / "distilled" / "run.yaml")]
+    command += ["--use_cpu", "true", "--output_dir", str(tmp_path / "run"), "--hub_strategy", "every_save"]
+    command += ["--push_to_hub", "true", "--hub_model_id", "user/student", "--hub_always_push", "true"]
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("published: ") == 1
+    files = hub.files("user/student")
+    assert files.keys() == MODEL | CARD | PICTURES
+    assert len(hub.sent("commit")) == 3
+    training = json.loads(files["metrics.json"])["training"]
+    assert training["batch"]["processes"] == 2 and training["batch_size"] == 16
+    assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()

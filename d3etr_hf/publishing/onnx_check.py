@@ -1,0 +1,243 @@
+"""A detector's ONNX file, kept only if onnxruntime computes with it on real images what PyTorch does."""
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+from transformers import ConditionalDetrForObjectDetection
+
+from d3etr_hf.arguments import option
+from d3etr_hf.benchmark.timing import seconds_of
+from d3etr_hf.boxes import centre_to_corners
+from d3etr_hf.data import DataArguments, DetectionCollator, load_splits
+from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.output_folder import CONFIGURATION, write_json
+from d3etr_hf.yaml_files import ConfigurationLoader
+
+from .onnx_export import AXES, NEEDED, OPSET, OnnxExportError, describe_for_onnx, export_onnx, require_packages
+from .run_folder import data_arguments_of, hash_of_weights
+
+MODEL, CHECK = "model.onnx", "onnx_check.json"
+# Float32 rounding comes to some thousandths of these (BCCD: 0.002 pixels and 6e-6); a mask or a layer that was
+# converted wrongly is far above. Half a pixel is less than annotators agree on.
+BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3
+# Scale, multiple and remainder of the sides that images are checked at too: odd sides are a multiple of no backbone's
+# stride, multiples of 64 of every one's.
+OTHER_SIZES = ((0.87, 2, 1), (0.71, 2, 1), (0.58, 64, 0))
+
+
+@dataclass
+class ExportArguments:
+    """Which detector is exported, and how it is checked."""
+
+    folder: str = field(metadata={"help": "The detector: the output folder of a run, a checkpoint, or a Hub id."})
+    output: str | None = option(None, "The ONNX file; by default model.onnx in the folder. A Hub id needs it.")
+    check_images: int = option(20, "How many validation images it is compared with PyTorch on.")
+
+    def __post_init__(self):
+        if self.check_images < 1:
+            raise ValueError(f"check_images is {self.check_images}: it must be at least 1")
+
+
+def export_and_check(
+    folder: str, output: str | None = None, check_images: int = 20, data_arguments: DataArguments | None = None
+) -> dict:
+    """Export a saved detector to ONNX, and keep the file only if onnxruntime computes with it what PyTorch does.
+
+    Compared are `check_images` validation images one by one, some of them at other sizes, and a padded batch. The
+    figures are also written to `onnx_check.json` beside the file. A failure leaves whatever was there before.
+
+    Args:
+        folder: a folder with a checkpoint, or a Hub id.
+        output: the file; by default `model.onnx` in the folder.
+        check_images: the first so many validation images.
+        data_arguments: where they are; by default where the folder's run (`run.yaml`) had them.
+
+    Returns:
+        The figures of `compare_with_onnx`, and what they were measured with.
+
+    Raises:
+        OnnxExportError: a package is missing, it is not known where the file or the images are, the detector cannot
+            be exported, or the exported one computes something else.
+        DetectorLoadError, DatasetError: the detector or its data cannot be read.
+    """
+    require_packages()
+    path = _output_path(folder, output)
+    data_arguments = data_arguments or _data_of_run(Path(folder))
+    model = load_detector(folder).to_stock()
+    processor = load_image_processor(folder) or load_image_processor(None)
+    metadata = describe_for_onnx(model, processor)  # first: the data arguments may set another size
+    _, val = load_splits(data_arguments, processor)
+    examples = [val[index] for index in range(min(check_images, len(val)))]
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        export_onnx(model, unfinished, metadata)
+        figures = compare_with_onnx(model, unfinished, examples)
+        _refuse_differences(figures, path)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    weights = {"weights": hash_of_weights(Path(folder))} if Path(folder).is_dir() else {}
+    check = {"data": val.name, **weights, **figures, "opset": OPSET, "megabytes": round(path.stat().st_size / 1e6, 2)}
+    check["versions"] = {package: version(package) for package in ("torch", "transformers", *NEEDED)}
+    write_json(path.with_name(CHECK), check)
+    return check
+
+
+@torch.inference_mode()
+def compare_with_onnx(model: ConditionalDetrForObjectDetection, path: Path, examples: list[dict]) -> dict:
+    """How far an ONNX file is from its detector, query by query, and what each takes, turn by turn.
+
+    Args:
+        model: from `to_stock`, on the CPU.
+        path: the ONNX file.
+        examples: of a data set with a `DetectionTransform`.
+
+    Returns:
+        `differences`, for each of `one_by_one` (the images as they are), `other_sizes` and `padded_batch` the largest
+        of any query's `box_pixels` (of a corner, in pixels of the original image) and `score` (of a class, 0..1);
+        `milliseconds` of an image, the medians of `pytorch` and `onnxruntime`; the numbers of `images` and `threads`.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # as many as PyTorch
+    options.log_severity_level = 3
+    # else its threads wait at full speed after each call, and slow PyTorch down to half
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    collate = DetectionCollator()
+    others = [_resized(*pair) for pair in zip(islice(cycle(examples), 3), OTHER_SIZES, strict=True)]
+    groups = {
+        "one_by_one": [collate([example]) for example in examples],
+        "other_sizes": [collate([example]) for example in others],
+        "padded_batch": [collate([examples[0], *others])],
+    }
+    differences = {}
+    for name, batches in groups.items():
+        found = [_difference(model, session, batch) for batch in batches]
+        # NaN must stay NaN, which Python's max would drop
+        box, score = torch.tensor(found, dtype=torch.float64).amax(dim=0).tolist()
+        differences[name] = {"box_pixels": box, "score": score}
+    seconds = {"pytorch": [], "onnxruntime": []}
+    for index, batch in enumerate(groups["one_by_one"]):  # the comparison was the warm-up
+        calls = {"pytorch": lambda batch=batch: _run_pytorch(model, batch)}
+        calls["onnxruntime"] = lambda batch=batch: _run_onnx(session, batch)
+        for name in sorted(calls, reverse=index % 2 == 1):
+            seconds[name].append(seconds_of(calls[name]))
+    return {
+        "images": len(examples),
+        "differences": differences,
+        "milliseconds": {name: 1000 * torch.tensor(times).median().item() for name, times in seconds.items()},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def check_in_words(check: dict) -> str:
+    """One sentence about `export_and_check`, for a report or a card."""
+    box, score = (max(group[key] for group in check["differences"].values()) for key in ("box_pixels", "score"))
+    times = check["milliseconds"]
+    return (
+        f"On {check['images']} images of {check['data']}, alone, at other sizes and as a padded batch, boxes differ "
+        f"from PyTorch's by at most {box:.2g} pixels and scores by {score:.2g}; an image takes "
+        f"{times['onnxruntime']:.1f} ms, with PyTorch {times['pytorch']:.1f} ms (CPU, {check['threads']} threads)."
+    )
+
+
+def onnx_snippet(repo_id: str | None = None) -> str:
+    """Python that detects objects with onnxruntime and the image processor.
+
+    Args:
+        repo_id: where the model is on the Hub; None reads it from the current folder.
+    """
+    if repo_id is None:
+        return SNIPPET.format(hub="", path='"model.onnx"', model_id=".")
+    hub = "from huggingface_hub import hf_hub_download\n"
+    return SNIPPET.format(hub=hub, path=f'hf_hub_download("{repo_id}", "model.onnx")', model_id=repo_id)
+
+
+SNIPPET = """\
+import json
+import numpy as np
+import onnxruntime
+{hub}from PIL import Image
+from transformers import AutoImageProcessor
+
+session = onnxruntime.InferenceSession({path})
+processor = AutoImageProcessor.from_pretrained("{model_id}", backend="pil")
+names = json.loads(session.get_modelmeta().custom_metadata_map["id2label"])
+
+image = Image.open("photograph.jpg").convert("RGB")
+inputs = dict(processor(images=image, return_tensors="np"))
+logits, boxes = session.run(["logits", "pred_boxes"], inputs)
+scores = 1 / (1 + np.exp(-logits[0]))
+for query, label in np.argwhere(scores > 0.4):
+    x, y, width, height = boxes[0, query] * [*image.size, *image.size]
+    corners = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+    print(names[str(label)], f"{{scores[query, label]:.2f}}", np.round(corners, 1).tolist())
+"""
+
+
+def _output_path(folder: str, output: str | None) -> Path:
+    if output is None and not Path(folder).is_dir():
+        raise OnnxExportError(f"{folder!r} is no folder here: say with --output where its {MODEL} goes")
+    return Path(folder) / MODEL if output is None else Path(output)
+
+
+def _data_of_run(folder: Path) -> DataArguments:
+    """Where the run that wrote this folder, or this checkpoint of it, had its data."""
+    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    for place in places:
+        if (place / CONFIGURATION).exists():
+            text = (place / CONFIGURATION).read_text(encoding="utf-8")
+            return data_arguments_of(yaml.load(text, Loader=ConfigurationLoader) or {})
+    raise OnnxExportError(
+        f"{folder} holds no {CONFIGURATION} that says where its validation images are, which the export is checked "
+        "on: give --data_folder (or another of the data options)"
+    )
+
+
+def _resized(example: dict, size: tuple[float, int, int]) -> dict:
+    """The same image at another size, see `OTHER_SIZES`."""
+    scale, multiple, remainder = size
+    pixels = example["pixel_values"]
+    sides = [max(1, round(side * scale / multiple)) * multiple + remainder for side in pixels.shape[1:]]
+    resized = nn.functional.interpolate(pixels[None], size=sides, mode="bilinear", antialias=True)
+    return {**example, "pixel_values": resized[0]}
+
+
+def _run_pytorch(model: ConditionalDetrForObjectDetection, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs = model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
+    return outputs.logits, outputs.pred_boxes
+
+
+def _run_onnx(session, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = {name: batch[name].numpy() for name in AXES}
+    logits, boxes = session.run(["logits", "pred_boxes"], inputs)
+    return torch.from_numpy(logits), torch.from_numpy(boxes)
+
+
+def _difference(model: ConditionalDetrForObjectDetection, session, batch: dict) -> tuple[float, float]:
+    """Largest differences of any query of a batch: of a corner in pixels of the original image, and of a score."""
+    sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
+    scale = sizes[:, None, [1, 0, 1, 0]]
+    (logits, boxes), (other_logits, other_boxes) = _run_pytorch(model, batch), _run_onnx(session, batch)
+    corners = (centre_to_corners(boxes) - centre_to_corners(other_boxes)) * scale
+    return corners.abs().max().item(), (logits.sigmoid() - other_logits.sigmoid()).abs().max().item()
+
+
+def _refuse_differences(figures: dict, path: Path) -> None:
+    for name, group in figures["differences"].items():
+        # `not <=` refuses NaN too
+        if not (group["box_pixels"] <= BOX_TOLERANCE and group["score"] <= SCORE_TOLERANCE):
+            raise OnnxExportError(
+                f"{path}: not written, for it computes something else than PyTorch ({name.replace('_', ' ')}: boxes "
+                f"differ by up to {group['box_pixels']:.3g} pixels, scores by {group['score']:.3g}; {BOX_TOLERANCE} "
+                f"and {SCORE_TOLERANCE} are allowed): the exporter has a fault, try another version of torch"
+            )
