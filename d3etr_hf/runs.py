@@ -48,7 +48,7 @@ from .publishing.card import CardArguments
 from .publishing.hub import HubError
 from .publishing.privacy import PrivacyError
 from .publishing.publish import resume_command
-from .publishing.run_folder import PublishError
+from .publishing.run_folder import PublishError, links_to_hub
 from .trainer import D3etrTrainer, NonFiniteLossError
 
 logger = logging.get_logger(__name__)
@@ -84,10 +84,14 @@ def train_detector(
     launch = describe_launch(training_arguments)
     checkpoint = check_output_folder(output, configuration, launch)
     if (output / RESULTS).exists():
-        publish = resume_command(output, training_arguments.hub_model_id, card_arguments)
+        repo_id = training_arguments.hub_model_id or output.resolve().name
+        private, revision = training_arguments.hub_private_repo, training_arguments.hub_revision
+        publish = resume_command(output, repo_id, card_arguments, private, revision)
         hint = f"; to publish it:\n{publish}" if training_arguments.push_to_hub else ""
         logger.warning(f"{output} holds this run already, finished: nothing to do{hint}")
         return json.loads((output / RESULTS).read_text())
+    if training_arguments.push_to_hub:
+        card_arguments.check_places()
     set_seed(training_arguments.seed)
     source = model_arguments.model or teacher_arguments.teacher
     processor = load_image_processor(source) or load_image_processor(None)
@@ -122,7 +126,12 @@ def train_detector(
         # only now: a call that failed on its data or its teacher leaves the folder free for the next
         (output / CONFIGURATION).write_text(configuration)
         write_json(output / LAUNCH, launch)
-        write_json(output / ENVIRONMENT, describe_environment())
+        links = links_to_hub(
+            teacher=teacher_arguments.teacher,
+            dataset=data_arguments.dataset_name,
+            started_from=model_arguments.model,
+        )
+        write_json(output / ENVIRONMENT, describe_environment() | {"links": links})
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     # not `save_model()`, which pushes: the Hub may fail, and all that was found out must be on disk by then

@@ -31,7 +31,9 @@ def test_example(tmp_path, monkeypatch):
     assert len(AutoModelForObjectDetection.from_pretrained("runs/student").config.id2label) == 3
 
 
-@pytest.mark.parametrize("name", ["train", "distill", "evaluate", "demo", "make_shapes", "publish", "visualize"])
+@pytest.mark.parametrize(
+    "name", ["train", "distill", "evaluate", "demo", "make_shapes", "publish", "visualize", "export"]
+)
 def test_script_starts_from_its_own_folder(name):
     """scripts/evaluate.py would hide the evaluate package from every script beside it."""
     import subprocess

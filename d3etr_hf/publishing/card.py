@@ -1,10 +1,13 @@
 """The model card: a Jinja template filled with what was measured, and metadata that the Hub parses back."""
 
+import hashlib
+import html
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoConfig
 
 from d3etr_hf.arguments import option
 from d3etr_hf.yaml_files import ConfigurationDumper
@@ -14,15 +17,15 @@ from .citations import citations_for
 from .onnx_check import CHECK as ONNX_CHECK
 from .onnx_check import MODEL as ONNX_MODEL
 from .onnx_check import check_in_words, onnx_snippet
-from .privacy import anonymise
-from .run_folder import PublishError, is_hub_id, read_configuration, read_json
+from .privacy import anonymise_configuration
+from .run_folder import PICTURES, PublishError, is_hub_id, read_configuration, read_json
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 CARD, TRAINING = "README.md", "training.yaml"
-PICTURES = ("detections.png", "attention.png", "curves.png")
 MOST_CLASSES_UNFOLDED = 12
 # the Hub knows these relations: adapter, merge, quantized, finetune
 RELATION = "finetune"
+RESERVED_TITLES = ("teacher", "student", "this student")
 
 
 @dataclass
@@ -42,8 +45,12 @@ class CardArguments:
             if value is not None and not is_hub_id(value):
                 raise ValueError(f"{name}={value!r} is no Hub id: give owner/name")
         for entry in self.compare:
-            if not all(part.strip() for part in entry.partition("=")):
+            if not all(part.strip() for part in entry.rpartition("=")):
                 raise ValueError(f"compare: {entry!r} must be 'title=folder', such as 'student alone=runs/alone'")
+        titles = [entry.rpartition("=")[0].strip() for entry in self.compare]
+        for title in titles:
+            if titles.count(title) > 1 or title.casefold() in RESERVED_TITLES:
+                raise ValueError(f"compare: the title {title!r} is given twice, or is the teacher's or student's own")
 
     def for_trainer(self) -> dict:
         """The same as arguments of `D3etrTrainer.push_to_hub`, which are named as in Transformers."""
@@ -54,9 +61,21 @@ class CardArguments:
             "compare": self.compare,
         }
 
+    def check_places(self) -> None:
+        """Before hours are spent: whether what is to be compared is there.
+
+        Raises:
+            PublishError: there is no model at one of the places.
+        """
+        for title, path in self.compared().items():
+            try:
+                AutoConfig.from_pretrained(path)
+            except (OSError, ValueError) as error:
+                raise PublishError(f"compare: {title}={path}: no model could be found there ({error})") from error
+
     def compared(self) -> dict[str, str]:
         """Title → folder."""
-        return {title.strip(): path.strip() for title, _, path in (entry.partition("=") for entry in self.compare)}
+        return {title.strip(): path.strip() for title, _, path in (entry.rpartition("=") for entry in self.compare)}
 
 
 def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: str | None = None) -> Path:
@@ -75,7 +94,7 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
         PublishError: the Hub's client does not accept the metadata.
     """
     configuration = publishable_configuration(folder)
-    (folder / TRAINING).write_text(configuration)
+    (folder / TRAINING).write_text(configuration, encoding="utf-8")
     title = repo_id.split("/")[-1] if repo_id else metrics["name"]
     try:
         data = card_data(metrics, arguments, title)
@@ -100,6 +119,8 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
         option_table=card_texts.option_table(metrics["training"]) if is_distilled(metrics) else None,
         pictures=pictures_of(folder, metrics),
         configuration=configuration.rstrip(),
+        reproduces=of_script(read_configuration(folder)),
+        needs_timm=metrics["student"]["backbone"] == "timm_backbone",
         limitations=card_texts.limitations(metrics),
         versions=card_texts.versions(metrics),
         citation_note="Please cite the method and what it builds on.",
@@ -121,7 +142,8 @@ def check_of_onnx(folder: Path, weights: str) -> dict | None:
     if not (folder / ONNX_MODEL).exists():
         return None
     check = read_json(folder / ONNX_CHECK)
-    if check is None or check.get("weights") != weights:
+    content = hashlib.sha256((folder / ONNX_MODEL).read_bytes()).hexdigest()
+    if check is None or (check.get("weights"), check.get("onnx")) != (weights, content):
         raise PublishError(
             f"{folder / ONNX_MODEL} was not exported from these weights by scripts/export.py: export it again, or "
             "remove it"
@@ -135,11 +157,13 @@ def card_data(metrics: dict, arguments: CardArguments, name: str) -> ModelCardDa
     tags = ["object-detection", "conditional-detr"]
     if is_distilled(metrics):
         tags += ["knowledge-distillation", "d3etr"]
-    base_model = links.get("teacher") or links.get("started_from")
+    learned = is_distilled(metrics) or metrics["training"]["inherited"]
+    base_model = (links.get("teacher") if learned else None) or links.get("started_from")
     more = {"base_model_relation": RELATION} if base_model else {}
     if "energy" in metrics["training"]:
         grams = 1000 * metrics["training"]["energy"]["kilograms_of_co2"]
-        more["co2_eq_emissions"] = {"emissions": grams, "source": "codecarbon", "training_type": "fine-tuning"}
+        kind = "fine-tuning" if "started_from" in metrics["training"] else "pre-training"
+        more["co2_eq_emissions"] = {"emissions": grams, "source": "codecarbon", "training_type": kind}
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="object-detection",
@@ -172,21 +196,22 @@ def links_of(metrics: dict, arguments: CardArguments) -> dict[str, str]:
 
 
 def is_distilled(metrics: dict) -> bool:
-    """Whether the run learned from a teacher."""
-    options = metrics["training"]["options"]
-    return options["auxiliary_queries"] == "teacher" or options["adaptive_matching"]
+    """Whether the run learned from a teacher's outputs."""
+    return bool(card_texts.learned_parts(metrics["training"]["options"]))
 
 
 def summary(metrics: dict, arguments: CardArguments) -> str:
     """What this model is, in two sentences."""
     classes, links = list(metrics["data"]["val"]["classes"]), links_of(metrics, arguments)
-    named = f" ({', '.join(classes)})" if len(classes) <= MOST_CLASSES_UNFOLDED else ""
-    what = f"A Conditional DETR object detector for {len(classes)} classes{named}"
+    named = f" ({html.escape(', '.join(classes), quote=False)})" if len(classes) <= MOST_CLASSES_UNFOLDED else ""
+    what = f"A Conditional DETR object detector for {len(classes)} class{'es' if len(classes) > 1 else ''}{named}"
     if "teacher" in metrics and is_distilled(metrics):
         teacher = linked(links.get("teacher"), metrics["teacher"]["name"])
+        *parts, last = card_texts.learned_parts(metrics["training"]["options"])
+        in_words = f"{', '.join(parts)} and {last}" if parts else last
         what += (
             f", distilled from the teacher {teacher} by D³ETR (decoder distillation: MixMatcher pairs the object "
-            "queries of both, and the student learns the teacher's self-attention, cross-attention and predictions)"
+            f"queries of both, and the student learns the teacher's {in_words})"
         )
     data = linked(links.get("dataset"), metrics["data"]["train"]["name"], "datasets/")
     return f"{what}. Trained on {data} with [Transformers](https://github.com/huggingface/transformers) and d3etr_hf."
@@ -200,6 +225,8 @@ def linked(hub_id: str | None, name: str, kind: str = "") -> str:
 def pictures_of(folder: Path, metrics: dict) -> dict:
     """The pictures that are there; for `detections` the titles of its columns."""
     found = {name.removesuffix(".png"): True for name in PICTURES if (folder / name).exists()}
+    if not (is_distilled(metrics) and metrics["training"]["options"]["cross_attention_weight"] > 0):
+        found.pop("attention", None)  # it is shown as what was transferred
     if "detections" in found:
         teacher = ["teacher"] if "teacher" in metrics else []
         found["detections"] = ["ground truth", *teacher, "student"]
@@ -209,8 +236,12 @@ def pictures_of(folder: Path, metrics: dict) -> dict:
 def publishable_configuration(folder: Path) -> str:
     """The run's YAML without what publishes it, secrets, and paths outside the working directory."""
     configuration = read_configuration(folder)
-    script = "distill.py" if configuration.get("teacher") else "train.py"
-    return (
-        f"# scripts/{script} {TRAINING}; a path outside the working directory keeps its last part only\n"
-        + yaml.dump(anonymise(configuration), Dumper=ConfigurationDumper, sort_keys=False)
-    )
+    script = "train.py" if configuration.get("auxiliary_queries") == "none" else "distill.py"
+    use = f"for scripts/{script}" if of_script(configuration) else "the training arguments of a run from Python"
+    comment = f"# {use}; a path outside the working directory keeps its last part only\n"
+    return comment + yaml.dump(anonymise_configuration(configuration), Dumper=ConfigurationDumper, sort_keys=False)
+
+
+def of_script(configuration: dict) -> bool:
+    """Whether a configuration names the model too, as those of the scripts do: it then reproduces the run."""
+    return bool({"model", "model_config"} & configuration.keys())

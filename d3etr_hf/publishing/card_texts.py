@@ -1,5 +1,6 @@
 """The sentences and tables of a model card, each from what was measured; what was not is left out."""
 
+import html
 from collections.abc import Sequence
 
 METRIC_TITLES = {
@@ -18,13 +19,27 @@ STUDENT = "**this student**"
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right_from: int = 1) -> str:
     """A Markdown table; columns from `right_from` on are numbers."""
     lines = [header, ["---" if column < right_from else "---:" for column in range(len(header))], *rows]
-    cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    cells = (
+        [html.escape(str(cell), quote=False).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines
+    )
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def percent(value: float | None) -> str:
     """A value of 0..1 times 100, with one decimal; an empty cell where it was not measured."""
     return "" if value is None else f"{100 * value:.1f}"
+
+
+def learned_parts(options: dict) -> list[str]:
+    """What the student learned of its teacher's outputs, from the options of the run; nothing without distillation."""
+    if not (options["adaptive_matching"] or (options["fixed_matching"] and options["auxiliary_queries"] == "teacher")):
+        return []
+    weights = {
+        "self-attention": options["self_attention_weight"],
+        "cross-attention": options["cross_attention_weight"],
+        "predictions": options["prediction_weight"],
+    }
+    return [part for part, weight in weights.items() if weight > 0]
 
 
 def rows_of_models(metrics: dict) -> dict[str, dict]:
@@ -37,20 +52,14 @@ def results_table(metrics: dict) -> str:
     """All detectors by all COCO metrics that exist, and how long each was trained."""
     models = rows_of_models(metrics)
     keys = [key for key in METRIC_TITLES if any(key in row["metrics"] for row in models.values())]
-    lengths = [key for key in ("steps", "seconds") if any(key in row for row in _lengths(metrics).values())]
+    lengths = [key for key in ("steps", "seconds") if any(key in row for row in models.values())]
     rows = []
     for title, row in models.items():
-        length = _lengths(metrics)[title]
-        told = [f"{length[key]:,.0f}" if key in length else "" for key in lengths]
+        told = [f"{row[key]:,.0f}" if key in row else "" for key in lengths]
         scores = [percent(row["metrics"].get(key)) for key in keys]
         rows.append([title, f"{row['parameters'] / 1e6:.2f} M", *told, *scores])
     header = ["", "parameters", *(f"training {key}" for key in lengths), *(METRIC_TITLES[key] for key in keys)]
     return table(header, rows)
-
-
-def _lengths(metrics: dict) -> dict[str, dict]:
-    """Steps and seconds of training of each row of the results."""
-    return rows_of_models(metrics) | {STUDENT: metrics["training"]}
 
 
 def class_table(metrics: dict) -> str:
@@ -156,12 +165,15 @@ def highlights(metrics: dict) -> list[str]:
     if "teacher" in metrics:
         teacher = metrics["teacher"]
         own, its = student["metrics"]["AP"], teacher["metrics"]["AP"]
-        of_teacher = f", {own / its:.0%} of its teacher's {percent(its)}" if its > 0 else ""
+        whose = "its" if learned_parts(metrics["training"]["options"]) else "the"
+        of_teacher = f", {own / its:.0%} of {whose} teacher's {percent(its)}" if its > 0 else ""
+        size = [teacher["height"], teacher["width"]]
+        elsewhere = "" if size == teacher["taught_at"] else f" (the teacher at its own {size[0]} × {size[1]} pixels)"
         time = student["milliseconds"]["median"] / teacher["milliseconds"]["median"]
         lines.append(
             f"AP {percent(own)}{of_teacher}, with {student['parameters'] / teacher['parameters']:.0%} of the "
             f"teacher's parameters, {student['flops'] / teacher['flops']:.0%} of its operations and {time:.0%} of its "
-            "time for an image."
+            f"time for an image{elsewhere}."
         )
     else:
         lines.append(f"AP {percent(student['metrics']['AP'])} with {student['parameters']:,} parameters.")

@@ -1,5 +1,7 @@
 """What a card cites, in BibTeX."""
 
+from .card_texts import learned_parts
+
 D3ETR = """\
 @inproceedings{chen2024d3etr,
   title={D$^3$ETR: Decoder Distillation for Detection Transformer},
@@ -47,8 +49,7 @@ CODECARBON = """\
 def citations_for(training: dict) -> list[str]:
     """The papers behind what a run used, from `metrics.json`'s `training`."""
     options = training["options"]
-    distilled = options["auxiliary_queries"] == "teacher" or options["adaptive_matching"]
-    used = [D3ETR] if distilled else []
+    used = [D3ETR] if options["auxiliary_queries"] == "teacher" or learned_parts(options) else []
     used.append(CONDITIONAL_DETR)
     if options["auxiliary_queries"] == "learned":
         used.append(GROUP_DETR)

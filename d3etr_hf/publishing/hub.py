@@ -1,5 +1,6 @@
 """To the Hub: an explicit list of files, and one readable error, with the command that resumes, when it fails."""
 
+import fnmatch
 import glob
 import itertools
 import json
@@ -19,18 +20,18 @@ from huggingface_hub.utils import _http
 from tqdm import tqdm
 from transformers.utils import logging
 
-from .privacy import refuse_secrets
+from .privacy import anonymise, refuse_secrets
 
 logger = logging.get_logger(__name__)
 
-INDEX = "model.safetensors.index.json"
+INDEX, STATE = "model.safetensors.index.json", "trainer_state.json"
 MODEL_FILES = ("model.safetensors", INDEX, "model-*-of-*.safetensors", "config.json", "preprocessor_config.json")
 CARD_FILES = ("README.md", "metrics.json", "training.yaml", "log_history.json")
 PICTURES = ("curves.png", "detections.png", "attention.png")
 # All that may leave a run's folder; whatever else lies there stays.
 PUBLISHED_FILES = (*MODEL_FILES, *CARD_FILES, *PICTURES, "model.onnx", "onnx_check.json")
 # All that may be pushed of a checkpoint; no pickle, which runs code where it is loaded.
-CHECKPOINT_FILES = (*MODEL_FILES, "extra_query_groups.safetensors", "trainer_state.json")
+CHECKPOINT_FILES = (*MODEL_FILES, "extra_query_groups.safetensors", STATE)
 
 CONNECT_SECONDS, SILENCE_SECONDS, LONGEST_PAUSE_SECONDS = 30.0, 300.0, 60.0
 # what a failed upload raises: from the network, the file system, the client's checks, or an answer without a key
@@ -78,8 +79,10 @@ def describe_upload(folder: Path, repo_id: str | None) -> str:
 
     Raises:
         HubError: see `files_to_publish`.
+        PrivacyError: a file holds a secret.
     """
     paths = files_to_publish(folder)
+    refuse_secrets(paths)
     sizes = [path.stat().st_size for path in paths]
     staying = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path not in paths)
     lines = [f"To {HfApi().endpoint}/{repo_id or '(no repo_id yet)'} would go, from {folder}:"]
@@ -121,16 +124,19 @@ def upload(
         PrivacyError: a file holds a secret; nothing was sent.
     """
     paths = files_to_publish(folder)
-    refuse_secrets(paths)
+    refuse_secrets(paths, [token])
     _BACKGROUND.submit(int).result()  # a push that is still under way must not overwrite the finished model
     api, names = HfApi(endpoint=endpoint, token=token), [path.name for path in paths]
+    # of an earlier upload: an ONNX file or shards of other weights must not stay beside the new ones
+    gone = [pattern for pattern in PUBLISHED_FILES if not fnmatch.filter(names, pattern)]
+    push = {"revision": revision, "commit_message": commit_message, "delete_patterns": gone}
     for attempt in itertools.count(1):
         try:
             with _limited_patience(timeout_seconds):
                 repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
                 if private and not api.repo_info(repo_id).private:
                     raise ValueError("it is public, which no upload changes: make it private in its settings")
-                return _send(api, folder, names, repo_id, revision=revision, commit_message=commit_message)
+                return _send(api, folder, names, repo_id, **push)
         except FAILURES as error:
             reason = _without_token(f"{repo_id} was not uploaded: {explain(error)}", token)
             root, _ = _root_and_file(error)
@@ -178,7 +184,7 @@ def upload_in_background(
         options = {"path_in_repo": path_in_repo, "revision": revision, "commit_message": commit_message}
         with staging:
             try:
-                refuse_secrets([Path(staging.name) / name for name in names])
+                refuse_secrets([Path(staging.name) / name for name in names], [token])
                 with _limited_patience(timeout_seconds):
                     return _send(api, Path(staging.name), names, repo_id, **options)
             except Exception as error:  # whatever it is, nobody need ever look at the future
@@ -191,6 +197,9 @@ def upload_in_background(
             raise FileNotFoundError(f"it holds none of {', '.join(file_patterns)}")
         for name in names:
             shutil.copyfile(folder / name, Path(staging.name) / name)
+            if name == STATE:  # it may hold the path of the best checkpoint
+                state = anonymise(json.loads((folder / name).read_text()))
+                (Path(staging.name) / name).write_text(json.dumps(state, indent=2))
     except OSError as error:
         warn(str(error))
         staging.cleanup()

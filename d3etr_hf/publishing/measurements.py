@@ -16,7 +16,7 @@ from d3etr_hf.environment import describe_environment
 from d3etr_hf.evaluation import average_precision_of, predict_detections
 from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.loading import class_names_of, keep_classes, load_detector, load_image_processor
-from d3etr_hf.output_folder import RESULTS, write_json
+from d3etr_hf.output_folder import CONFIGURATION, ENVIRONMENT, RESULTS, write_json
 
 from .cost import count_cost, measure_milliseconds
 from .privacy import anonymise
@@ -26,25 +26,43 @@ from .run_folder import (
     describe_data,
     describe_training,
     hash_of_weights,
-    links_of_run,
     read_configuration,
     read_json,
+    remove_pictures,
 )
 
 logger = logging.get_logger(__name__)
 
 METRICS = "metrics.json"
-PROGRESS_KEYS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "parameters", "steps", "seconds")
+
+
+def read_metrics(folder: Path) -> dict | None:
+    """What lies in a run's `metrics.json`; None where there is none.
+
+    Raises:
+        PublishError: the file is another tool's, or damaged.
+    """
+    try:
+        known = read_json(folder / METRICS)
+    except ValueError as error:
+        raise PublishError(f"{folder / METRICS} is no JSON ({error}): remove it, and publish again") from error
+    if known is not None and not (isinstance(known, dict) and {"weights", "student", "data"} <= known.keys()):
+        raise PublishError(f"{folder / METRICS} is not of scripts/publish.py: move it away, and publish again")
+    return known
 
 
 def is_measured(folder: Path, compared: Mapping[str, str]) -> bool:
-    """Whether `metrics.json` is there, of these weights, and holds these titles."""
-    known = read_json(folder / METRICS)
-    return (
-        known is not None
-        and known["weights"] == hash_of_weights(folder)
-        and compared.keys() <= known.get("compared", {}).keys()
-    )
+    """Whether `metrics.json` is of these weights, and holds these detectors."""
+    known = read_metrics(folder)
+    if known is None or known["weights"] != hash_of_weights(folder):
+        return False
+    return compared.keys() == _rows_that_hold(known, compared).keys()
+
+
+def select_rows(folder: Path, compared: Mapping[str, str]) -> dict:
+    """The metrics of a measured run with the rows of these detectors alone, in the file too."""
+    known = read_metrics(folder)
+    return _write(folder, known, _rows_that_hold(known, compared))
 
 
 def measure_run(run: PublishedRun, compared: Mapping[str, str] | None = None, again: bool = False) -> dict:
@@ -64,45 +82,83 @@ def measure_run(run: PublishedRun, compared: Mapping[str, str] | None = None, ag
         PublishError: the run recorded no evaluation.
         DetectorLoadError, IncompatibleTeacherError: a detector cannot be loaded, or knows other classes.
     """
-    target, compared = run.folder / METRICS, compared or {}
+    compared = compared or {}
     if again or not is_measured(run.folder, {}):
+        remove_pictures(run.folder)
         configuration = read_configuration(run.folder)
         known = {
             "name": run.folder.resolve().name,
             **_measure_models(run, configuration.get("per_device_eval_batch_size", 8)),
             "data": describe_data(run.train, run.val),
             "training": describe_training(run, configuration),
-            "links": links_of_run(configuration, run.teacher_name),
+            "links": (run.record(ENVIRONMENT) or {}).get("links", {}),
             "environment": describe_environment(),
             "weights": hash_of_weights(run.folder),
         }
     else:
-        known = read_json(target)
-    rows = dict(known.get("compared", {}))
+        known = read_metrics(run.folder)
+    rows = _rows_that_hold(known, compared)
     for title, path in compared.items():
         if title not in rows:
             rows[title] = _measure_compared(title, path, run.val)
-    if rows:
-        known["compared"] = rows
-    write_json(target, anonymise(known))
-    # as a second run would read it
-    return read_json(target)
+    return _write(run.folder, known, {title: rows[title] for title in compared})
+
+
+def _write(folder: Path, known: dict, rows: dict) -> dict:
+    """Keep the metrics with these further detectors; as a second run would read them."""
+    content = {name: value for name, value in known.items() if name != "compared"}
+    write_json(folder / METRICS, anonymise(content | ({"compared": rows} if rows else {})))
+    return read_metrics(folder)
+
+
+def _rows_that_hold(known: dict, compared: Mapping[str, str]) -> dict:
+    """The rows that were measured of these very detectors; one whose folder is gone since still holds."""
+    rows = known.get("compared", {})
+    return {
+        title: rows[title]
+        for title, path in compared.items()
+        if title in rows and (rows[title]["weights"] == _identity(path) or not Path(path).exists())
+    }
+
+
+def _identity(path: str) -> str:
+    return hash_of_weights(Path(path)) if Path(path).is_dir() else path
+
+
+def _student_metrics(run: PublishedRun, batch_size: int) -> dict[str, float]:
+    """What the run measured at its end, if of these weights and data; else, where that is not known, measured now.
+
+    Raises:
+        PublishError: the results are of other weights, or there are none.
+    """
+    results = run.record(RESULTS)
+    of_weights = results.get("weights")
+    if of_weights is not None and of_weights != hash_of_weights(run.folder):
+        raise PublishError(
+            f"{run.folder / RESULTS} was measured with other weights than lie beside it: put those of the run back, "
+            "or train again"
+        )
+    if of_weights is None or run.data_moved:
+        metrics = _evaluate(run.student, run.val, batch_size, "student")
+    else:
+        metrics = {name: value for name, value in results.items() if name.startswith(("AP", "AR"))}
+    if "AP" not in metrics:
+        raise PublishError(f"{run.folder / RESULTS} holds no AP: a card needs a validation split with objects")
+    return metrics
 
 
 def _measure_models(run: PublishedRun, batch_size: int) -> dict:
     """Student and teacher: metrics, cost, and both timed by turns."""
-    results = run.record(RESULTS)
-    metrics = {name: value for name, value in results.items() if name not in PROGRESS_KEYS}
-    if "AP" not in metrics:
-        raise PublishError(f"{run.folder / RESULTS} holds no AP: a card needs a validation split with objects")
     models = {"student": (_on_device(run.student), run.val)}
-    rows = {"student": {"metrics": metrics}}
+    rows = {"student": {"metrics": _student_metrics(run, batch_size), **_length_of_training(str(run.folder))}}
+    rows["student"]["backbone"] = run.student.config.backbone_config.model_type
     if run.teacher is not None:
         teacher = _on_device(run.teacher)
         models["teacher"] = (teacher, run.teacher_val)
         metrics = _evaluate(teacher, run.teacher_val, batch_size, "teacher")
         rows["teacher"] = {"name": run.teacher_name, "metrics": metrics}
         rows["teacher"] |= _length_of_training(run.teacher_name)
+        rows["teacher"]["taught_at"] = list(run.val[0]["pixel_values"].shape[1:])
     timed = {}
     for role, (model, val) in models.items():
         stock = model.to_stock()
@@ -123,7 +179,12 @@ def _measure_compared(title: str, path: str, val: DetectionDataset) -> dict:
     if processor is not None:
         val = val.with_transform(DetectionTransform(processor))
     metrics = _evaluate(model, val, batch_size, title)
-    return {"metrics": metrics, "parameters": parameters, **_length_of_training(path)}
+    return {
+        "metrics": metrics,
+        "parameters": parameters,
+        "weights": _identity(path),
+        **_length_of_training(path),
+    }
 
 
 def _evaluate(
@@ -151,17 +212,18 @@ def _on_device(model: D3etrConditionalDetrForObjectDetection) -> D3etrConditiona
 
 
 def _configuration_beside(path: str) -> dict | None:
-    return read_configuration(Path(path)) if (Path(path) / RESULTS).exists() else None
+    folder = Path(path)
+    return read_configuration(folder) if all((folder / name).exists() for name in (RESULTS, CONFIGURATION)) else None
 
 
 def _length_of_training(path: str) -> dict:
     """Steps and seconds, where the detector's folder is that of a run; with those of the run that it went on from."""
-    results = read_json(Path(path) / RESULTS)
-    if results is None:
+    configuration = _configuration_beside(path)
+    if configuration is None:
         return {}
+    results = read_json(Path(path) / RESULTS)
     length = {name: results[name] for name in ("steps", "seconds") if name in results}
-    start = read_configuration(Path(path)).get("model")
-    if start is None:
+    if "model" not in configuration:
         return length
-    before = _length_of_training(start)
+    before = _length_of_training(configuration["model"])
     return {name: value + before[name] for name, value in length.items() if name in before}

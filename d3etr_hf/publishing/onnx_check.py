@@ -1,5 +1,6 @@
 """A detector's ONNX file, kept only if onnxruntime computes with it on real images what PyTorch does."""
 
+import hashlib
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import cycle, islice
@@ -19,7 +20,7 @@ from d3etr_hf.output_folder import CONFIGURATION, write_json
 from d3etr_hf.yaml_files import ConfigurationLoader
 
 from .onnx_export import AXES, NEEDED, OPSET, OnnxExportError, describe_for_onnx, export_onnx, require_packages
-from .run_folder import data_arguments_of, hash_of_weights
+from .run_folder import hash_of_weights, merged_data_arguments
 
 MODEL, CHECK = "model.onnx", "onnx_check.json"
 # Float32 rounding comes to some thousandths of these (BCCD: 0.002 pixels and 6e-6); a mask or a layer that was
@@ -84,6 +85,7 @@ def export_and_check(
     finally:
         unfinished.unlink(missing_ok=True)
     weights = {"weights": hash_of_weights(Path(folder))} if Path(folder).is_dir() else {}
+    weights["onnx"] = hashlib.sha256(path.read_bytes()).hexdigest()
     check = {"data": val.name, **weights, **figures, "opset": OPSET, "megabytes": round(path.stat().st_size / 1e6, 2)}
     check["versions"] = {package: version(package) for package in ("torch", "transformers", *NEEDED)}
     write_json(path.with_name(CHECK), check)
@@ -196,7 +198,7 @@ def _data_of_run(folder: Path) -> DataArguments:
     for place in places:
         if (place / CONFIGURATION).exists():
             text = (place / CONFIGURATION).read_text(encoding="utf-8")
-            return data_arguments_of(yaml.load(text, Loader=ConfigurationLoader) or {})
+            return merged_data_arguments(yaml.load(text, Loader=ConfigurationLoader) or {}, DataArguments())
     raise OnnxExportError(
         f"{folder} holds no {CONFIGURATION} that says where its validation images are, which the export is checked "
         "on: give --data_folder (or another of the data options)"

@@ -14,65 +14,85 @@ from typing import Any
 
 from huggingface_hub import get_token
 
-SECRET_NAME = re.compile(r"token|secret|passw|api_?key|access_?key|credential", re.IGNORECASE)
-TOKEN_SHAPE = rb"hf_[A-Za-z0-9]{30,}"
-SHORTEST_SECRET = 8
+SECRET_NAME = re.compile(r"token(?!iz)|secret|passw|api_?key|access_?key|credential", re.IGNORECASE)
+TOKEN_SHAPE = rb"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}"
+HOME_OF_SOMEBODY = rb"(?<![\w.-])[/\\](?:home|Users)[/\\][\w.-]+"
+# a shorter value, or one that could be a word, is no secret: APP_TOKENS=distilled must not block every card
+SHORTEST_SECRET, LONGEST_WORD = 8, 20
+# a shorter path could be found by chance, or in text that means something else
+SHORTEST_PATH = 5
 # a machine's name without one of these could be any word
 UNUSUAL_IN_WORDS = re.compile(r"[0-9_.-]")
-BEGINNING_OF_OUTSIDE_PATH = re.compile(r"^(/|~|\.\.(/|$)|[A-Za-z]:[\\/]|\\\\)")
+OUTSIDE_PATH = re.compile(r"(?:^|[\s:=,;'\"(\[])(?:/|~|\.\.(?:[\\/]|$)|[A-Za-z]:[\\/]|\\\\)")
 # what publishes a run is no part of what reproduces it, and may name an account
 UNPUBLISHED_KEYS = re.compile(r"^(push_to_hub|hub_\w+|.*token.*|.*secret.*|.*passw.*|.*api_key.*)$")
+REMOVED = "(removed)"
 
 
 class PrivacyError(RuntimeError):
     """A file that was to be published holds a secret, or a path of this machine."""
 
 
-def secrets_of_this_machine() -> dict[str, re.Pattern[bytes]]:
-    """What no published byte may hold: a description, which may be shown, and a pattern that finds it."""
+def secrets_of_this_machine(more: Iterable[str | None] = ()) -> dict[str, re.Pattern[bytes]]:
+    """What no published byte may hold: a description, which may be shown, and a pattern that finds it.
+
+    Args:
+        more: further secrets, such as a token that was given as an argument.
+    """
     found = {
         f"the value of the environment variable {name}": re.escape(value.encode())
         for name, value in os.environ.items()
-        if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET
+        if SECRET_NAME.search(name) and _looks_secret(value)
     }
-    if token := get_token():
-        found["your Hugging Face token"] = re.escape(token.encode())
+    tokens = [token for token in (get_token(), *more) if token]
+    if tokens:
+        found["your Hugging Face token"] = b"|".join(re.escape(token.encode()) for token in tokens)
     # the lookbehind: "runs/data" holds no path "/data"
     names = {"the path of your home directory": str(Path.home()), "the path of the working directory": os.getcwd()}
+    names = {what: name for what, name in names.items() if len(name) >= SHORTEST_PATH}
     if UNUSUAL_IN_WORDS.search(socket.gethostname()):
         names["the name of this machine"] = socket.gethostname()
     for what, name in names.items():
-        if name.strip("/\\"):  # "/" itself is in every file
-            found[what] = rb"(?<![\w.-])" + re.escape(name.encode()) + rb"(?![\w-])"
+        found[what] = rb"(?<![\w.-])" + re.escape(name.encode()) + rb"(?![\w-])"
+    found["the path of somebody's home directory"] = HOME_OF_SOMEBODY
     found["what looks like a Hugging Face token"] = TOKEN_SHAPE
     return {what: re.compile(pattern) for what, pattern in found.items()}
 
 
-def anonymise(value: Any) -> Any:
-    """A copy of a configuration, or of measurements, that can be published.
+def _looks_secret(value: str) -> bool:
+    return len(value) >= SHORTEST_SECRET and (len(value) >= LONGEST_WORD or any(map(str.isdigit, value)))
 
-    A path outside the working directory keeps its last part only; text that holds a secret, and entries that publish,
-    are left out.
-    """
+
+def anonymise(value: Any) -> Any:
+    """A copy that can be published: a path outside the working directory keeps its last part only, text that holds a
+    secret becomes "(removed)"; numbers, and the keys of dictionaries, stay as they are."""
     if isinstance(value, dict):
-        kept = {key: anonymise(member) for key, member in value.items() if not UNPUBLISHED_KEYS.match(str(key))}
-        return {key: member for key, member in kept.items() if member is not None or value[key] is None}
+        return {key: anonymise(member) for key, member in value.items()}
     if isinstance(value, list | tuple):
         return [anonymise(member) for member in value]
     if not isinstance(value, str):
         return value
-    if BEGINNING_OF_OUTSIDE_PATH.match(value):
+    if OUTSIDE_PATH.search(value) or OUTSIDE_PATH.search(os.path.normpath(value)):
         value = re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-    return None if any(secret.search(value.encode()) for secret in secrets_of_this_machine().values()) else value
+    return REMOVED if any(secret.search(value.encode()) for secret in secrets_of_this_machine().values()) else value
 
 
-def refuse_secrets(paths: Iterable[Path]) -> None:
+def anonymise_configuration(configuration: dict) -> dict:
+    """A run's configuration as it can be published: without what publishes it, and without secrets."""
+    kept = {key: value for key, value in configuration.items() if not UNPUBLISHED_KEYS.match(key)}
+    return {key: value for key, value in anonymise(kept).items() if value != REMOVED}
+
+
+def refuse_secrets(paths: Iterable[Path], more: Iterable[str | None] = ()) -> None:
     """Read files to their last byte for what must not be published.
+
+    Args:
+        more: further secrets, see `secrets_of_this_machine`.
 
     Raises:
         PrivacyError: one of them holds a secret; the message names the file and what it is, not the secret.
     """
-    secrets = secrets_of_this_machine()
+    secrets = secrets_of_this_machine(more)
     for path in paths:
         if path.stat().st_size == 0:
             continue
@@ -80,5 +100,6 @@ def refuse_secrets(paths: Iterable[Path]) -> None:
             held = [what for what, secret in secrets.items() if secret.search(content)]
         if held:
             raise PrivacyError(
-                f"{path} holds {held[0]}, so nothing was uploaded: remove it from the file and publish again"
+                f"{path} holds {held[0]}, so nothing was uploaded: remove it from the file, or from what the file is "
+                "made of (an environment variable that is no secret can be unset), and publish again"
             )

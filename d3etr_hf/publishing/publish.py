@@ -9,8 +9,8 @@ from d3etr_hf.data import DataArguments
 
 from .card import CardArguments, write_card
 from .hub import describe_upload, upload
-from .measurements import METRICS, is_measured, measure_run
-from .run_folder import PublishedRun, load_run, read_json
+from .measurements import is_measured, measure_run, select_rows
+from .run_folder import PublishedRun, load_run
 from .run_pictures import draw_pictures, is_drawn
 
 
@@ -20,7 +20,8 @@ class PublishArguments:
 
     folder: str = field(metadata={"help": "The output folder of a finished run; also taken as the first argument."})
     repo_id: str | None = option(None, "Where on the Hub: owner/name. Without it only the card is written.")
-    private: bool = option(False, "Make the repository private, if it is new.")
+    private: bool | None = option(None, "Make the repository private, if it is new.")
+    revision: str | None = option(None, "An existing branch of the repository; by default main.")
     dry_run: bool = option(False, "Write the card and print what would be uploaded; upload nothing.")
     teacher: str | None = option(None, "Where the teacher is now, if it has moved; 'none' leaves it out of the card.")
     measure_again: bool = option(False, "Measure and draw anew what lies in the folder already.")
@@ -39,16 +40,18 @@ def publish(arguments: PublishArguments, card: CardArguments, data: DataArgument
         PublishError, HubError, PrivacyError: see there; nothing local is lost.
     """
     folder = Path(arguments.folder)
-    if arguments.measure_again or not (is_measured(folder, card.compared()) and is_drawn(folder)):
-        run = load_run(folder, data, arguments.teacher)
-        prepare(run, card, arguments.repo_id, arguments.measure_again)
+    # another teacher, or other data, are other figures
+    again = arguments.measure_again or arguments.teacher is not None or data is not None
+    if again or not (is_measured(folder, card.compared()) and is_drawn(folder)):
+        prepare(load_run(folder, data, arguments.teacher), card, arguments.repo_id, again)
     else:
         # all that a card needs lies in the folder: models and data may be gone by now
-        write_card(folder, read_json(folder / METRICS), card, arguments.repo_id)
+        write_card(folder, select_rows(folder, card.compared()), card, arguments.repo_id)
     if arguments.dry_run or arguments.repo_id is None:
         return describe_upload(folder, arguments.repo_id)
-    command = resume_command(folder, arguments.repo_id, card, arguments.private)
-    return upload(folder, arguments.repo_id, command, private=arguments.private)
+    private, revision = arguments.private, arguments.revision
+    command = resume_command(folder, arguments.repo_id, card, private, revision)
+    return upload(folder, arguments.repo_id, command, private=private, revision=revision)
 
 
 def prepare(run: PublishedRun, card: CardArguments, repo_id: str | None = None, again: bool = False) -> Path:
@@ -59,13 +62,15 @@ def prepare(run: PublishedRun, card: CardArguments, repo_id: str | None = None, 
     return write_card(run.folder, metrics, card, repo_id)
 
 
-def resume_command(folder: Path, repo_id: str | None, card: CardArguments, private: bool | None = False) -> str:
+def resume_command(
+    folder: Path, repo_id: str, card: CardArguments, private: bool | None = None, revision: str | None = None
+) -> str:
     """The command that publishes this folder, which is measured already, with every argument that matters."""
-    words = ["python", "scripts/publish.py", str(folder)]
-    if repo_id:
-        words += ["--repo_id", repo_id]
-    if private:
-        words.append("--private")
+    words = ["python", "scripts/publish.py", str(folder), "--repo_id", repo_id]
+    if private is not None:
+        words += ["--private", str(private).lower()]
+    if revision is not None:
+        words += ["--revision", revision]
     for name, value in asdict(card).items():
         if value:
             words += [f"--{name}", *(value if isinstance(value, list) else [value])]

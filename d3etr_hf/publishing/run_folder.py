@@ -19,10 +19,12 @@ from d3etr_hf.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
 from d3etr_hf.yaml_files import ConfigurationLoader
 
 EMISSIONS = "emissions.csv"
+PLACES = {"data_folder", "dataset_name", "train_annotations", "train_images", "val_annotations", "val_images"}
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # COCO's limits of small and medium objects, square pixels
 SIZE_LIMITS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
 NO_TEACHER = "none"
+PICTURES = ("detections.png", "attention.png", "curves.png")
 # what a card tells, whether it was set or left at its default
 TOLD_OPTIONS = (*DISTILLATION_OPTIONS, "detection_weight")
 
@@ -41,6 +43,7 @@ class PublishedRun:
         train, val: the splits, with the student's transforms.
         teacher, teacher_name, teacher_processor: the teacher, its folder or Hub id and its image processor; None
             without one.
+        data_moved: whether these data were named anew, so that the run's own results may be of others.
     """
 
     folder: Path
@@ -50,6 +53,7 @@ class PublishedRun:
     teacher: D3etrConditionalDetrForObjectDetection | None = None
     teacher_name: str | None = None
     teacher_processor: BaseImageProcessor | None = None
+    data_moved: bool = False
 
     @property
     def teacher_val(self) -> DetectionDataset:
@@ -64,8 +68,8 @@ class PublishedRun:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is an address on the Hub, `owner/name`, and no folder here."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
+    """Whether a name could be an address on the Hub: `owner/name`."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 def read_json(path: Path):
@@ -89,21 +93,26 @@ def read_configuration(folder: Path) -> dict:
 
 
 def hash_of_weights(folder: Path) -> str:
-    """SHA-256 of the student's weights file, or of the index of its shards.
+    """SHA-256 of a checkpoint's weights file, or of its index and shards one after the other.
 
     Raises:
         PublishError: there is none.
     """
     for name in (WEIGHTS, WEIGHTS_INDEX):
         if (folder / name).exists():
-            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            shards = sorted(folder.glob("model-*-of-*.safetensors")) if name == WEIGHTS_INDEX else []
+            content = b"".join(path.read_bytes() for path in (folder / name, *shards))
+            return hashlib.sha256(content).hexdigest()
     raise PublishError(f"{folder} holds no {WEIGHTS}: let the run end, or call `trainer.save_model()`, first")
 
 
-def data_arguments_of(configuration: dict) -> DataArguments:
-    """Where a run of this configuration has its data."""
-    names = {field.name for field in fields(DataArguments)}
-    return DataArguments(**{name: value for name, value in configuration.items() if name in names})
+def merged_data_arguments(configuration: dict, given: DataArguments) -> DataArguments:
+    """The run's own data arguments with those that were given in their place; one new place replaces all old ones."""
+    changed = {field.name: value for field in fields(given) if (value := getattr(given, field.name)) != field.default}
+    own = {field.name: configuration[field.name] for field in fields(given) if field.name in configuration}
+    if PLACES & changed.keys():
+        own = {name: value for name, value in own.items() if name not in PLACES}
+    return DataArguments(**(own | changed))
 
 
 def load_run(folder: Path, data_arguments: DataArguments | None = None, teacher: str | None = None) -> PublishedRun:
@@ -118,15 +127,16 @@ def load_run(folder: Path, data_arguments: DataArguments | None = None, teacher:
         PublishError, DetectorLoadError, DatasetError: the run, a model or the data cannot be read.
     """
     configuration = read_configuration(folder)
-    data_arguments = data_arguments or data_arguments_of(configuration)
+    moved = data_arguments is not None
+    data_arguments = merged_data_arguments(configuration, data_arguments or DataArguments())
     processor = load_image_processor(str(folder)) or load_image_processor(None)
     student = load_detector(str(folder), "student")
     train, val = load_splits(data_arguments, processor)
     teacher = teacher or configuration.get("teacher")
     if teacher is None or teacher == NO_TEACHER:
-        return PublishedRun(folder, student, train, val)
+        return PublishedRun(folder, student, train, val, data_moved=moved)
     model = load_detector(teacher, "teacher")
-    return PublishedRun(folder, student, train, val, model, teacher, load_image_processor(teacher))
+    return PublishedRun(folder, student, train, val, model, teacher, load_image_processor(teacher), moved)
 
 
 def describe_data(train: DetectionDataset, val: DetectionDataset) -> dict:
@@ -177,14 +187,18 @@ def describe_training(run: PublishedRun, configuration: dict) -> dict:
     return {name: value for name, value in training.items() if value is not None}
 
 
-def links_of_run(configuration: dict, teacher_name: str | None) -> dict[str, str]:
-    """Hub ids of `teacher`, `dataset` and `started_from`, where the run loaded them from the Hub."""
-    names = {
-        "teacher": teacher_name,
-        "dataset": configuration.get("dataset_name"),
-        "started_from": configuration.get("model"),
-    }
-    return {role: name for role, name in names.items() if name is not None and is_hub_id(name)}
+def links_to_hub(**names: str | None) -> dict[str, str]:
+    """Those of the names (`teacher`, `dataset`, `started_from`) that were loaded from the Hub.
+
+    To be asked while they are loaded: later a folder may be gone, and its name look like an id.
+    """
+    return {role: name for role, name in names.items() if name and is_hub_id(name) and not Path(name).exists()}
+
+
+def remove_pictures(folder: Path) -> None:
+    """Take away what was drawn of other weights, or of another teacher."""
+    for name in PICTURES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_energy(path: Path) -> dict | None:

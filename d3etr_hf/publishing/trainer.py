@@ -9,6 +9,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from d3etr_hf.environment import describe_environment
+from d3etr_hf.models.loading import load_detector
 from d3etr_hf.output_folder import (
     CONFIGURATION,
     ENVIRONMENT,
@@ -23,7 +24,7 @@ from d3etr_hf.output_folder import (
 from .card import CardArguments
 from .hub import CHECKPOINT_FILES, MODEL_FILES, PUBLISHED_FILES, explain, upload, upload_in_background
 from .publish import prepare, resume_command
-from .run_folder import PublishedRun, PublishError, read_json
+from .run_folder import PublishedRun, PublishError, hash_of_weights, links_to_hub, read_json
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +39,7 @@ class PublishingTrainer(Trainer):
     # results
 
     def record_results(self, metrics: dict[str, float], seconds: float | None = None) -> dict:
-        """Write what the run came to beside the model: `results.json`, its history and what it ran on.
+        """Write what the run came to beside the saved model: `results.json` and its history.
 
         Args:
             metrics: from `evaluate()`.
@@ -57,18 +58,31 @@ class PublishingTrainer(Trainer):
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             write_json(folder / HISTORY, self.state.log_history)
-            for name, content in ((LAUNCH, describe_launch(self.args)), (ENVIRONMENT, describe_environment())):
-                if not (folder / name).exists():
-                    write_json(folder / name, content)
-            if not (folder / CONFIGURATION).exists():
-                (folder / CONFIGURATION).write_text(describe_run(self.args))
+            results["weights"] = hash_of_weights(folder)  # by which a card knows whose results these are
             write_json(folder / RESULTS, results)
         return results
 
+    def _record_afresh(self, metrics: dict[str, float]) -> None:
+        """The results, and what a script would have written when it started: nothing of an earlier run stays."""
+        if self.is_world_process_zero():
+            folder, teacher = Path(self.args.output_dir), self._name_of_teacher()
+            links = links_to_hub(teacher=teacher, started_from=self.model.name_or_path)
+            write_json(folder / LAUNCH, describe_launch(self.args))
+            write_json(folder / ENVIRONMENT, describe_environment() | {"links": links})
+            (folder / CONFIGURATION).write_text(describe_run(self.args), encoding="utf-8")
+        self.record_results(metrics)
+
+    def _name_of_teacher(self) -> str | None:
+        return None if self.teacher is None else self.teacher.name_or_path or "teacher"
+
     def _has_new_results(self) -> bool:
-        """Whether the model has not been evaluated since it was trained; the main process decides for all."""
-        recorded, steps = read_json(Path(self.args.output_dir) / RESULTS), self.state.global_step
-        return broadcast_object_list([recorded is None or (steps > 0 and recorded["steps"] != steps)])[0]
+        """Whether the saved model is another than was evaluated last; the main process decides for all."""
+        recorded = None
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            results = read_json(folder / RESULTS)
+            recorded = results is not None and results.get("weights") == hash_of_weights(folder)
+        return not broadcast_object_list([recorded])[0]
 
     def _split_for_card(self):
         """The validation split that a card reports: the one there is, or the first of several.
@@ -114,7 +128,7 @@ class PublishingTrainer(Trainer):
             PublishError: the run was not evaluated.
         """
         if self.is_world_process_zero():
-            card = CardArguments(license, finetuned_from, dataset, compare or [])
+            card = self._card_arguments(license, finetuned_from, dataset, compare)
             prepare(self._published_run(), card, self.hub_model_id)
 
     def push_to_hub(
@@ -135,13 +149,14 @@ class PublishingTrainer(Trainer):
             HubError: the upload failed; the message names the command that resumes it. Nothing local is lost.
             PublishError, PrivacyError: there is nothing to publish, or a file holds a secret.
         """
+        arguments = self._card_arguments(**card)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
         self.save_model(_internal_call=True)
         split = self._split_for_card()
         if self._has_new_results():
-            self.record_results(self.evaluate(split))
+            self._record_afresh(self.evaluate(split))
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**card)
@@ -158,7 +173,7 @@ class PublishingTrainer(Trainer):
                 commit_message=commit_message,
             )
         private = self.args.hub_private_repo if private is None else private
-        command = resume_command(folder, self.hub_model_id, self._card_arguments(card), private)
+        command = resume_command(folder, self.hub_model_id, arguments, private, revision)
         return upload(
             folder,
             self.hub_model_id,
@@ -170,20 +185,19 @@ class PublishingTrainer(Trainer):
         )
 
     @staticmethod
-    def _card_arguments(card: dict) -> CardArguments:
-        return CardArguments(
-            card.get("license"), card.get("finetuned_from"), card.get("dataset"), card.get("compare") or []
-        )
+    def _card_arguments(license=None, finetuned_from=None, dataset=None, compare=None) -> CardArguments:
+        """`create_model_card`'s arguments; any other is refused."""
+        return CardArguments(license, finetuned_from, dataset, compare or [])
 
     def _published_run(self) -> PublishedRun:
-        name = None if self.teacher is None else self.teacher.name_or_path or "teacher"
+        """What lies in the output folder: the live model may be in another precision."""
         return PublishedRun(
             Path(self.args.output_dir),
-            self.model,
+            load_detector(self.args.output_dir, "student"),
             self.train_dataset,
             self._split_for_card(),
             self.teacher,
-            name,
+            self._name_of_teacher(),
             self.teacher_processing_class,
         )
 

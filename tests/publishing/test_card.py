@@ -1,6 +1,7 @@
 """The card says what was measured, and no more; the Hub's own parser reads it back."""
 
 import copy
+import hashlib
 import json
 import re
 import runpy
@@ -63,13 +64,23 @@ def test_any_value_survives(values):
     assert [result.metric_value for result in parsed.eval_results] == values
 
 
+OPTIONS = {
+    "auxiliary_queries": "teacher",
+    "adaptive_matching": True,
+    "fixed_matching": True,
+    "self_attention_weight": 1.0,
+    "cross_attention_weight": 1.0,
+    "prediction_weight": 1.0,
+}
+
+
 def minimal_metrics() -> dict:
     split = {"name": "x/val", "images": 2, "objects": 3, "classes": {"a": 3}, "sizes": {}}
     return {
         "name": "student",
-        "student": {"metrics": {"AP": 0.5}},
+        "student": {"metrics": {"AP": 0.5}, "backbone": "convnext"},
         "data": {"train": split, "val": split},
-        "training": {"options": {"auxiliary_queries": "teacher", "adaptive_matching": True}},
+        "training": {"options": OPTIONS, "inherited": []},
         "links": {},
     }
 
@@ -128,12 +139,13 @@ def test_onnx_file_of_other_weights_is_not_published(prepared, metrics, tmp_path
     check = {
         "data": "data/val",
         "weights": metrics["weights"],
+        "onnx": hashlib.sha256(b"onnx").hexdigest(),
         "images": 2,
         "threads": 1,
         "differences": {"one_by_one": {"box_pixels": 0.25, "score": 2e-6}},
         "milliseconds": {"pytorch": 2.0, "onnxruntime": 1.0},
     }
-    for wrong in (None, check | {"weights": "other"}):
+    for wrong in (None, check | {"weights": "other"}, check | {"onnx": "other"}):
         (folder / "onnx_check.json").write_text(json.dumps(wrong))
         with pytest.raises(PublishError, match="model.onnx was not exported from these weights"):
             write_card(folder, metrics, CardArguments())
@@ -212,7 +224,7 @@ def test_energy(metrics, tmp_path, prepared):
     assert card.data["co2_eq_emissions"] == {
         "emissions": 500.0,
         "source": "codecarbon",
-        "training_type": "fine-tuning",
+        "training_type": "pre-training",
     }
     assert "1.25 kWh, 0.5 kg CO₂" in card.text and "codecarbon" in card.text
 
@@ -222,6 +234,8 @@ def test_energy(metrics, tmp_path, prepared):
     [
         ({"compare": ["runs/alone"]}, "title=folder"),
         ({"compare": ["=x"]}, "title=folder"),
+        ({"compare": ["a=x", "a=y"]}, "given twice"),
+        ({"compare": ["Teacher=x"]}, "teacher's or student's own"),
         ({"teacher_id": "teacher"}, "owner/name"),
         ({"dataset_id": "/data/coco"}, "owner/name"),
     ],

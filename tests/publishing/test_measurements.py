@@ -11,8 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from d3etr_hf.data import DataArguments
 from d3etr_hf.publishing.cost import count_cost, measure_milliseconds
-from d3etr_hf.publishing.measurements import METRICS, is_measured, measure_run
-from d3etr_hf.publishing.run_folder import PublishError, describe_data, load_run, read_energy
+from d3etr_hf.publishing.measurements import METRICS, is_measured, measure_run, select_rows
+from d3etr_hf.publishing.run_folder import (
+    PublishError,
+    describe_data,
+    links_to_hub,
+    load_run,
+    merged_data_arguments,
+    read_energy,
+)
 from d3etr_hf.runs import evaluate_detector
 from tests.tiny import tiny_model
 
@@ -144,3 +151,57 @@ def test_missing_weights_are_named(distilled):
     (distilled / "model.safetensors").unlink()
     with pytest.raises(PublishError, match="model.safetensors"):
         measure_run(run)
+
+
+def test_results_of_other_weights_are_refused(distilled):
+    """results.json tells of which weights it is; swapped weights get no AP that is not theirs."""
+    weights = load_file(distilled / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, distilled / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PublishError, match="measured with other weights"):
+        measure_run(load_run(distilled, teacher="none"))
+
+
+def test_results_without_weights_are_measured(distilled):
+    """Of an older version: nobody knows which weights they are of."""
+    results = json.loads((distilled / "results.json").read_text())
+    del results["weights"]
+    (distilled / "results.json").write_text(json.dumps(results | {"AP": 0.99}))
+    found = measure_run(load_run(distilled, teacher="none"))["student"]["metrics"]
+    assert found["AP"] == pytest.approx(results["AP"])
+
+
+def test_compared_detectors_are_those_asked_for(distilled, finished_runs):
+    """Another folder under the same title is measured anew; a title not given goes; a gone folder holds."""
+    run = load_run(distilled, teacher="none")
+    alone = shutil.copytree(finished_runs / "alone", distilled.parent / "alone")
+    first = measure_run(run, {"other": str(alone)})["compared"]["other"]
+    second = measure_run(run, {"other": str(finished_runs / "teacher")})["compared"]["other"]
+    assert first["metrics"] != second["metrics"]
+    measure_run(run, {"other": str(alone)})
+    shutil.rmtree(alone)
+    assert is_measured(distilled, {"other": str(alone)})
+    assert "compared" not in select_rows(distilled, {})
+
+
+def test_given_data_arguments_join_those_of_the_run():
+    """A moved folder keeps the run's sizes and limits; another kind of place replaces the first."""
+    configuration = {"data_folder": "old", "max_val_images": 3, "short_side": 64, "long_side": 64, "model": "x"}
+    merged = merged_data_arguments(configuration, DataArguments(data_folder="new"))
+    assert (merged.data_folder, merged.max_val_images, merged.short_side) == ("new", 3, 64)
+    merged = merged_data_arguments(configuration, DataArguments(dataset_name="user/data"))
+    assert (merged.data_folder, merged.dataset_name, merged.max_val_images) == (None, "user/data", 3)
+
+
+def test_links_are_those_of_the_time(tmp_path, monkeypatch):
+    """A local folder is never taken for a repository, even where its name looks like one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "teacher").mkdir(parents=True)
+    found = links_to_hub(teacher="runs/teacher", dataset="user/data", started_from="/home/x/y")
+    assert found == {"dataset": "user/data"}
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "no JSON"), ("[1]", "not of scripts"), ('{"AP": 1}', "not of")])
+def test_foreign_metrics_are_named(distilled, content, message):
+    (distilled / "metrics.json").write_text(content)
+    with pytest.raises(PublishError, match=f"metrics.json is {message}"):
+        is_measured(distilled, {})

@@ -18,6 +18,7 @@ from d3etr_hf.publishing.publish import PublishArguments, publish
 from d3etr_hf.runs import train_detector
 from tests.shapes_fixture import shapes_trainer
 from tests.test_runs import arguments
+from tests.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = {"model.safetensors", "config.json", "preprocessor_config.json"}
@@ -125,6 +126,29 @@ def test_push_from_python(finished_runs, hub, tmp_path):
     assert str(tmp_path) not in card.content and str(finished_runs) not in card.content
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert found["AP"] == trainer.evaluate()["eval_AP"]
+
+
+def test_push_after_another_training(finished_runs, hub, tmp_path):
+    """As many steps into the same folder: the figures, and the seed, are those of the weights that are pushed."""
+    for seed in (1, 2):
+        options = {"hub_model_id": "user/student", "seed": seed, "learning_rate": seed * 1e-3}
+        trainer = shapes_trainer(finished_runs / "data", tmp_path / "run", student=tiny_model(seed=seed), **options)
+        trainer.train()
+        trainer.push_to_hub()
+        card = ModelCard(hub.files("user/student")["README.md"].decode())
+        found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert found["AR_100"] == trainer.evaluate()["eval_AR_100"]
+        assert f"seed {seed}" in card.text and "The training arguments (training.yaml)" in card.text
+
+
+def test_push_in_half_precision_evaluation(finished_runs, hub, tmp_path):
+    """The card measures what was saved, whatever the live model is in."""
+    trainer = shapes_trainer(
+        finished_runs / "data", tmp_path / "run", hub_model_id="user/student", bf16_full_eval=True
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    assert hub.files("user/student").keys() == MODEL | CARD | PICTURES
 
 
 def test_unknown_card_argument_is_refused(finished_runs, hub, tmp_path):
