@@ -20,7 +20,7 @@ class PublishArguments:
 
     folder: str = field(metadata={"help": "The output folder of a finished run; also taken as the first argument."})
     repo_id: str | None = option(None, "Where on the Hub: owner/name. Without it only the card is written.")
-    private: bool | None = option(None, "Make the repository private, if it is new.")
+    private: bool = option(False, "Make the repository private, if it is new; else it is as the account's default.")
     revision: str | None = option(None, "An existing branch of the repository; by default main.")
     dry_run: bool = option(False, "Write the card and print what would be uploaded; upload nothing.")
     teacher: str | None = option(None, "Where the teacher is now, if it has moved; 'none' leaves it out of the card.")
@@ -49,7 +49,7 @@ def publish(arguments: PublishArguments, card: CardArguments, data: DataArgument
         write_card(folder, select_rows(folder, card.compared()), card, arguments.repo_id)
     if arguments.dry_run or arguments.repo_id is None:
         return describe_upload(folder, arguments.repo_id)
-    private, revision = arguments.private, arguments.revision
+    private, revision = arguments.private or None, arguments.revision
     command = resume_command(folder, arguments.repo_id, card, private, revision)
     return upload(folder, arguments.repo_id, command, private=private, revision=revision)
 
@@ -67,8 +67,8 @@ def resume_command(
 ) -> str:
     """The command that publishes this folder, which is measured already, with every argument that matters."""
     words = ["python", "scripts/publish.py", str(folder), "--repo_id", repo_id]
-    if private is not None:
-        words += ["--private", str(private).lower()]
+    if private:
+        words.append("--private")
     if revision is not None:
         words += ["--revision", revision]
     for name, value in asdict(card).items():

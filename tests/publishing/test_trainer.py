@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -149,6 +151,29 @@ def test_push_in_half_precision_evaluation(finished_runs, hub, tmp_path):
     trainer.train()
     trainer.push_to_hub()
     assert hub.files("user/student").keys() == MODEL | CARD | PICTURES
+
+
+def test_publish_script(finished_runs, hub, tmp_path, monkeypatch, capsys):
+    """As the README calls it; and what a failure prints is, pasted into a shell, the same call."""
+    folder = shutil.copytree(finished_runs / "distilled", tmp_path / "it's a run")
+    main = runpy.run_path(str(REPOSITORY / "scripts" / "publish.py"))["main"]
+    alone = f"student alone={finished_runs / 'alone'}"
+    words = [str(folder), "--repo_id", "user/student", "--private", "--revision", "main", "--license", "mit"]
+    words += ["--compare", alone]
+    monkeypatch.setattr(sys, "argv", ["publish.py", *words, "--dry_run"])
+    main()
+    assert "10 files" in capsys.readouterr().out and not hub.requests
+    hub.fail("commit", 403)
+    monkeypatch.setattr(sys, "argv", ["publish.py", *words])
+    with pytest.raises(HubError) as error:
+        main()
+    command = shlex.split(str(error.value).splitlines()[-1])
+    assert command == ["python", "scripts/publish.py", *words]
+    hub.recover()
+    monkeypatch.setattr(sys, "argv", command[1:])
+    main()
+    assert "/user/student/commit/" in capsys.readouterr().out
+    assert hub.repositories["user/student"].private and len(hub.files("user/student")) == 10
 
 
 def test_unknown_card_argument_is_refused(finished_runs, hub, tmp_path):
