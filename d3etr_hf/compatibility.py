@@ -1,5 +1,7 @@
 """Checks of a teacher against a student and a data set before the first step: handled, or refused with the way out."""
 
+import copy
+
 import torch
 from torch.utils.data import Dataset
 from transformers import ConditionalDetrConfig, PreTrainedModel
@@ -8,7 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .arguments import D3etrTrainingArguments
 from .data import DetectionDataset
 from .models import D3etrConditionalDetrForObjectDetection
-from .models.loading import class_names_of
+from .models.loading import class_names_of, keep_classes
 
 
 class IncompatibleTeacherError(ValueError):
@@ -55,6 +57,22 @@ def class_index_by_name(teacher: ConditionalDetrConfig, names: list[str], role: 
             f"the {role} has more than one class named {twice[:5]}: make the names in its config.json unique"
         )
     return torch.tensor([places[key(name)][0] for name in names])
+
+
+def with_classes_of(
+    model: D3etrConditionalDetrForObjectDetection, names: list[str], role: str
+) -> D3etrConditionalDetrForObjectDetection:
+    """The detector, or where it has other classes, or another order, a copy with its head reduced to these, by name.
+
+    Raises:
+        IncompatibleTeacherError: it lacks one of the classes, or has one twice.
+    """
+    if class_names_of(model.config) == names:
+        return model
+    index = class_index_by_name(model.config, names, role)
+    model = copy.deepcopy(model)
+    keep_classes(model, index, names)
+    return model
 
 
 def spread_layers(teacher_layers: int, student_layers: int, layer_map: list[int] | None = None) -> list[int]:

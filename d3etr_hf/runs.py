@@ -16,6 +16,7 @@ from .compatibility import (
     UnsupportedOptionError,
     class_index_by_name,
     spread_layers,
+    with_classes_of,
 )
 from .data import DataArguments, DatasetError, load_splits
 from .environment import describe_environment
@@ -25,8 +26,6 @@ from .models.loading import (
     ModelArguments,
     TeacherArguments,
     build_model,
-    class_names_of,
-    keep_classes,
     load_detector,
     load_image_processor,
     read_model_options,
@@ -168,9 +167,7 @@ def evaluate_detector(
     detector = load_detector(model)
     processor = load_image_processor(model) or load_image_processor(None)
     _, val = load_splits(data_arguments, processor)
-    if val.class_names != class_names_of(detector.config):
-        # a teacher with more classes, or the same in another order: its head is reduced to the data's, by name
-        keep_classes(detector, class_index_by_name(detector.config, val.class_names, "model"), val.class_names)
+    detector = with_classes_of(detector, val.class_names, "model")
     trainer = D3etrTrainer(model=detector, args=training_arguments, eval_dataset=val, processing_class=processor)
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     metrics = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import colormaps
-from matplotlib.figure import Figure
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from transformers import ConditionalDetrForObjectDetection
@@ -25,6 +24,7 @@ from d3etr_hf.matching import AdaptiveMatcher
 from d3etr_hf.models.loading import load_image_processor
 from d3etr_hf.pictures import class_style
 from d3etr_hf.visualisation import PictureError
+from tests.recorded_figures import record_figures
 from tests.slow_reference import cost_matrix
 from tests.tiny import padded_batch, tiny_model
 
@@ -209,16 +209,8 @@ def row(layers, class_name="rectangle", box=(10.0, 20.0, 30.0, 40.0), seed=0):
 
 @pytest.fixture
 def figures(monkeypatch):
-    drawn = []
-
-    class RecordedFigure(Figure):
-        def __init__(self, **options):
-            super().__init__(**options)
-            drawn.append(self)
-
-    monkeypatch.setattr(attention_pictures, "Figure", RecordedFigure)
     monkeypatch.setattr(attention_pictures, "DOTS_PER_INCH", 50)  # a small picture is written faster
-    return drawn
+    return record_figures(monkeypatch, attention_pictures)
 
 
 def test_rows_of_models_and_columns_of_their_own_layers(tmp_path, figures):

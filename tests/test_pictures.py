@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import colors
-from matplotlib.figure import Figure
 from PIL import Image
 
 from d3etr_hf import pictures
 from d3etr_hf.pictures import class_style, draw_detection_grid, draw_training_curves
+from tests.recorded_figures import record_figures
 
 # What a protanope and a deuteranope see of linear red, green, blue (Machado, Oliveira, Fernandes 2009, severity 1).
 PROTANOPIA = np.array(
@@ -219,14 +219,7 @@ def test_the_group_is_read_from_the_key(key, expected):
 
 def test_training_curves_are_drawn_for_every_run(tmp_path, monkeypatch):
     """A loss of zero has no place on a logarithmic scale; a NaN must neither end the report nor change the scale."""
-    figures = []
-
-    class RecordedFigure(Figure):
-        def __init__(self, **options):
-            super().__init__(**options)
-            figures.append(self)
-
-    monkeypatch.setattr(pictures, "Figure", RecordedFigure)
+    figures = record_figures(monkeypatch, pictures)
     histories = {f"run {index}": history("loss", "loss/student/class", "loss/prediction") for index in range(8)}
     histories["run 0"][0]["loss/student/class"] = 0.0
     histories["run 1"][0]["loss/prediction"] = float("nan")

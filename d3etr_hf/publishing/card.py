@@ -93,8 +93,9 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
     Raises:
         PublishError: the Hub's client does not accept the metadata.
     """
-    configuration = publishable_configuration(folder)
-    (folder / TRAINING).write_text(configuration, encoding="utf-8")
+    configuration = read_configuration(folder)
+    training = publishable_configuration(configuration)
+    (folder / TRAINING).write_text(training, encoding="utf-8")
     title = repo_id.split("/")[-1] if repo_id else metrics["name"]
     try:
         data = card_data(metrics, arguments, title)
@@ -118,8 +119,8 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
         training_table=card_texts.training_table(metrics["training"]),
         option_table=card_texts.option_table(metrics["training"]) if is_distilled(metrics) else None,
         pictures=pictures_of(folder, metrics),
-        configuration=configuration.rstrip(),
-        reproduces=of_script(read_configuration(folder)),
+        configuration=training.rstrip(),
+        reproduces=of_script(configuration),
         needs_timm=metrics["student"]["backbone"] == "timm_backbone",
         limitations=card_texts.limitations(metrics),
         versions=card_texts.versions(metrics),
@@ -233,9 +234,8 @@ def pictures_of(folder: Path, metrics: dict) -> dict:
     return found
 
 
-def publishable_configuration(folder: Path) -> str:
+def publishable_configuration(configuration: dict) -> str:
     """The run's YAML without what publishes it, secrets, and paths outside the working directory."""
-    configuration = read_configuration(folder)
     script = "train.py" if configuration.get("auxiliary_queries") == "none" else "distill.py"
     use = f"for scripts/{script}" if of_script(configuration) else "the training arguments of a run from Python"
     comment = f"# {use}; a path outside the working directory keeps its last part only\n"

@@ -21,13 +21,13 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from .privacy import anonymise, refuse_secrets
+from .run_folder import PICTURES, WEIGHTS, WEIGHTS_INDEX
 
 logger = logging.get_logger(__name__)
 
-INDEX, STATE = "model.safetensors.index.json", "trainer_state.json"
-MODEL_FILES = ("model.safetensors", INDEX, "model-*-of-*.safetensors", "config.json", "preprocessor_config.json")
+STATE = "trainer_state.json"
+MODEL_FILES = (WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors", "config.json", "preprocessor_config.json")
 CARD_FILES = ("README.md", "metrics.json", "training.yaml", "log_history.json")
-PICTURES = ("curves.png", "detections.png", "attention.png")
 # All that may leave a run's folder; whatever else lies there stays.
 PUBLISHED_FILES = (*MODEL_FILES, *CARD_FILES, *PICTURES, "model.onnx", "onnx_check.json")
 # All that may be pushed of a checkpoint; no pickle, which runs code where it is loaded.
@@ -65,10 +65,10 @@ def files_to_publish(folder: Path) -> list[Path]:
     """
     names = _names_in(folder, PUBLISHED_FILES)
     missing = {"config.json"} - {*names}
-    if INDEX in names:
-        missing |= {*json.loads((folder / INDEX).read_text())["weight_map"].values()} - {*names}
-    elif "model.safetensors" not in names:
-        missing.add("model.safetensors")
+    if WEIGHTS_INDEX in names:
+        missing |= {*json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"].values()} - {*names}
+    elif WEIGHTS not in names:
+        missing.add(WEIGHTS)
     if missing:
         raise HubError(f"{folder} has no {min(missing)}, so nobody could load it: name the folder of a finished run")
     return [folder / name for name in names]

@@ -3,19 +3,17 @@
 The card is written from this file alone, so that a second run gives the same card. What was not measured is not in it.
 """
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
-from d3etr_hf.compatibility import class_index_by_name
+from d3etr_hf.compatibility import with_classes_of
 from d3etr_hf.data import DetectionDataset, DetectionTransform
 from d3etr_hf.environment import describe_environment
 from d3etr_hf.evaluation import average_precision_of, predict_detections
 from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
-from d3etr_hf.models.loading import class_names_of, keep_classes, load_detector, load_image_processor
+from d3etr_hf.models.loading import load_detector, load_image_processor
 from d3etr_hf.output_folder import CONFIGURATION, ENVIRONMENT, RESULTS, write_json
 
 from .cost import count_cost, measure_milliseconds
@@ -30,8 +28,6 @@ from .run_folder import (
     read_json,
     remove_pictures,
 )
-
-logger = logging.get_logger(__name__)
 
 METRICS = "metrics.json"
 
@@ -191,20 +187,8 @@ def _evaluate(
     model: D3etrConditionalDetrForObjectDetection, val: DetectionDataset, batch_size: int, title: str
 ) -> dict[str, float]:
     """COCO metrics of a detector whose classes include the data's."""
-    detections = predict_detections(with_classes_of(val, model, title), val, batch_size, title)
+    detections = predict_detections(with_classes_of(model, val.class_names, title), val, batch_size, title)
     return average_precision_of(detections, val)
-
-
-def with_classes_of(
-    val: DetectionDataset, model: D3etrConditionalDetrForObjectDetection, role: str
-) -> D3etrConditionalDetrForObjectDetection:
-    """The detector, or where it has other classes a copy with its head reduced to the data's, by name."""
-    if class_names_of(model.config) == val.class_names:
-        return model
-    index = class_index_by_name(model.config, val.class_names, role)
-    model = copy.deepcopy(model)
-    keep_classes(model, index, val.class_names)
-    return model
 
 
 def _on_device(model: D3etrConditionalDetrForObjectDetection) -> D3etrConditionalDetrForObjectDetection:

@@ -66,15 +66,20 @@ def _looks_secret(value: str) -> bool:
 def anonymise(value: Any) -> Any:
     """A copy that can be published: a path outside the working directory keeps its last part only, text that holds a
     secret becomes "(removed)"; numbers, and the keys of dictionaries, stay as they are."""
-    if isinstance(value, dict):
-        return {key: anonymise(member) for key, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [anonymise(member) for member in value]
-    if not isinstance(value, str):
-        return value
-    if OUTSIDE_PATH.search(value) or OUTSIDE_PATH.search(os.path.normpath(value)):
-        value = re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-    return REMOVED if any(secret.search(value.encode()) for secret in secrets_of_this_machine().values()) else value
+    secrets = secrets_of_this_machine().values()
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(member) for key, member in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(member) for member in value]
+        if not isinstance(value, str):
+            return value
+        if OUTSIDE_PATH.search(value) or OUTSIDE_PATH.search(os.path.normpath(value)):
+            value = re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+        return REMOVED if any(secret.search(value.encode()) for secret in secrets) else value
+
+    return clean(value)
 
 
 def anonymise_configuration(configuration: dict) -> dict:

@@ -56,9 +56,8 @@ def publish(arguments: PublishArguments, card: CardArguments, data: DataArgument
 
 def prepare(run: PublishedRun, card: CardArguments, repo_id: str | None = None, again: bool = False) -> Path:
     """Everything that lies beside the weights of a published model: metrics, pictures, the card (returned)."""
-    again = again or not is_measured(run.folder, {})
     metrics = measure_run(run, card.compared(), again)
-    draw_pictures(run, again)
+    draw_pictures(run)
     return write_card(run.folder, metrics, card, repo_id)
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 from transformers.utils import logging
 
 from d3etr_hf.attention_pictures import draw_attention_of
+from d3etr_hf.compatibility import with_classes_of
 from d3etr_hf.data import DetectionDataset
 from d3etr_hf.evaluation import predict_detections
 from d3etr_hf.output_folder import HISTORY
 from d3etr_hf.pictures import draw_detection_grid, draw_training_curves
 from d3etr_hf.visualisation import PictureError, ground_truth_rows
 
-from .measurements import with_classes_of
 from .run_folder import PublishedRun, read_json
 
 logger = logging.get_logger(__name__)
@@ -26,19 +26,19 @@ def is_drawn(folder: Path) -> bool:
     return (folder / "detections.png").exists() and (folder / "curves.png").exists()
 
 
-def draw_pictures(run: PublishedRun, again: bool = False) -> None:
-    """Draw into the run's folder what is not there yet, or all of it."""
+def draw_pictures(run: PublishedRun) -> None:
+    """Draw into the run's folder what is not there; `measure_run` has taken away what is of other weights."""
     history = read_json(run.folder / HISTORY)
     curves, detections, attention = (run.folder / f"{name}.png" for name in ("curves", "detections", "attention"))
-    if history and (again or not curves.exists()):
+    if history and not curves.exists():
         draw_training_curves({run.folder.resolve().name: history}, curves)
-    if again or not detections.exists():
+    if not detections.exists():
         models = {"student": (run.student, run.val)}
         if run.teacher is not None:
-            teacher = with_classes_of(run.val, run.teacher, "teacher")
+            teacher = with_classes_of(run.teacher, run.val.class_names, "teacher")
             models = {"teacher": (teacher, run.teacher_val), **models}
         draw_detections_of(models, run.val, detections)
-    if run.teacher is not None and (again or not attention.exists()):
+    if run.teacher is not None and not attention.exists():
         draw_attention_of_run(run, attention)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from d3etr_hf.publishing import card_texts
 from d3etr_hf.publishing.card import CardArguments, is_distilled, pictures_of, summary
+from tests.publishing.test_card import OPTIONS
 
 
 def model(ap, scores, parameters, flops, milliseconds, **more) -> dict:
@@ -27,15 +28,7 @@ def model(ap, scores, parameters, flops, milliseconds, **more) -> dict:
 @pytest.fixture
 def metrics() -> dict:
     """A student of half its teacher's size, and a control."""
-    options = {
-        "auxiliary_queries": "teacher",
-        "adaptive_matching": True,
-        "fixed_matching": True,
-        "self_attention_weight": 1.0,
-        "cross_attention_weight": 1.0,
-        "prediction_weight": 1.0,
-        "layer_map": None,
-    }
+    options = OPTIONS | {"layer_map": None}
     classes = {"cat": 50, "dog": 30, "fox": 20}
     return {
         "name": "student",
