@@ -1,8 +1,8 @@
 """D3ETR knowledge distillation of Conditional DETR detectors, as a Transformers trainer."""
 
-from .arguments import D3etrTrainingArguments
-from .models import D3etrConditionalDetrForObjectDetection
-from .trainer import D3etrTrainer
+from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.training.trainer import D3etrTrainer
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 __version__ = "0.1.0"
 

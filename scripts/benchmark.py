@@ -20,12 +20,12 @@ from typing import Literal
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 import torch
+from benchmarking.growth import draw_growth, format_growth, growth_curves
+from benchmarking.report import format_report, measure
+from benchmarking.sizes import SIZES, on_gpu
 
-from d3etr_hf.arguments import option
-from d3etr_hf.benchmark.growth import draw_growth, format_growth, growth_curves
-from d3etr_hf.benchmark.report import format_report, measure
-from d3etr_hf.benchmark.sizes import SIZES, on_gpu
-from d3etr_hf.command_line import parse_arguments, run
+from d3etr_hf.cli.command_line import parse_arguments, run
+from d3etr_hf.training.training_arguments import option
 
 
 @dataclass

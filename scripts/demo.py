@@ -9,12 +9,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from d3etr_hf.errors import DemoError
+
 # scripts/evaluate.py would hide the evaluate package
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
-from d3etr_hf.arguments import option
-from d3etr_hf.command_line import parse_arguments, run
-from d3etr_hf.demo import DemoError, format_table, run_demo
+from d3etr_hf.cli.command_line import parse_arguments, run
+from d3etr_hf.cli.demonstration import format_table, run_demo
+from d3etr_hf.training.training_arguments import option
 
 
 @dataclass

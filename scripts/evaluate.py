@@ -14,10 +14,10 @@ from pathlib import Path
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 
-from d3etr_hf.arguments import option
-from d3etr_hf.command_line import parse_arguments, run
+from d3etr_hf.cli.command_line import parse_arguments, run
+from d3etr_hf.cli.training_run import USER_ERRORS, evaluate_detector
 from d3etr_hf.data import DataArguments
-from d3etr_hf.runs import USER_ERRORS, evaluate_detector
+from d3etr_hf.training.training_arguments import option
 
 
 @dataclass

@@ -10,14 +10,15 @@ images, from where the run had its data unless told otherwise; a file that compu
 import sys
 from pathlib import Path
 
+from d3etr_hf.errors import OnnxExportError
+
 # scripts/evaluate.py would hide the evaluate package
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
-from d3etr_hf.command_line import parse_arguments, run
+from d3etr_hf.cli.command_line import parse_arguments, run
+from d3etr_hf.cli.training_run import USER_ERRORS
 from d3etr_hf.data import DataArguments
 from d3etr_hf.publishing.onnx_check import ExportArguments, check_in_words, export_and_check
-from d3etr_hf.publishing.onnx_export import OnnxExportError
-from d3etr_hf.runs import USER_ERRORS
 
 
 def main() -> None:

@@ -8,12 +8,14 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from d3etr_hf.errors import ShapesError
+
 # scripts/evaluate.py would hide the evaluate package
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 
-from d3etr_hf.command_line import parse_arguments, run
-from d3etr_hf.data.shapes import ShapesError, make_shapes
+from d3etr_hf.cli.command_line import parse_arguments, run
+from d3etr_hf.data.shapes import make_shapes
 
 
 @dataclass

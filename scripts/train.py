@@ -12,12 +12,12 @@ from pathlib import Path
 # scripts/evaluate.py would hide the evaluate package
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
-from d3etr_hf.arguments import D3etrTrainingArguments
-from d3etr_hf.command_line import parse_arguments, run
+from d3etr_hf.cli.command_line import parse_arguments, run
+from d3etr_hf.cli.training_run import USER_ERRORS, train_detector, without_distillation
 from d3etr_hf.data import DataArguments
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.publishing.card import CardArguments
-from d3etr_hf.runs import USER_ERRORS, train_detector, without_distillation
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 
 def main() -> None:

@@ -16,18 +16,18 @@ from typing import Literal
 
 import torch
 
+from d3etr_hf.errors import NonFiniteCostError, PictureError
+
 # scripts/evaluate.py would hide the evaluate package
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
-from d3etr_hf.arguments import option
-from d3etr_hf.attention_pictures import draw_attention_of
-from d3etr_hf.command_line import parse_arguments, run
+from d3etr_hf.cli.command_line import parse_arguments, run
+from d3etr_hf.cli.training_run import USER_ERRORS
 from d3etr_hf.data import DataArguments
-from d3etr_hf.matching.costs import NonFiniteCostError
 from d3etr_hf.models.loading import load_detector
-from d3etr_hf.runs import USER_ERRORS
-from d3etr_hf.visualisation import (
-    PictureError,
+from d3etr_hf.training.training_arguments import option
+from d3etr_hf.visualization.attention_pictures import draw_attention_of
+from d3etr_hf.visualization.visualisation import (
     choose_images,
     detection_columns,
     draw_detection_pages,

@@ -15,13 +15,13 @@ import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-MODEL, ATTENTION = "d3etr_hf/models/conditional_detr.py", "d3etr_hf/models/attention.py"
-TRAINER, OBJECTIVE = "d3etr_hf/trainer.py", "d3etr_hf/objective.py"
-COSTS, LOSSES = "d3etr_hf/matching/costs.py", "d3etr_hf/losses"
-MODEL_TESTS, TRAINER_TESTS = "tests/models/test_conditional_detr.py", "tests/test_trainer.py"
-ATTENTION_TESTS = "tests/models/test_attention.py"
-HUB, HUB_TESTS = "d3etr_hf/publishing/hub.py", "tests/publishing/test_hub.py"
-INITIALISATION_TESTS, OBJECTIVE_TESTS = "tests/models/test_initialisation.py", "tests/test_objective.py"
+MODEL, ATTENTION = "d3etr_hf/models/conditional_detr.py", "d3etr_hf/models/group_attention.py"
+TRAINER, OBJECTIVE = "d3etr_hf/training/trainer.py", "d3etr_hf/training/objective.py"
+COSTS, LOSSES = "d3etr_hf/matching/solver.py", "d3etr_hf/losses"
+MODEL_TESTS, TRAINER_TESTS = "tests/models/test_conditional_detr.py", "tests/training/test_trainer.py"
+ATTENTION_TESTS = "tests/models/test_group_attention.py"
+HUB, HUB_TESTS = "d3etr_hf/publishing/upload.py", "tests/publishing/test_upload.py"
+INITIALISATION_TESTS, OBJECTIVE_TESTS = "tests/models/test_initialisation.py", "tests/training/test_objective.py"
 
 MUTATIONS = [
     # HF_NOTES 1: auxiliary_loss semantics, the norm on the side
@@ -79,10 +79,10 @@ MUTATIONS = [
     # HF_NOTES 12: bad numbers
     ("note 12: NaN matched in silence", COSTS, "if not np.isfinite(host).all():", "if False:",
      "tests/matching/test_mix_matcher.py::test_non_finite_prediction_is_refused_with_its_place"),
-    ("note 12: boxes without area", "d3etr_hf/boxes.py", "tiny = 1e-9", "tiny = 0.0",
+    ("note 12: boxes without area", "d3etr_hf/matching/boxes.py", "tiny = 1e-9", "tiny = 0.0",
      f"tests/{LOSSES.split('/')[1]}/test_detection.py::test_identical_boxes_without_area_give_no_nan"),
     ("note 12: no box in a batch", f"{LOSSES}/detection.py", "targets.class_labels.shape[1] == 0", "False",
-     "tests/losses/test_detection.py::test_batch_without_any_box_still_learns_background"),
+     "tests/losses/test_detection_loss.py::test_batch_without_any_box_still_learns_background"),
     # HF_NOTES 13: evaluation
     ("note 13: default evaluation loop", TRAINER, "def prediction_step(", "def _unused_prediction_step(",
      f"{TRAINER_TESTS}::test_evaluation_equals_cocoeval_image_by_image"),
@@ -129,18 +129,18 @@ MUTATIONS = [
      "(-teacher_logits.amax(-1)).topk(", "tests/matching/test_mix_matcher.py"),
     ("attention: renormalised rows", f"{LOSSES}/attention.py", "_block(attention.log, index).log_softmax(-1)",
      "_block(attention.log, index)",
-     "tests/losses/test_attention.py"),
+     "tests/losses/test_attention_distillation.py"),
     ("attention: one float32 sum for whole maps", f"{LOSSES}/attention.py", "DOT_PIECE = 2**19", "DOT_PIECE = 2**40",
-     "tests/losses/test_attention.py::test_small_divergence_of_large_maps_in_float32"),
+     "tests/losses/test_attention_distillation.py::test_small_divergence_of_large_maps_in_float32"),
     ("attention: the softmax's gradient", ATTENTION, "return scores_gradient.addcmul_(probability, total, value=-1)",
      "return scores_gradient", f"{ATTENTION_TESTS}::test_gradient_of_both_forms"),
     ("attention: gradient of the logarithm alone", ATTENTION, "gradient.sum(-1, keepdim=True), value=-1)",
      "gradient.sum(-1, keepdim=True), value=1)", f"{ATTENTION_TESTS}::test_gradient_of_both_forms"),
     ("matching: threads mix up images", COSTS, "assignments[part::threads] = solved.result()",
      "assignments[threads - 1 - part :: threads] = solved.result()",
-     "tests/matching/test_costs.py::test_threads_assign_as_a_loop_does"),
+     "tests/matching/test_solver.py::test_threads_assign_as_a_loop_does"),
     ("matching: costs in chunks", COSTS, "torch.cat([_cost_of_images(", "torch.cat([0 * _cost_of_images(",
-     "tests/matching/test_costs.py::test_costs_do_not_depend_on_the_chunks"),
+     "tests/matching/test_solver.py::test_costs_do_not_depend_on_the_chunks"),
     ("note 8: a wider teacher", OBJECTIVE, "logits[..., : len(self.class_index)] if", "logits if",
      f"{OBJECTIVE_TESTS}::test_teacher_with_classes_beyond_the_students"),
     ("logs: learning rate of the backbone", TRAINER, "groups = {False: [], True: []}",
@@ -153,24 +153,24 @@ MUTATIONS = [
     ("note 21: whole folder pushed", HUB, "allow_patterns=allowed, ", "",
      f"{HUB_TESTS}::test_only_the_allow_list_arrives_byte_by_byte"),
     ("note 21: pickles of a checkpoint", HUB, '"extra_query_groups.safetensors", STATE)', '"optimizer.pt", STATE)',
-     "tests/publishing/test_trainer.py::test_hub_strategy"),
+     "tests/publishing/test_hub_trainer.py::test_hub_strategy"),
     ("publishing: secrets unread", HUB, "    refuse_secrets(paths, [token])\n    _BACKGROUND",
      "    _BACKGROUND",
      f"{HUB_TESTS}::test_secret_stops_everything_before_the_first_request"),
     ("publishing: as patient as the client", HUB, "except (httpx2.ReadTimeout, httpx2.WriteTimeout) as error:",
      "except ZeroDivisionError as error:", f"{HUB_TESTS}::test_silent_hub_is_waited_for_once"),
-    ("publishing: pushed before the results are saved", "d3etr_hf/runs.py",
+    ("publishing: pushed before the results are saved", "d3etr_hf/cli/training_run.py",
      "trainer.save_model(_internal_call=True)", "trainer.save_model()",
-     "tests/publishing/test_trainer.py::test_hub_that_fails_at_the_end"),
+     "tests/publishing/test_hub_trainer.py::test_hub_that_fails_at_the_end"),
     ("publishing: paths of this machine", "d3etr_hf/publishing/card.py",
      "yaml.dump(anonymise_configuration(configuration)", "yaml.dump((configuration)",
      "tests/publishing/test_card.py::test_training_yaml_builds_the_run_again"),
     ("publishing: stale figures", "d3etr_hf/publishing/measurements.py",
      'known is None or known["weights"] != hash_of_weights(folder)', "known is None",
      "tests/publishing/test_measurements.py::test_measured_once"),
-    ("publishing: results of an earlier training", "d3etr_hf/publishing/trainer.py",
+    ("publishing: results of an earlier training", "d3etr_hf/publishing/hub_trainer.py",
      'results.get("weights") == hash_of_weights(folder)', "True",
-     "tests/publishing/test_trainer.py::test_push_after_another_training"),
+     "tests/publishing/test_hub_trainer.py::test_push_after_another_training"),
 ]  # fmt: skip
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from transformers import ConditionalDetrConfig
 
-from d3etr_hf.arguments import D3etrTrainingArguments
-from d3etr_hf.command_line import parse_arguments
+from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.data import DataArguments
 from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments, check_model_options
-from d3etr_hf.yaml_files import ConfigurationLoader
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d3etr_hf.data.errors import DatasetError
+from d3etr_hf.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from d3etr_hf.data.checking import CheckedSplit, check_coco
 from d3etr_hf.data.dataset import BOX_FEATURES, DetectionDataset
-from d3etr_hf.data.errors import DatasetError
+from d3etr_hf.errors import DatasetError
 
 # Part of the cache's key: raise it when the checks or the rows change.
 READER_VERSION = 1

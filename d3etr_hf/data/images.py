@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from d3etr_hf.data.errors import DatasetError
+from d3etr_hf.errors import DatasetError
 
 SIXTEEN_BIT_MODES = {"I", "I;16", "I;16L", "I;16B"}
 ORIENTATIONS_THAT_SWAP_SIDES = {5, 6, 7, 8}

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
+from d3etr_hf.errors import ShapesError
+
 # Raise this whenever the same arguments would give other images or annotations than before.
 FORMAT_VERSION = 1
 
@@ -25,10 +27,6 @@ MOST_SHAPES = 4
 SMALLEST_SIDE, LARGEST_SIDE = 16, 44
 LARGEST_OVERLAP = 0.1
 PLACING_ATTEMPTS = 50
-
-
-class ShapesError(ValueError):
-    """The data set cannot be made: an argument is out of range, or the folder holds something else."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import get_size_with_aspect_ratio
 
-from d3etr_hf.data.errors import DatasetError
+from d3etr_hf.errors import DatasetError
 
 # Pixels. A box that only touches the crop keeps a sliver of rounding error, which is no object.
 THINNEST_SIDE = 0.01

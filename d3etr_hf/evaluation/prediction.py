@@ -5,9 +5,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from d3etr_hf.data import DetectionCollator, DetectionDataset
-
-from .coco_average_precision import coco_average_precision
-from .detections import select_detections, to_coco_detections
+from d3etr_hf.evaluation.coco_average_precision import coco_average_precision
+from d3etr_hf.evaluation.detections import select_detections, to_coco_detections
 
 
 @torch.no_grad()

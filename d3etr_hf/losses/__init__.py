@@ -1,8 +1,12 @@
 """Losses: pure functions of outputs, pairs and targets; every one returns a value per decoder layer."""
 
-from .attention import DIVERGENCES, cross_attention_distillation, self_attention_distillation
-from .detection import detection_losses
-from .prediction import PREDICTION_NORMALISERS, pair_weights, prediction_distillation
+from d3etr_hf.losses.attention_distillation import (
+    DIVERGENCES,
+    cross_attention_distillation,
+    self_attention_distillation,
+)
+from d3etr_hf.losses.detection_loss import detection_losses
+from d3etr_hf.losses.prediction_distillation import PREDICTION_NORMALISERS, pair_weights, prediction_distillation
 
 __all__ = [
     "DIVERGENCES",

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..models.outputs import AttentionMap
+from d3etr_hf.models.outputs import AttentionMap
 
 
 def valid_sizes(memory_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

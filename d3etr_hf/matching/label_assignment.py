@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..boxes import generalised_iou
-from ..models.outputs import QueryGroupOutput
-from .costs import assign, wide
+from d3etr_hf.matching.boxes import generalised_iou
+from d3etr_hf.matching.solver import assign, wide
+from d3etr_hf.models.outputs import QueryGroupOutput
 
 NO_OBJECT = -1
 

@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..models.outputs import QueryGroupOutput
-from .costs import prediction_cost, start_assigning
+from d3etr_hf.matching.solver import prediction_cost, start_assigning
+from d3etr_hf.models.outputs import QueryGroupOutput
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
-from .conditional_detr import D3etrConditionalDetrForObjectDetection
-from .errors import DetectorLoadError
+from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from transformers.models.conditional_detr.modeling_conditional_detr import (
 )
 from transformers.utils import logging
 
-from .attention import QUERY_GROUP_ATTENTION, AttentionRecorder
-from .initialisation import freeze_as_in_paper, initialise_as_in_paper
-from .outputs import DetectorOutput, QueryGroupOutput
-from .query_groups import AuxiliaryQueries
+from d3etr_hf.models.auxiliary_queries import AuxiliaryQueries
+from d3etr_hf.models.group_attention import QUERY_GROUP_ATTENTION, AttentionRecorder
+from d3etr_hf.models.initialisation import freeze_as_in_paper, initialise_as_in_paper
+from d3etr_hf.models.outputs import DetectorOutput, QueryGroupOutput
 
 logger = logging.get_logger(__name__)
 

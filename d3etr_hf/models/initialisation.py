@@ -8,7 +8,7 @@ from torch import nn
 from transformers import ConditionalDetrForObjectDetection
 from transformers.utils import logging
 
-from .errors import DetectorLoadError
+from d3etr_hf.errors import DetectorLoadError
 
 logger = logging.get_logger(__name__)
 

@@ -18,12 +18,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from ..arguments import option
-from ..yaml_files import ConfigurationLoader
-from .backbones import load_backbone_weights
-from .conditional_detr import D3etrConditionalDetrForObjectDetection
-from .errors import DetectorLoadError
-from .initialisation import is_resnet
+from d3etr_hf.runs.yaml_files import ConfigurationLoader
+from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.models.backbones import load_backbone_weights
+from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.initialisation import is_resnet
+from d3etr_hf.training.training_arguments import option
 
 logger = logging.get_logger(__name__)
 

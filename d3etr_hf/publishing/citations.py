@@ -1,6 +1,6 @@
 """What a card cites, in BibTeX."""
 
-from .card_texts import learned_parts
+from d3etr_hf.publishing.card_texts import learned_parts
 
 D3ETR = """\
 @inproceedings{chen2024d3etr,

@@ -8,19 +8,17 @@ from pathlib import Path
 
 import torch
 
-from d3etr_hf.compatibility import with_classes_of
+from d3etr_hf.runs.environment import describe_environment
+from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, RESULTS, write_json
 from d3etr_hf.data import DetectionDataset, DetectionTransform
-from d3etr_hf.environment import describe_environment
+from d3etr_hf.errors import PublishError
 from d3etr_hf.evaluation import average_precision_of, predict_detections
 from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.loading import load_detector, load_image_processor
-from d3etr_hf.output_folder import CONFIGURATION, ENVIRONMENT, RESULTS, write_json
-
-from .cost import count_cost, measure_milliseconds
-from .privacy import anonymise
-from .run_folder import (
+from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
+from d3etr_hf.publishing.privacy import anonymise
+from d3etr_hf.publishing.run_folder import (
     PublishedRun,
-    PublishError,
     describe_data,
     describe_training,
     hash_of_weights,
@@ -28,6 +26,7 @@ from .run_folder import (
     read_json,
     remove_pictures,
 )
+from d3etr_hf.training.compatibility import with_classes_of
 
 METRICS = "metrics.json"
 

@@ -11,16 +11,16 @@ import yaml
 from torch import nn
 from transformers import ConditionalDetrForObjectDetection
 
-from d3etr_hf.arguments import option
-from d3etr_hf.benchmark.timing import seconds_of
-from d3etr_hf.boxes import centre_to_corners
+from d3etr_hf.runs.output_folder import CONFIGURATION, write_json
+from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from d3etr_hf.data import DataArguments, DetectionCollator, load_splits
+from d3etr_hf.errors import OnnxExportError
+from d3etr_hf.evaluation.timing import seconds_of
+from d3etr_hf.matching.boxes import centre_to_corners
 from d3etr_hf.models.loading import load_detector, load_image_processor
-from d3etr_hf.output_folder import CONFIGURATION, write_json
-from d3etr_hf.yaml_files import ConfigurationLoader
-
-from .onnx_export import AXES, NEEDED, OPSET, OnnxExportError, describe_for_onnx, export_onnx, require_packages
-from .run_folder import hash_of_weights, merged_data_arguments
+from d3etr_hf.publishing.onnx_export import AXES, NEEDED, OPSET, describe_for_onnx, export_onnx, require_packages
+from d3etr_hf.publishing.run_folder import hash_of_weights, merged_data_arguments
+from d3etr_hf.training.training_arguments import option
 
 MODEL, CHECK = "model.onnx", "onnx_check.json"
 # Float32 rounding comes to some thousandths of these (BCCD: 0.002 pixels and 6e-6); a mask or a layer that was

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import ConditionalDetrForObjectDetection
 from transformers.image_processing_utils import BaseImageProcessor
 
+from d3etr_hf.errors import OnnxExportError
+
 # What torch's exporter writes its operators in: a higher one converts them for runtimes that are newer (onnxruntime
 # has known 18 since 2023), a lower one is converted down, which may fail.
 OPSET = 18
@@ -28,10 +30,6 @@ PROCESSOR_KEYS = ("size", "image_mean", "image_std", "rescale_factor", "resample
 # Their padding depends on the size by Python's `if`. With Swin torch.export searches for minutes and fails, and
 # TorchScript's exporter keeps the example's branch in silence: at some sizes logits are off by 0.15.
 UNTRACEABLE_BACKBONES = ("swin", "swinv2", "maskformer-swin", "focalnet", "dinat")
-
-
-class OnnxExportError(RuntimeError):
-    """There is no ONNX file to be had of this detector; the message says why and what to do."""
 
 
 def export_onnx(model: ConditionalDetrForObjectDetection, path: Path, metadata: dict[str, str]) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 from huggingface_hub import get_token
 
+from d3etr_hf.errors import PrivacyError
+
 SECRET_NAME = re.compile(r"token(?!iz)|secret|passw|api_?key|access_?key|credential", re.IGNORECASE)
 TOKEN_SHAPE = rb"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}"
 HOME_OF_SOMEBODY = rb"(?<![\w.-])[/\\](?:home|Users)[/\\][\w.-]+"
@@ -27,10 +29,6 @@ OUTSIDE_PATH = re.compile(r"(?:^|[\s:=,;'\"(\[])(?:/|~|\.\.(?:[\\/]|$)|[A-Za-z]:
 # what publishes a run is no part of what reproduces it, and may name an account
 UNPUBLISHED_KEYS = re.compile(r"^(push_to_hub|hub_\w+|.*token.*|.*secret.*|.*passw.*|.*api_key.*)$")
 REMOVED = "(removed)"
-
-
-class PrivacyError(RuntimeError):
-    """A file that was to be published holds a secret, or a path of this machine."""
 
 
 def secrets_of_this_machine(more: Iterable[str | None] = ()) -> dict[str, re.Pattern[bytes]]:

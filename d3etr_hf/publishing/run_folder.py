@@ -11,12 +11,13 @@ from pathlib import Path
 import yaml
 from transformers.image_processing_utils import BaseImageProcessor
 
-from d3etr_hf.arguments import DISTILLATION_OPTIONS, D3etrTrainingArguments
+from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
+from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
+from d3etr_hf.errors import PublishError
 from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.loading import load_detector, load_image_processor
-from d3etr_hf.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
-from d3etr_hf.yaml_files import ConfigurationLoader
+from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, D3etrTrainingArguments
 
 EMISSIONS = "emissions.csv"
 PLACES = {"data_folder", "dataset_name", "train_annotations", "train_images", "val_annotations", "val_images"}
@@ -27,10 +28,6 @@ NO_TEACHER = "none"
 PICTURES = ("detections.png", "attention.png", "curves.png")
 # what a card tells, whether it was set or left at its default
 TOLD_OPTIONS = (*DISTILLATION_OPTIONS, "detection_weight")
-
-
-class PublishError(RuntimeError):
-    """A folder cannot be published as it is; the message says what is missing and what to do."""
 
 
 @dataclass

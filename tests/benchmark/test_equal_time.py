@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from d3etr_hf.benchmark import equal_time
+from scripts.benchmarking import equal_time
 
 LINES = [
     {"kind": kind, "seed": seed, "steps": steps, "seconds": 10.0 * steps, "AP": ap + 0.1 * seed, "AP50": 0.5}

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from d3etr_hf.benchmark import memory, report, waiting
-from d3etr_hf.benchmark.growth import draw_growth, format_growth, growth_curves
-from d3etr_hf.benchmark.public_loop import compare_with_public_loop
-from d3etr_hf.benchmark.sizes import SIZES
-from d3etr_hf.benchmark.waiting import waiting_share
+from scripts.benchmarking import memory, report, waiting
+from scripts.benchmarking.growth import draw_growth, format_growth, growth_curves
+from scripts.benchmarking.public_loop import compare_with_public_loop
+from scripts.benchmarking.sizes import SIZES
+from scripts.benchmarking.waiting import waiting_share
 
 TINY = replace(SIZES["shapes"], batch=2, queries=5, layers=2, height=48, width=48)
 
@@ -99,7 +99,7 @@ def test_growth_curves(tmp_path):
 
 
 def test_exponent_is_the_slope_of_the_last_two_values(monkeypatch):
-    from d3etr_hf.benchmark import growth
+    from scripts.benchmarking import growth
 
     def fake_parts(size, precision, rounds):
         return [{"quadratic": size.queries**2 + 5.0, "constant": 1.0}]

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from d3etr_hf.benchmark import steps
-from d3etr_hf.benchmark.sizes import SIZES, make_batch, make_detector, on_gpu, stock_twin
-from d3etr_hf.trainer import D3etrTrainer
+from d3etr_hf.training.trainer import D3etrTrainer
+from scripts.benchmarking import steps
+from scripts.benchmarking.sizes import SIZES, make_batch, make_detector, on_gpu, stock_twin
 
 TINY = replace(SIZES["shapes"], batch=2, queries=5, layers=2, height=48, width=48)
 

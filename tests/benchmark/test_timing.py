@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from d3etr_hf.benchmark.timing import interleaved, peak_memory, seconds_of, spread, timed_parts
+from d3etr_hf.evaluation.timing import interleaved, seconds_of, spread
+from scripts.benchmarking.timing import peak_memory, timed_parts
 
 
 def test_parts_do_not_count_what_their_own_parts_take():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d3etr_hf.data.checking import ROUNDING, check_coco
-from d3etr_hf.data.errors import DatasetError
+from d3etr_hf.errors import DatasetError
 from tests.data.coco_files import annotation, coco
 
 

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 
 from d3etr_hf.data import coco as reader
 from d3etr_hf.data.coco import find_coco_split, load_coco_split
-from d3etr_hf.data.errors import DatasetError
+from d3etr_hf.errors import DatasetError
 from tests.data.coco_files import annotation, coco, write_split
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from d3etr_hf.data.errors import DatasetError
 from d3etr_hf.data.images import read_rgb
+from d3etr_hf.errors import DatasetError
 
 # What each EXIF orientation asks a viewer to do with the stored pixels (rows, columns, channels).
 EXIF_MEANING = {

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d3etr_hf.data.shapes import CATEGORIES, COLOURS, ShapesError, draw_scene, make_shapes
+from d3etr_hf.data.shapes import CATEGORIES, COLOURS, draw_scene, make_shapes
+from d3etr_hf.errors import ShapesError
 
 
 def make(folder: Path, **changes) -> Path:

@@ -10,7 +10,6 @@ from PIL import Image, ImageDraw
 from transformers import ConditionalDetrImageProcessorPil
 
 from d3etr_hf.data.coco import find_coco_split, load_coco_split
-from d3etr_hf.data.errors import DatasetError
 from d3etr_hf.data.transforms import (
     Augmentation,
     CropSizes,
@@ -18,6 +17,7 @@ from d3etr_hf.data.transforms import (
     random_region,
     resized_size,
 )
+from d3etr_hf.errors import DatasetError
 
 CROP = CropSizes((50, 60, 75), 48, 75)
 AUGMENTATIONS = {

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from d3etr_hf.benchmark.public_loop import load_public_loop
 from d3etr_hf.losses import (
     cross_attention_distillation,
     pair_weights,
@@ -12,7 +11,8 @@ from d3etr_hf.losses import (
 )
 from d3etr_hf.matching import AdaptiveMatcher
 from d3etr_hf.models import QueryGroupOutput
-from d3etr_hf.models.attention import both_forms
+from d3etr_hf.models.group_attention import both_forms
+from scripts.benchmarking.public_loop import load_public_loop
 
 LAYERS, IMAGES, HEADS, CLASSES, TOKENS = 3, 4, 2, 5, 12
 TERMS = ("prediction", "self_attention", "cross_attention")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 
-from d3etr_hf.matching import NO_OBJECT, HungarianAssigner, NonFiniteCostError, Targets
+from d3etr_hf.errors import NonFiniteCostError
+from d3etr_hf.matching import NO_OBJECT, HungarianAssigner, Targets
 from tests import slow_reference
 from tests.tiny import random_labels
 

@@ -7,14 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d3etr_hf.matching import (
-    AdaptiveMatcher,
-    FixedMatcher,
-    MixMatcher,
-    NonFiniteCostError,
-    matched_foreground_share,
-    prediction_cost,
-)
+from d3etr_hf.errors import NonFiniteCostError
+from d3etr_hf.matching import AdaptiveMatcher, FixedMatcher, MixMatcher, matched_foreground_share, prediction_cost
 from d3etr_hf.models import QueryGroupOutput
 from tests import slow_reference
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForObjectDetection, ConditionalDetrForObjectDe
 from transformers.models.conditional_detr.modeling_conditional_detr import inverse_sigmoid
 
 from d3etr_hf.models import AuxiliaryQueries, D3etrConditionalDetrForObjectDetection
-from d3etr_hf.models.attention import AttentionRecorder
+from d3etr_hf.models.group_attention import AttentionRecorder
 from tests.tiny import padded_batch, perturb, random_labels, tiny_config, tiny_model
 
 MAPS = {"return_self_attention": True, "return_cross_attention": True}

@@ -18,14 +18,8 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from d3etr_hf.models.loading import (
-    DetectorLoadError,
-    ModelArguments,
-    TeacherArguments,
-    build_model,
-    load_detector,
-    load_image_processor,
-)
+from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.models.loading import ModelArguments, TeacherArguments, build_model, load_detector, load_image_processor
 from tests.tiny import tiny_config, tiny_model
 
 CLASSES = ["circle", "rectangle", "triangle"]

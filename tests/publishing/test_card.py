@@ -9,20 +9,21 @@ import shutil
 
 import pytest
 import yaml
+from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from d3etr_hf.arguments import D3etrTrainingArguments
-from d3etr_hf.command_line import parse_arguments
+from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.data import DataArguments
+from d3etr_hf.errors import PublishError
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.publishing.card import CardArguments, card_data, write_card
 from d3etr_hf.publishing.measurements import METRICS
 from d3etr_hf.publishing.publish import PublishArguments, prepare, publish
-from d3etr_hf.publishing.run_folder import PublishError, load_run
-from d3etr_hf.yaml_files import ConfigurationLoader
+from d3etr_hf.publishing.run_folder import load_run
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 
 @pytest.fixture(scope="module")

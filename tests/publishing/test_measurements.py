@@ -9,18 +9,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from d3etr_hf.cli.training_run import evaluate_detector
 from d3etr_hf.data import DataArguments
-from d3etr_hf.publishing.cost import count_cost, measure_milliseconds
+from d3etr_hf.errors import PublishError
+from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
 from d3etr_hf.publishing.measurements import METRICS, is_measured, measure_run, select_rows
-from d3etr_hf.publishing.run_folder import (
-    PublishError,
-    describe_data,
-    links_to_hub,
-    load_run,
-    merged_data_arguments,
-    read_energy,
-)
-from d3etr_hf.runs import evaluate_detector
+from d3etr_hf.publishing.run_folder import describe_data, links_to_hub, load_run, merged_data_arguments, read_energy
 from tests.tiny import tiny_model
 
 

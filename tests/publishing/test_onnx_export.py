@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from transformers import ResNetConfig, SwinConfig, pipeline
 
-from d3etr_hf.command_line import CommandLineError, parse_arguments
+from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.data import DataArguments
-from d3etr_hf.models.loading import DetectorLoadError, load_detector, load_image_processor
+from d3etr_hf.errors import CommandLineError, DetectorLoadError, OnnxExportError
+from d3etr_hf.models.loading import load_detector, load_image_processor
 from d3etr_hf.publishing import onnx_check, onnx_export
 from d3etr_hf.publishing.onnx_check import (
     ExportArguments,
@@ -26,7 +27,7 @@ from d3etr_hf.publishing.onnx_check import (
     export_and_check,
     onnx_snippet,
 )
-from d3etr_hf.publishing.onnx_export import OnnxExportError, export_onnx
+from d3etr_hf.publishing.onnx_export import export_onnx
 from tests.data.coco_files import coco, write_split
 from tests.tiny import tiny_model
 

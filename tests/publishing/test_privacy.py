@@ -2,8 +2,9 @@
 
 import pytest
 
+from d3etr_hf.errors import PrivacyError
 from d3etr_hf.publishing import privacy
-from d3etr_hf.publishing.privacy import REMOVED, PrivacyError, anonymise, anonymise_configuration, refuse_secrets
+from d3etr_hf.publishing.privacy import REMOVED, anonymise, anonymise_configuration, refuse_secrets
 
 TOKEN = "hf_" + "Abcdefghij" * 3 + "KLMN"
 

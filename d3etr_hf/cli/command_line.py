@@ -1,0 +1,273 @@
+"""The command line of every script: `script.py [configuration.yaml] [--field value ...]`.
+
+Flags override the YAML file, the YAML file overrides the defaults of the dataclasses. Whatever is not understood is
+refused, with the file and the key or flag named.
+"""
+
+import dataclasses
+import difflib
+import json
+import logging
+import os
+import sys
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from d3etr_hf.runs.yaml_files import ConfigurationDumper, ConfigurationLoader
+from d3etr_hf.errors import CommandLineError
+
+SECRET_ENDINGS = ("token", "secret", "password", "api_key")
+NOT_GIVEN = object()
+
+# What TrainingArguments.__post_init__ makes of its own defaults: such a value is no choice of the user's.
+NORMALISED_DEFAULTS = {
+    "accelerator_config": AcceleratorConfig(),
+    "activation_checkpointing": False,
+    "debug": [],
+    "disable_tqdm": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+}
+
+
+def parse_arguments(
+    dataclass_types: Sequence[type],
+    argv: list[str] | None = None,
+    description: str = "",
+    first_argument: str | None = None,
+) -> tuple[Any, ...]:
+    """Reads `[configuration.yaml] [--field value ...]` into one instance of each dataclass, in their order.
+
+    Fields that hold a dictionary take a YAML mapping in the file and a JSON object on the command line; `null` takes
+    back what the file says of a text that may be left out. Paths stay as
+    they are given. `--help` prints every field and ends the program.
+
+    Args:
+        dataclass_types: dataclasses with no field name in common; `metadata["help"]` documents a field.
+        argv: the arguments after the script's name; `sys.argv[1:]` where None.
+        description: printed as it is at the top of `--help`.
+        first_argument: a field whose value may be given first, in the place of the configuration file.
+
+    Raises:
+        CommandLineError: an unknown key or flag, a missing or wrong value, an unreadable file, or a combination that
+            a dataclass's own checks refuse.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if first_argument is not None and argv and not argv[0].startswith("-"):
+        argv.insert(0, f"--{first_argument}")
+    fields = _fields_by_name(dataclass_types)
+    configuration_file = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    # Flags first, so that --help works beside a broken file.
+    values = _read_flags(dataclass_types, argv, fields, description, first_argument or "configuration.yaml")
+    if configuration_file is not None:
+        values = {**_read_configuration_file(configuration_file, fields), **values}
+
+    instances = []
+    for dataclass_type in dataclass_types:
+        own_fields = [field for field in dataclasses.fields(dataclass_type) if field.init]
+        for field in own_fields:
+            if field.name not in values and not _has_default(field):
+                raise CommandLineError(
+                    f"'{field.name}' is required: set it in the configuration file or with --{field.name}"
+                )
+        own_values = {field.name: values[field.name] for field in own_fields if field.name in values}
+        try:
+            instances.append(dataclass_type(**own_values))
+        except ValueError as error:
+            raise CommandLineError(f"{configuration_file or 'command line'}: {error}") from error
+    return tuple(instances)
+
+
+def write_configuration(path: str | Path, *instances: Any) -> None:
+    """Writes a YAML file that makes `parse_arguments` build `instances` again.
+
+    Only the values that differ from the defaults are written, and no token, secret, password or API key.
+    """
+    values = {}
+    for instance in instances:
+        for field in dataclasses.fields(instance):
+            value = getattr(instance, field.name)
+            if field.init and not field.name.endswith(SECRET_ENDINGS) and not _is_default(instance, field, value):
+                values[field.name] = _plain(value)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.dump(values, Dumper=ConfigurationDumper, sort_keys=False) if values else "")
+
+
+def run(main: Callable[[], None], errors: tuple[type[Exception], ...] = ()) -> None:
+    """Calls `main`, with this package's own news shown on the main process.
+
+    A CommandLineError, or one of `errors`, ends the program with its message and exit code 2; an interruption, 130.
+
+    Args:
+        main: a script's entry.
+        errors: those of the package's own errors that the user can put right; all others keep their traceback.
+    """
+    script = Path(sys.argv[0]).name
+    if os.environ.get("RANK", "0") == "0":
+        news = logging.getLogger("d3etr_hf")
+        news.setLevel(logging.INFO)
+        news.addHandler(logging.StreamHandler())
+        news.propagate = False
+    try:
+        main()
+    except (CommandLineError, *errors) as error:
+        # an error in a data loader's worker comes with the worker's traceback; its last line is the message
+        message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else error
+        print(f"{script}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; call it again with the same arguments to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the line breaks of the description alone."""
+
+
+class _FlagParser(HfArgumentParser):
+    """Reads flags alone: what is required may still come from the file, and dictionaries are read afterwards."""
+
+    def add_argument(self, *names, **kwargs):
+        if kwargs.pop("required", False):
+            kwargs["default"] = SUPPRESS
+            kwargs["help"] = f"{kwargs.get('help', '')} (required)"
+        kind = kwargs.get("type")
+        if dict in (kind, get_origin(kind)):
+            kwargs["type"] = str
+        return super().add_argument(*names, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        # Not argparse's own way out: its message comes after a list of all of some 150 flags.
+        raise CommandLineError(message)
+
+
+def _read_flags(
+    dataclass_types: Sequence[type], argv: list[str], fields: dict[str, Any], description: str, first_argument: str
+) -> dict[str, Any]:
+    """The values of the flags in `argv`, by field name; the fields that no flag names are left out."""
+    parser = _FlagParser(
+        dataclass_types,
+        description=description,
+        usage=f"%(prog)s [{first_argument}] [--field value ...]",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    namespace, unknown = parser.parse_known_args(argv, Namespace(**dict.fromkeys(fields, NOT_GIVEN)))
+    if unknown:
+        flags = [argument.split("=")[0] for argument in unknown if argument.startswith("--")]
+        if not flags:
+            raise CommandLineError(
+                f"unexpected argument '{unknown[0]}': "
+                "one configuration file may come first, everything after it is --field value"
+            )
+        name = flags[0].removeprefix("--").replace("-", "_")
+        raise CommandLineError(f"unknown flag '{flags[0]}'{_suggestion(name, list(fields), prefix='--')}")
+
+    values = {name: value for name, value in vars(namespace).items() if value is not NOT_GIVEN}
+    for name, value in values.items():
+        if value == "null" and type(None) in get_args(fields[name]):
+            values[name] = None  # takes back what the file says
+            continue
+        if _admits_dictionary(fields[name]) and isinstance(value, str) and value.lstrip().startswith("{"):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise CommandLineError(f"--{name}: not valid JSON ({error}): {value}") from None
+        values[name] = _convert(value, fields[name], f"--{name}")
+    return values
+
+
+def _read_configuration_file(path: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The values in a YAML file, by field name, converted to the types of the fields."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=ConfigurationLoader)
+    except FileNotFoundError:
+        raise CommandLineError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandLineError(f"{path}: cannot be read as a configuration file ({error})") from None
+    except yaml.YAMLError as error:
+        raise CommandLineError(f"{path}: not valid YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise CommandLineError(f"{path}: must hold 'key: value' lines, holds a {type(content).__name__}")
+    for key in content:
+        if key not in fields:
+            raise CommandLineError(f"{path}: unknown key '{key}'{_suggestion(str(key), list(fields))}")
+    return {key: _convert(value, fields[key], f"{path}: '{key}'") for key, value in content.items()}
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as an instance of the type `hint`."""
+    try:
+        converted = TypeAdapter(hint).validate_python(value)
+    except ValidationError:
+        converted = NOT_GIVEN
+    # pydantic would take true for the number 1.
+    if converted is NOT_GIVEN or (isinstance(value, bool) and type(converted) in (int, float)):
+        type_name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        raise CommandLineError(f"{where} must be of type {type_name}, got {value!r} ({type(value).__name__})")
+    return converted
+
+
+def _fields_by_name(dataclass_types: Sequence[type]) -> dict[str, Any]:
+    """The type hint of every field that can be set, by field name."""
+    fields = {}
+    for dataclass_type in dataclass_types:
+        hints = get_type_hints(dataclass_type)
+        fields.update({field.name: hints[field.name] for field in dataclasses.fields(dataclass_type) if field.init})
+    return fields
+
+
+def _admits_dictionary(hint: Any) -> bool:
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return any(dict in (member, get_origin(member)) for member in members)
+
+
+def _suggestion(unknown: str, known: list[str], prefix: str = "") -> str:
+    nearest = difflib.get_close_matches(unknown, known, n=1)
+    return f"; did you mean '{prefix}{nearest[0]}'?" if nearest else "; --help lists those there are"
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _is_default(instance: Any, field: dataclasses.Field, value: Any) -> bool:
+    """Whether the field's default leads to `value`."""
+    if value == _default(field):
+        return True
+    if not isinstance(instance, TrainingArguments) or field.name not in NORMALISED_DEFAULTS:
+        return False
+    # Not so where a subclass has set a default of its own.
+    inherited = TrainingArguments.__dataclass_fields__[field.name]
+    return _default(field) == _default(inherited) and value == NORMALISED_DEFAULTS[field.name]
+
+
+def _plain(value: Any) -> Any:
+    """`value` in terms of what YAML can write."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {key: _plain(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(member) for member in value]
+    return value

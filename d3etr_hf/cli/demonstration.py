@@ -1,0 +1,205 @@
+"""The demonstration: a teacher, three students and a picture, on synthetic data, in one command.
+
+Every model is trained by the same scripts a user calls, each in a process of its own with one thread, two at a time.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from tqdm.auto import tqdm
+
+from d3etr_hf.runs.output_folder import CONFIGURATION, HISTORY, RESULTS, SECONDS
+from d3etr_hf.data import load_coco_split
+from d3etr_hf.data.coco import find_coco_split
+from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.data.transforms import DetectionTransform
+from d3etr_hf.errors import DemoError
+from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.publishing.card import CardArguments
+from d3etr_hf.publishing.publish import prepare
+from d3etr_hf.publishing.run_folder import load_run
+from d3etr_hf.visualization.pictures import draw_training_curves
+from d3etr_hf.visualization.run_pictures import draw_detections_of
+
+CONFIGURATIONS = Path("configs") / "shapes"
+CONTROLS = {
+    "student_alone": "student alone",
+    "student_alone_equal_time": "student alone, equal time",
+    "teacherless": "teacherless control",
+}
+COLUMNS = {"teacher": "teacher", "student_alone": "student alone", "distilled": "distilled"}
+PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
+
+
+RUNNING: list[subprocess.Popen] = []
+
+
+def run_demo(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) -> list[dict]:
+    """Make the data, train what is not trained yet, evaluate, and write results and pictures.
+
+    Args:
+        folder: gets one folder for each model, `results.json`, `detections.png`, `curves.png` and `logs/`; the folder
+            of the distilled student gets a model card.
+        data_folder: gets the shapes.
+        overrides: further flags for every training run.
+
+    Returns:
+        What `results.json` holds: for each model name, AP and AP50 (0..1), parameters, optimizer steps and seconds of
+        training.
+
+    Raises:
+        DemoError: a run failed; the message names its log.
+    """
+    summary = folder / RESULTS
+    if summary.exists():
+        print(f"The demonstration is done already; remove {folder} to run it again.")
+        return json.loads(summary.read_text())
+    make_shapes(data_folder)
+    results = train_all(folder, data_folder, overrides)
+    draw_training_curves(
+        {name: json.loads((folder / name / HISTORY).read_text()) for name in results}, folder / "curves.png"
+    )
+    draw_demo_detections(folder, data_folder)
+    compared = [f"{title}={folder / name}" for name, title in CONTROLS.items()]
+    prepare(load_run(folder / "distilled"), CardArguments(compare=compared))
+    rows = [
+        {"name": name} | {key: result[key] for key in ("AP", "AP50", "parameters", "steps", "seconds")}
+        for name, result in results.items()
+    ]
+    summary.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def train_all(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) -> dict[str, dict]:
+    """Train the five models, two at a time, each one going on where it was; results by name."""
+    data = ["--data_folder", str(data_folder), *overrides]
+    distil = ["scripts/distill.py", str(CONFIGURATIONS / "distill.yaml"), "--teacher", str(folder / "teacher"), *data]
+    control = ["scripts/distill.py", str(CONFIGURATIONS / "teacherless.yaml"), *data]
+    alone = ["scripts/train.py", str(CONFIGURATIONS / "student.yaml"), *data]
+
+    with ThreadPoolExecutor(max_workers=2) as pool, stopping(pool):
+
+        def start(name: str, command: list[str]):
+            return pool.submit(train_one, name, command, folder)
+
+        first = {
+            "teacher": start("teacher", ["scripts/train.py", str(CONFIGURATIONS / "teacher.yaml"), *data]),
+            "student_alone": start("student_alone", alone),
+            "teacherless": start("teacherless", control),
+        }
+        first["teacher"].result()
+        student_alone = first["student_alone"].result()
+        distilled = start("distilled", distil)
+        steps = equal_time_steps(folder, student_alone, distilled)
+        equal_time = start("student_alone_equal_time", [*alone, "--max_steps", str(steps)])
+        return {
+            name: future.result()
+            for name, future in (*first.items(), ("distilled", distilled), ("student_alone_equal_time", equal_time))
+        }
+
+
+def equal_time_steps(folder: Path, student_alone: dict, distilled: Future) -> int:
+    """How many steps the student alone takes in the time of the distilled run: its own full schedule is that long.
+
+    The time of a distilled step is known from its first save, so that both can run side by side, under the same load.
+    A run that has been started keeps its length.
+    """
+    started, spent = folder / "student_alone_equal_time" / CONFIGURATION, folder / "distilled" / SECONDS
+    if started.exists():
+        return yaml.safe_load(started.read_text())["max_steps"]
+    while not (spent.exists() or distilled.done()):
+        time.sleep(1)
+    if distilled.done():
+        distilled.result()  # a failure is told here
+    distilled_step = json.loads(spent.read_text())
+    alone_step = student_alone["seconds"] / student_alone["steps"]
+    return round(student_alone["steps"] * distilled_step["seconds"] / distilled_step["steps"] / alone_step)
+
+
+@contextmanager
+def stopping(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """On a failure or an interruption start no further run and end those that are under way."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in RUNNING:
+            process.terminate()
+        raise
+
+
+def train_one(name: str, command: list[str], folder: Path) -> dict:
+    """Run one training script to its end, showing how far it is; its results."""
+    log = folder / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--quiet",
+        *command,
+        "--output_dir",
+        str(folder / name),
+    ]
+    # two processes that spin on both cores are many times slower than one thread each
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as output:
+        start = output.tell()
+        process = subprocess.Popen(launch, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    RUNNING.append(process)
+    with tqdm(desc=name, unit="step", leave=True) as bar:
+        while process.poll() is None:
+            time.sleep(1)
+            show_progress(log, start, bar)
+    if process.returncode != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise DemoError(f"the run {name!r} failed with exit code {process.returncode}; its log is {log}:\n{tail}")
+    return json.loads((folder / name / RESULTS).read_text())
+
+
+def show_progress(log: Path, start: int, bar: tqdm) -> None:
+    """Bring a bar to where the training bar in a log stands."""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - 4000))
+        found = [(int(done), int(total)) for done, total in PROGRESS.findall(file.read())]
+    # evaluation shows bars of its own, with far fewer steps
+    training = [(done, total) for done, total in found if total >= (bar.total or 100)]
+    if training:
+        bar.total = training[-1][1]
+        bar.n = training[-1][0]
+        bar.refresh()
+
+
+def draw_demo_detections(folder: Path, data_folder: Path) -> None:
+    """A grid of the first validation images: ground truth, teacher, student alone, distilled."""
+    val = load_coco_split(*find_coco_split(data_folder, "val"))
+    models = {
+        title: (
+            load_detector(str(folder / name)),
+            val.with_transform(DetectionTransform(load_image_processor(str(folder / name)))),
+        )
+        for name, title in COLUMNS.items()
+    }
+    draw_detections_of(models, val, folder / "detections.png")
+
+
+def format_table(rows: list[dict]) -> str:
+    """The results as one table for a terminal."""
+    lines = [f"{'model':<26}{'AP':>7}{'AP50':>7}{'parameters':>12}{'steps':>7}{'seconds':>9}"]
+    for row in rows:
+        lines.append(
+            f"{row['name']:<26}{100 * row['AP']:>7.1f}{100 * row['AP50']:>7.1f}{row['parameters']:>12,}"
+            f"{row['steps']:>7}{row['seconds']:>9.0f}"
+        )
+    return "\n".join(lines)

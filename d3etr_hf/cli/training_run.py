@@ -1,0 +1,240 @@
+"""One training run in one output folder: guarded, resumable, with its results beside its model."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import TrainerCallback, set_seed
+from transformers.utils import logging
+
+from d3etr_hf.runs.environment import describe_environment
+from d3etr_hf.runs.output_folder import (
+    CONFIGURATION,
+    ENVIRONMENT,
+    LAUNCH,
+    RESULTS,
+    SECONDS,
+    check_output_folder,
+    describe_launch,
+    describe_run,
+    refuse_split_launch,
+    write_json,
+)
+from d3etr_hf.data import DataArguments, load_splits
+from d3etr_hf.errors import (
+    CommandLineError,
+    DatasetError,
+    DetectorLoadError,
+    HubError,
+    IncompatibleDataError,
+    IncompatibleTeacherError,
+    NonFiniteLossError,
+    OutputFolderError,
+    PrivacyError,
+    PublishError,
+    UnsupportedOptionError,
+)
+from d3etr_hf.models import inherit_from_teacher
+from d3etr_hf.models.loading import (
+    ModelArguments,
+    TeacherArguments,
+    build_model,
+    load_detector,
+    load_image_processor,
+    read_model_options,
+)
+from d3etr_hf.publishing.card import CardArguments
+from d3etr_hf.publishing.publish import resume_command
+from d3etr_hf.publishing.run_folder import links_to_hub
+from d3etr_hf.training.compatibility import class_index_by_name, spread_layers, with_classes_of
+from d3etr_hf.training.trainer import D3etrTrainer
+from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, D3etrTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+NO_CARD_ARGUMENTS = CardArguments()
+
+
+def train_detector(
+    model_arguments: ModelArguments,
+    teacher_arguments: TeacherArguments,
+    data_arguments: DataArguments,
+    training_arguments: D3etrTrainingArguments,
+    card_arguments: CardArguments = NO_CARD_ARGUMENTS,
+) -> dict:
+    """Train, evaluate, save and publish one detector; go on where an interrupted run of the same options stopped.
+
+    A run that goes on ends as if nothing had stopped it, save that within an epoch the rest of that epoch draws its
+    augmentation anew (a data loader fetches ahead of the random state that a checkpoint holds).
+
+    Returns:
+        The results, as written to `results.json`: AP and AP50 (0..1) and all other metrics, parameters, optimizer
+        steps, and seconds of training (summed over interruptions; without evaluation before or after it).
+
+    Raises:
+        OutputFolderError: the output folder holds another run, or files that are no run.
+        HubError: the upload failed; the results are saved.
+    """
+    refuse_split_launch(training_arguments)
+    output = Path(training_arguments.output_dir)
+    # with the model's options themselves: a path would not tell that the file has changed
+    described = replace(model_arguments, model_config=read_model_options(model_arguments))
+    configuration = describe_run(described, teacher_arguments, data_arguments, training_arguments)
+    launch = describe_launch(training_arguments)
+    checkpoint = check_output_folder(output, configuration, launch)
+    if (output / RESULTS).exists():
+        repo_id = training_arguments.hub_model_id or output.resolve().name
+        private, revision = training_arguments.hub_private_repo, training_arguments.hub_revision
+        publish = resume_command(output, repo_id, card_arguments, private, revision)
+        hint = f"; to publish it:\n{publish}" if training_arguments.push_to_hub else ""
+        logger.warning(f"{output} holds this run already, finished: nothing to do{hint}")
+        return json.loads((output / RESULTS).read_text())
+    if training_arguments.push_to_hub:
+        card_arguments.check_places()
+    set_seed(training_arguments.seed)
+    source = model_arguments.model or teacher_arguments.teacher
+    processor = load_image_processor(source) or load_image_processor(None)
+    train, val = load_splits(data_arguments, processor)
+    model = build_model(model_arguments, train.class_names)
+    teacher = teacher_processor = None
+    if teacher_arguments.teacher and not (training_arguments.needs_teacher or teacher_arguments.inherit_from_teacher):
+        logger.warning(f"the teacher {teacher_arguments.teacher!r} is not used: these options need none")
+    if teacher_arguments.teacher is not None:
+        teacher = load_detector(teacher_arguments.teacher, "teacher")
+        teacher_processor = load_image_processor(teacher_arguments.teacher)
+    if teacher_arguments.inherit_from_teacher:
+        inherit_from_teacher(
+            model,
+            teacher,
+            teacher_arguments.inherit_from_teacher,
+            class_index_by_name(teacher.config, train.class_names),
+            spread_layers(teacher.config.decoder_layers, model.config.decoder_layers, training_arguments.layer_map),
+        )
+    trainer = D3etrTrainer(
+        model=model,
+        args=training_arguments,
+        teacher=teacher,
+        teacher_processing_class=teacher_processor,
+        train_dataset=train,
+        eval_dataset=val,
+        processing_class=processor,
+    )
+    stopwatch = Stopwatch(output)
+    trainer.add_callback(stopwatch)
+    if trainer.is_world_process_zero():
+        # only now: a call that failed on its data or its teacher leaves the folder free for the next
+        (output / CONFIGURATION).write_text(configuration)
+        write_json(output / LAUNCH, launch)
+        links = links_to_hub(
+            teacher=teacher_arguments.teacher,
+            dataset=data_arguments.dataset_name,
+            started_from=model_arguments.model,
+        )
+        write_json(output / ENVIRONMENT, describe_environment() | {"links": links})
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    # not `save_model()`, which pushes: the Hub may fail, and all that was found out must be on disk by then
+    trainer.save_model(_internal_call=True)
+    results = trainer.record_results(metrics, stopwatch.seconds)
+    report(results, training_arguments)
+    if training_arguments.push_to_hub:
+        address = trainer.push_to_hub(**card_arguments.for_trainer())
+        if trainer.is_world_process_zero():
+            print(f"published: {address}")
+    return results
+
+
+def evaluate_detector(
+    data_arguments: DataArguments, model: str, output_dir: str, batch_size: int = 8, workers: int = 0, use_cpu=False
+) -> dict[str, float]:
+    """COCO metrics (0..1) of a saved detector on the validation split, also written to `evaluation.json`.
+
+    The detector's own image processor scales the pixels, to its own size unless the data arguments give another.
+
+    Raises:
+        DetectorLoadError, DatasetError, IncompatibleTeacherError: the model or the data cannot be read.
+    """
+    training_arguments = D3etrTrainingArguments(
+        output_dir=output_dir,
+        per_device_eval_batch_size=batch_size,
+        dataloader_num_workers=workers,
+        use_cpu=use_cpu,
+        auxiliary_queries="none",
+        adaptive_matching=False,
+        report_to="none",
+    )
+    refuse_split_launch(training_arguments)
+    detector = load_detector(model)
+    processor = load_image_processor(model) or load_image_processor(None)
+    _, val = load_splits(data_arguments, processor)
+    detector = with_classes_of(detector, val.class_names, "model")
+    trainer = D3etrTrainer(model=detector, args=training_arguments, eval_dataset=val, processing_class=processor)
+    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    metrics = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
+    if trainer.is_world_process_zero():
+        size = {"short_side": processor.size["shortest_edge"], "long_side": processor.size["longest_edge"]}
+        write_json(Path(output_dir) / "evaluation.json", {"model": model, "data": val.name, **size, **metrics})
+    return metrics
+
+
+# what the user can put right: shown by the scripts without a traceback
+USER_ERRORS = (
+    DatasetError,
+    UnsupportedOptionError,
+    IncompatibleDataError,
+    IncompatibleTeacherError,
+    DetectorLoadError,
+    OutputFolderError,
+    NonFiniteLossError,
+    PublishError,
+    HubError,
+    PrivacyError,
+)
+
+
+def without_distillation(training_arguments: D3etrTrainingArguments) -> None:
+    """Set the options to plain training, in place.
+
+    Raises:
+        CommandLineError: an option of the distillation was given, which plain training would pass over in silence.
+    """
+    fields = D3etrTrainingArguments.__dataclass_fields__
+    given = [name for name in DISTILLATION_OPTIONS if getattr(training_arguments, name) != fields[name].default]
+    if given:
+        raise CommandLineError(f"{given} belong to distillation, which plain training does not do: scripts/distill.py")
+    training_arguments.auxiliary_queries, training_arguments.adaptive_matching = "none", False
+
+
+def report(results: dict, training_arguments: D3etrTrainingArguments) -> None:
+    """Say on the main process what a run came to."""
+    if training_arguments.process_index == 0:
+        scores = [f"{name} {results[name]:.3f}" for name in ("AP", "AP50") if name in results]
+        print(f"{training_arguments.output_dir}: {', '.join(scores) or 'no AP: the validation split has no object'}")
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds spent on training steps and waiting for their data; evaluation and saving do not count.
+
+    Kept in the output folder at every save, so that an interrupted run knows what it spent.
+    """
+
+    def __init__(self, output: Path):
+        self.file = output / SECONDS
+        self.seconds = json.loads(self.file.read_text())["seconds"] if self.file.exists() else 0.0
+        self.mark = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.mark = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.seconds, self.mark = self.seconds + now - self.mark, now
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.mark = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_json(self.file, {"seconds": self.seconds, "steps": state.global_step})
+        self.mark = time.perf_counter()

@@ -1,0 +1,206 @@
+"""Which data to train on and how to prepare it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import SizeDict
+
+from d3etr_hf.data.coco import find_coco_split, load_coco_split
+from d3etr_hf.data.dataset import DetectionDataset
+from d3etr_hf.data.hub_datasets import load_hub_split
+from d3etr_hf.data.transforms import Augmentation, CropSizes, DetectionTransform
+from d3etr_hf.errors import DatasetError
+
+# Of DETR, whose short side at evaluation is 800; everything else is scaled from here.
+DETR_SHORT_SIDE = 800
+DETR_AUGMENTATION_SHORT_SIDES = range(480, 801, 32)
+SMALLEST_SIDE = 16
+
+
+@dataclass
+class DataArguments:
+    """Where the images and annotations are, their size, and the augmentation.
+
+    The data come from one of three places: `data_folder`, `dataset_name`, or the four explicit paths.
+    """
+
+    data_folder: str | None = field(
+        default=None,
+        metadata={"help": "Folder in COCO format: annotations/train.json, annotations/val.json, train/, val/."},
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id of an object detection data set, or a local folder of Parquet files."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of `dataset_name` to train on."})
+    dataset_val_split: str = field(default="validation", metadata={"help": "Split of `dataset_name` to evaluate on."})
+    train_annotations: str | None = field(default=None, metadata={"help": "COCO JSON of the training split."})
+    train_images: str | None = field(default=None, metadata={"help": "Image folder of the training split."})
+    val_annotations: str | None = field(default=None, metadata={"help": "COCO JSON of the validation split."})
+    val_images: str | None = field(default=None, metadata={"help": "Image folder of the validation split."})
+    short_side: int | None = field(
+        default=None,
+        metadata={
+            "help": "Short side of the images at evaluation, and the scale of the augmentation, in pixels; by default "
+            "that of the image processor saved with the model or the teacher, else 800. Give long_side with it."
+        },
+    )
+    long_side: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest side allowed, in pixels; the short side gives way to it. Without a saved one 1333."
+        },
+    )
+    augmentation: Literal["none", "flip", "multiscale", "paper"] = field(
+        default="paper",
+        metadata={
+            "help": "Of training images: none; flip (horizontal); multiscale (flip, random short side); paper (as "
+            "multiscale, and every second image is cropped first, as in Conditional DETR)."
+        },
+    )
+    augmentation_short_sides: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Short sides that multiscale and paper draw from; by default 480 to 800 in steps of 32, times "
+            "short_side / 800."
+        },
+    )
+    max_train_images: int | None = field(default=None, metadata={"help": "Train on the first so many images only."})
+    max_val_images: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images only."})
+    dataset_workers: int = field(default=1, metadata={"help": "Processes that prepare `dataset_name`."})
+
+    def __post_init__(self) -> None:
+        explicit = [self.train_annotations, self.train_images, self.val_annotations, self.val_images]
+        if any(explicit) and not all(explicit):
+            raise ValueError("give all of train_annotations, train_images, val_annotations and val_images, or none.")
+        places = (self.data_folder is not None) + (self.dataset_name is not None) + any(explicit)
+        if places > 1:
+            raise ValueError("give one of data_folder, dataset_name or the explicit paths, not several.")
+        if (self.short_side is None) != (self.long_side is None):
+            raise ValueError("give both short_side and long_side, or neither.")
+        if self.short_side is not None and self.short_side < SMALLEST_SIDE:
+            raise ValueError(f"short_side is {self.short_side}: it must be at least {SMALLEST_SIDE} pixels.")
+        if self.short_side is not None and self.long_side < self.short_side:
+            raise ValueError(
+                f"long_side is {self.long_side}: it must be at least short_side, which is {self.short_side} pixels."
+            )
+        if self.augmentation not in ("none", "flip", "multiscale", "paper"):
+            raise ValueError(f"augmentation is {self.augmentation!r}: choose none, flip, multiscale or paper.")
+        if self.augmentation_short_sides is not None:
+            self._check_augmentation_short_sides(self.augmentation_short_sides)
+        for name, value in (("max_train_images", self.max_train_images), ("max_val_images", self.max_val_images)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1, or left out for all images.")
+        if self.dataset_workers < 1:
+            raise ValueError(f"dataset_workers is {self.dataset_workers}: it must be at least 1.")
+
+    def _check_augmentation_short_sides(self, short_sides: list[int]) -> None:
+        if self.augmentation not in ("multiscale", "paper"):
+            raise ValueError(
+                f"augmentation_short_sides has no effect with augmentation {self.augmentation!r}: leave it out, or "
+                "choose multiscale or paper."
+            )
+        if not short_sides or min(short_sides) < SMALLEST_SIDE:
+            raise ValueError(
+                f"augmentation_short_sides is {short_sides}: give at least one, each at least {SMALLEST_SIDE} pixels."
+            )
+        if self.long_side is not None and max(short_sides) > self.long_side:
+            raise ValueError(
+                f"augmentation_short_sides is {short_sides}: none may exceed long_side, which is {self.long_side} "
+                "pixels."
+            )
+
+
+def load_splits(
+    arguments: DataArguments, image_processor: BaseImageProcessor
+) -> tuple[DetectionDataset, DetectionDataset]:
+    """The training split, augmented, and the validation split, resized only.
+
+    Args:
+        arguments: see there.
+        image_processor: of the model. Its `size` is set to the arguments' sides where they are given, so that the
+            processor saved with the model resizes as evaluation did.
+
+    Raises:
+        DatasetError: no data are named, a split cannot be loaded, or the two have different categories.
+    """
+    train, val = _load(arguments)
+    _require_same_categories(train, val)
+    if arguments.max_train_images is not None:
+        train = train.select(range(min(arguments.max_train_images, len(train))))
+    if arguments.max_val_images is not None:
+        val = val.select(range(min(arguments.max_val_images, len(val))))
+    if arguments.short_side is not None:
+        image_processor.size = SizeDict(shortest_edge=arguments.short_side, longest_edge=arguments.long_side)
+    size = image_processor.size
+    if size["shortest_edge"] is None or size["longest_edge"] is None:
+        raise DatasetError(f"the image processor's size is {size}: give short_side and long_side.")
+    return (
+        train.with_transform(
+            DetectionTransform(
+                image_processor, build_augmentation(arguments, size["shortest_edge"], size["longest_edge"])
+            )
+        ),
+        val.with_transform(DetectionTransform(image_processor)),
+    )
+
+
+def build_augmentation(arguments: DataArguments, short_side: int, long_side: int) -> Augmentation | None:
+    """The augmentation of training images, with DETR's sizes scaled by short_side / 800; None for `none`.
+
+    Args:
+        arguments: which one, and the short sides to draw from.
+        short_side, long_side: of the images at evaluation, pixels.
+    """
+    if arguments.augmentation == "none":
+        return None
+    if arguments.augmentation == "flip":
+        return Augmentation([short_side], long_side)
+    factor = short_side / DETR_SHORT_SIDE
+    short_sides = arguments.augmentation_short_sides or [
+        round(side * factor) for side in DETR_AUGMENTATION_SHORT_SIDES
+    ]
+    crop = CropSizes().scaled(factor) if arguments.augmentation == "paper" else None
+    return Augmentation(short_sides, long_side, crop)
+
+
+def _load(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]:
+    if arguments.dataset_name is not None:
+        train, val = (
+            load_hub_split(arguments.dataset_name, split, workers=arguments.dataset_workers)
+            for split in (arguments.dataset_train_split, arguments.dataset_val_split)
+        )
+        return train, val
+    if arguments.data_folder is not None:
+        folder = Path(arguments.data_folder)
+        train, val = (
+            load_coco_split(*find_coco_split(folder, split), name=f"{folder.name}/{split}")
+            for split in ("train", "val")
+        )
+        return train, val
+    if arguments.train_annotations is None:
+        raise DatasetError(
+            "no data: give data_folder (COCO format), dataset_name (Hub), or train_annotations, train_images, "
+            "val_annotations and val_images."
+        )
+    return (
+        load_coco_split(arguments.train_annotations, arguments.train_images),
+        load_coco_split(arguments.val_annotations, arguments.val_images),
+    )
+
+
+def _require_same_categories(train: DetectionDataset, val: DetectionDataset) -> None:
+    train_names = dict(zip(train.category_ids, train.class_names, strict=True))
+    val_names = dict(zip(val.category_ids, val.class_names, strict=True))
+    for category_id in sorted(train_names.keys() | val_names.keys()):
+        in_train, in_val = train_names.get(category_id), val_names.get(category_id)
+        if in_train != in_val:
+            raise DatasetError(
+                f"category {category_id} is {_quoted(in_train)} in {train.name} but {_quoted(in_val)} in {val.name}: "
+                "list the same ids and names in both splits."
+            )
+
+
+def _quoted(name: str | None) -> str:
+    return "missing" if name is None else repr(name)

@@ -1,0 +1,81 @@
+"""What can go wrong in ways that the user can put right; commands show these without a traceback."""
+
+
+class UserError(Exception):
+    """Base of every error whose message says what is wrong, where, and what to do."""
+
+
+class CommandLineError(UserError, ValueError):
+    """The arguments given on the command line or in a configuration file cannot be used as they are."""
+
+
+class DatasetError(UserError, ValueError):
+    """A data set cannot be used as it is."""
+
+
+class IncompatibleDataError(UserError, ValueError):
+    """The data are not of the classes that the student predicts."""
+
+
+class DetectorLoadError(UserError, ValueError):
+    """A detector cannot be loaded or built as asked."""
+
+
+class IncompatibleTeacherError(UserError, ValueError):
+    """The teacher cannot teach this student as the options say."""
+
+
+class UnsupportedOptionError(UserError, ValueError):
+    """An option of Transformers or Accelerate that this trainer cannot honour."""
+
+
+class OutputFolderError(UserError, ValueError):
+    """The output folder holds something that this run would overwrite."""
+
+
+class NonFiniteLossError(UserError, RuntimeError):
+    """A loss term or a prediction became NaN or infinite; the last checkpoint is untouched."""
+
+
+class NonFiniteCostError(UserError, ValueError):
+    """A matching cost is NaN or infinite: the predictions have diverged.
+
+    Attributes:
+        layer, image: position of the first such cost in the batch.
+    """
+
+    def __init__(self, what: str, layer: int, image: int):
+        super().__init__(
+            f"{what}: the matching cost of decoder layer {layer}, image {image} of the batch is NaN or infinite, so "
+            "the predictions have diverged (if the teacher's: try it by `d3etr evaluate`; if the student's: lower "
+            "the learning rate)"
+        )
+        self.what, self.layer, self.image = what, layer, image
+
+
+class PictureError(UserError, ValueError):
+    """A picture cannot be drawn as asked."""
+
+
+class PublishError(UserError, RuntimeError):
+    """A folder cannot be published as it is; the message says what is missing and what to do."""
+
+
+class PrivacyError(UserError, RuntimeError):
+    """What is to be published holds a secret."""
+
+
+class HubError(UserError, RuntimeError):
+    """The Hub did not take an upload; nothing local is lost."""
+
+
+class OnnxExportError(UserError, RuntimeError):
+    """There is no ONNX file to be had of this detector; the message says why and what to do."""
+
+
+class ShapesError(UserError, ValueError):
+    """The synthetic data set cannot be made as asked."""
+
+
+class DemoError(UserError, RuntimeError):
+    """A run of the demonstration failed."""

@@ -1,0 +1,126 @@
+"""Everything that scripts/benchmark.py measures of one size, as a dictionary and as text."""
+
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers.utils import logging
+
+from d3etr_hf.evaluation.timing import interleaved, spread
+from d3etr_hf.matching.solver import assignment_threads
+
+from .memory import peak_memories
+from .public_loop import compare_with_public_loop
+from .sizes import Size
+from .steps import STEPS, make_steps, step_parts
+from .waiting import COCO_TRAIN_IMAGES, evaluation_seconds, waiting_share
+
+logger = logging.get_logger(__name__)
+
+MATCHING = ("costs", "assignment", "matching, rest")
+
+
+def measure_steps(size: Size, precision: str, rounds: int) -> dict:
+    """Seconds of plain, teacher, two groups and step, turn by turn; the ratios are medians over rounds."""
+    seconds = interleaved(make_steps(size, precision), rounds, title="steps")
+    floor = seconds["teacher"] + seconds["two groups"]
+    ratios = {"step_over_floor": seconds["step"] / floor, "step_over_plain": seconds["step"] / seconds["plain"]}
+    return {
+        **{name: spread(ratio)["median"] for name, ratio in ratios.items()},
+        "spread": {name: spread(ratio) for name, ratio in ratios.items()},
+        "seconds": {name: spread(values) for name, values in (seconds | {"floor": floor}).items()},
+        "rounds": rounds,
+    }
+
+
+def measure_parts(size: Size, precision: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of a step's parts; each waits for the device at its end, so on an accelerator the whole is slower."""
+    rows = step_parts(size, precision, rounds)
+    return {part: spread(np.array([row[part] for row in rows])) for part in rows[0]}
+
+
+def measure(
+    size: Size, precision: str, rounds: int, public_loop: Path | None, data_folder: str | None, evaluation: bool
+) -> dict:
+    """All measurements of one size; what there is no material for is left out, with a warning.
+
+    Args:
+        rounds: of the interleaved steps; the parts take a third as many.
+        public_loop: the slow loop's file.
+        data_folder: a COCO-format folder of real images, for the time that a run waits for them.
+        evaluation: whether to time COCO average precision.
+    """
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    found = {
+        "machine": {
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "assignment_threads": assignment_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "size": vars(size) | {},
+        "precision": precision,
+    }
+    # first: later the process's memory is in pieces, which slows either side by another factor
+    if public_loop is not None and public_loop.exists():
+        found["public_loop"] = compare_with_public_loop(public_loop, device)
+        found["public_loop_over_ours"] = found["public_loop"]["public_loop_over_ours"]
+    else:
+        logger.warning(f"not compared with a public loop: there is no file {public_loop}")
+    found |= measure_steps(size, precision, rounds)
+    found["parts"] = measure_parts(size, precision, max(3, rounds // 3))
+    # costs and assignments of both: teacher to student, and ground truth to queries
+    matching = sum(found["parts"][part]["median"] for part in MATCHING)
+    found["matching_share"] = matching / found["seconds"]["step"]["median"]
+    found["memory"] = peak_memories(size, precision)
+    found["memory_over_two_groups"] = found["memory"]["step"] / found["memory"]["two groups"]
+    if data_folder is not None and Path(data_folder).is_dir():
+        found["waiting"] = waiting_share(size, data_folder, precision)
+    else:
+        logger.warning(f"waiting for data is not measured: there is no folder {data_folder}")
+    if evaluation:
+        seconds = evaluation_seconds()
+        epoch = COCO_TRAIN_IMAGES / size.batch * found["seconds"]["step"]["median"]
+        found["evaluation"] = {"seconds": seconds, "share_of_coco_epoch": seconds / (seconds + epoch)}
+    return found
+
+
+def format_report(found: dict) -> str:
+    """Markdown tables of what `measure` found."""
+    text = ["| ms | median | quartiles |", "|---|---|---|"]
+    for name in (*STEPS, "floor"):
+        text.append(f"| {name} | {_milliseconds(found['seconds'][name])} |")
+    for name in ("step_over_floor", "step_over_plain"):
+        ratio = found["spread"][name]
+        text.append(
+            f"| {name.replace('_', ' ')} | {ratio['median']:.3f} | {ratio['low']:.3f} to {ratio['high']:.3f} |"
+        )
+    text += ["", "| part of a step, ms | median | quartiles |", "|---|---|---|"]
+    text += [f"| {part} | {_milliseconds(seconds)} |" for part, seconds in found["parts"].items()]
+    text += ["", f"matching: {found['matching_share']:.1%} of a step"]
+    memory = ", ".join(f"{name} {value:.0f}" for name, value in found["memory"].items())
+    text.append(f"peak memory, MiB: {memory}; step over two groups {found['memory_over_two_groups']:.3f}")
+    if "public_loop" in found:
+        for side in ("theirs", "ours"):
+            parts = ", ".join(f"{part} {1e3 * value:.0f}" for part, value in found["public_loop"][side].items())
+            text.append(f"public loop, {side}, ms: {parts}")
+        text.append(
+            f"public loop over ours (costs, losses, backward): {found['public_loop_over_ours']:.1f}; "
+            f"assignment, one by one over ours: {found['public_loop']['assignment_speedup']:.2f}"
+        )
+    if "waiting" in found:
+        text.append(f"waiting for data: {found['waiting']['share']:.2%} of the training loop")
+    if "evaluation" in found:
+        evaluation = found["evaluation"]
+        text.append(
+            f"COCO AP of 5000 images x 100 detections: {evaluation['seconds']:.1f} s, "
+            f"{evaluation['share_of_coco_epoch']:.3%} of an epoch of COCO at this size"
+        )
+    return "\n".join(text)
+
+
+def _milliseconds(values: dict[str, float]) -> str:
+    return f"{1e3 * values['median']:.1f} | {1e3 * values['low']:.1f} to {1e3 * values['high']:.1f}"

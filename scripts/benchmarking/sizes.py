@@ -1,0 +1,97 @@
+"""The models and batches that are timed: random weights and random images of the right size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import ConditionalDetrForObjectDetection
+
+from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.loading import ModelArguments, build_model, read_model_options
+
+
+@dataclass(frozen=True)
+class Size:
+    """One setting of the benchmark.
+
+    Attributes:
+        teacher, student: YAML files with the fields of their ConditionalDetrConfig.
+        batch: images a step.
+        height, width: pixels; in batches of more than one every second image is padded by a twelfth on both sides.
+        classes: number of classes.
+        objects: ground-truth boxes per image.
+        queries, layers: of teacher and student; None leaves their files' own.
+    """
+
+    teacher: str
+    student: str
+    batch: int
+    height: int
+    width: int
+    classes: int
+    objects: int
+    queries: int | None = None
+    layers: int | None = None
+
+
+SIZES = {
+    "shapes": Size(
+        "configs/shapes/teacher_model.yaml", "configs/shapes/student_model.yaml", 16, 96, 96, classes=3, objects=3
+    ),
+    "real": Size("configs/coco/r101_model.yaml", "configs/coco/r50_model.yaml", 2, 480, 640, classes=91, objects=7),
+}
+
+
+def on_gpu(size: Size) -> Size:
+    """The setting of a GPU: a real batch and the paper's evaluation size."""
+    return size if size.height == size.width else replace(size, batch=8, height=800, width=1066)
+
+
+def make_detector(
+    path: str, size: Size, seed: int, class_names: Sequence[str] | None = None
+) -> D3etrConditionalDetrForObjectDetection:
+    """A detector whose predictions spread over image and classes, as a trained one's do (assignment time depends)."""
+    torch.manual_seed(seed)
+    options = dict(read_model_options(ModelArguments(model_config=path)))
+    if size.queries is not None:
+        options["num_queries"] = size.queries
+    if size.layers is not None:
+        options["decoder_layers"] = size.layers
+    class_names = class_names or [f"class {index}" for index in range(size.classes)]
+    model = build_model(ModelArguments(model_config=options), list(class_names))
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if "bbox_predictor" in name or "class_labels_classifier" in name:
+                tensor.add_(0.1 * torch.randn_like(tensor))
+            elif name.endswith("layer.2.normalization.weight"):
+                tensor.fill_(0.2)  # a random ResNet under frozen batch norm doubles its activations in every block
+    return model
+
+
+def stock_twin(model: D3etrConditionalDetrForObjectDetection) -> ConditionalDetrForObjectDetection:
+    """A stock model with its own tensors of the same values, computing auxiliary losses."""
+    config = type(model.config).from_dict(model.config.to_dict() | {"auxiliary_loss": True})
+    stock = ConditionalDetrForObjectDetection(config)
+    stock.load_state_dict(model.to_stock().state_dict(), strict=True)
+    trained = dict(model.named_parameters())
+    for name, parameter in stock.named_parameters():
+        parameter.requires_grad_(trained[name].requires_grad)
+    return stock
+
+
+def make_batch(size: Size, seed: int = 0) -> dict:
+    """A collated batch: `pixel_values (B, 3, H, W)`, `pixel_mask (B, H, W)` and labels (boxes cxcywh in 0..1)."""
+    generator = torch.Generator().manual_seed(seed)
+    pixel_mask = torch.ones(size.batch, size.height, size.width, dtype=torch.int64)
+    pixel_mask[1::2, size.height - size.height // 12 :] = 0
+    pixel_mask[1::2, :, size.width - size.width // 12 :] = 0
+    pixel_values = torch.randn(size.batch, 3, size.height, size.width, generator=generator) * pixel_mask[:, None]
+    centres = torch.rand(size.batch, size.objects, 2, generator=generator) * 0.6 + 0.2
+    sides = torch.rand(size.batch, size.objects, 2, generator=generator) * 0.3 + 0.05
+    classes = torch.randint(size.classes, (size.batch, size.objects), generator=generator)
+    boxes = torch.cat([centres, sides], dim=-1)
+    labels = [
+        {"class_labels": classes[image], "boxes": boxes[image], "image_id": torch.tensor([image])}
+        for image in range(size.batch)
+    ]
+    return {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "labels": labels}

@@ -1,0 +1,66 @@
+"""The demonstration, with runs of a few steps."""
+
+import json
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tqdm.auto import tqdm
+
+from d3etr_hf.cli.demonstration import equal_time_steps, format_table, run_demo, show_progress, train_one
+from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.errors import DemoError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NAMES = ["teacher", "student_alone", "teacherless", "distilled", "student_alone_equal_time"]
+
+
+def test_whole_demonstration(tmp_path, monkeypatch, capsys):
+    """Five models, one table, two pictures; called again it says that it is done and trains nothing."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(
+        "d3etr_hf.cli.demonstration.make_shapes", lambda folder: make_shapes(folder, 32, 8, progress=False)
+    )
+    overrides = ["--max_steps", "3", "--warmup_steps", "1", "--save_steps", "2", "--per_device_train_batch_size", "2"]
+    rows = run_demo(tmp_path / "demo", tmp_path / "shapes", overrides)
+    assert [row["name"] for row in rows] == NAMES
+    assert rows == json.loads((tmp_path / "demo" / "results.json").read_text())
+    for row in rows:
+        assert 0 <= row["AP"] <= row["AP50"] <= 1 and row["seconds"] > 0
+        assert (tmp_path / "demo" / row["name"] / "model.safetensors").exists()
+    assert rows[0]["parameters"] > rows[1]["parameters"] == rows[3]["parameters"]
+    assert [row["steps"] for row in rows[:4]] == [3, 3, 3, 3]
+    spent = json.loads((tmp_path / "demo" / "distilled" / "seconds.json").read_text())
+    first_save = {"seconds": 4.0, "steps": 2}
+    assert rows[4]["steps"] >= 1 and spent["steps"] == 3
+    finished = Future()
+    finished.set_result(None)
+    (tmp_path / "started" / "distilled").mkdir(parents=True)
+    (tmp_path / "started" / "distilled" / "seconds.json").write_text(json.dumps(first_save))
+    # 2 seconds a step against 0.5: four times the steps; and a run that has been started keeps its length
+    assert equal_time_steps(tmp_path / "started", {"seconds": 5.0, "steps": 10}, finished) == 40
+    assert equal_time_steps(tmp_path / "demo", {"seconds": 5.0, "steps": 10}, finished) == rows[4]["steps"]
+    for picture in ("detections.png", "curves.png"):
+        assert Image.open(tmp_path / "demo" / picture).size[0] > 500
+    card = (tmp_path / "demo" / "distilled" / "README.md").read_text()
+    assert "| teacher |" in card and "| student alone, equal time |" in card and "attention.png" in card
+    capsys.readouterr()
+    assert run_demo(tmp_path / "demo", tmp_path / "shapes", overrides) == rows
+    assert "done already" in capsys.readouterr().out
+    assert "student_alone_equal_time" in format_table(rows)
+
+
+def test_failed_run_names_its_log(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(DemoError, match=r"'teacher' failed.*logs/teacher.log(.|\n)*no such configuration file"):
+        train_one("teacher", ["scripts/train.py", "missing.yaml"], tmp_path)
+
+
+def test_progress_follows_the_training_bar(tmp_path):
+    """Not the short bars of evaluation and saving."""
+    log = tmp_path / "log"
+    log.write_bytes(b" 10%|# | 120/1200 [00:10<00:90]\r 50%|## | 2/4 [00:00<00:00]\r100%|###| 1/1 [00:00<00:00]")
+    with tqdm(disable=False) as bar:
+        show_progress(log, 0, bar)
+        assert (bar.n, bar.total) == (120, 1200)

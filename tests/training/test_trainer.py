@@ -1,0 +1,415 @@
+"""The trainer: what reaches the loss, the log, the optimizer, the metric and the disk."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from transformers import ConditionalDetrForObjectDetection, TrainerCallback
+
+from d3etr_hf.data import DetectionCollator
+from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.errors import IncompatibleDataError, IncompatibleTeacherError, NonFiniteLossError
+from d3etr_hf.models.loading import load_image_processor
+from tests.shapes_fixture import SIDE, load_shapes, shapes_trainer, weights_of
+from tests.tiny import tiny_config, tiny_model
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("shapes"), 24, 11, image_size=SIDE, progress=False)
+
+
+def batch_of(trainer, count=4):
+    return DetectionCollator()([trainer.train_dataset[index] for index in range(count)])
+
+
+def training_logs(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_logged_terms_add_up_to_the_loss(shapes, tmp_path):
+    """HF_NOTES 16: over two accumulated batches and two steps a log, every term is an exact mean."""
+    trainer = shapes_trainer(shapes, tmp_path, max_steps=4, gradient_accumulation_steps=2, logging_steps=2)
+    trainer.train()
+    assert len(training_logs(trainer)) == 2
+    for entry in training_logs(trainer):
+        terms = {name: value for name, value in entry.items() if name.startswith("loss/")}
+        assert len(terms) == 12
+        assert sum(terms.values()) == pytest.approx(entry["loss"], rel=1e-5)
+        assert entry["matched_foreground"] == pytest.approx(1.0)
+
+
+def test_logged_terms_equal_the_first_step_computed_by_hand(shapes, tmp_path):
+    trainer = shapes_trainer(shapes, tmp_path, max_steps=1, log_each_layer=True, log_gradient_norms=True)
+    seen = []
+    original = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, **options: (seen.append(inputs), original(model, inputs, **options))[
+        1
+    ]
+    trainer.train()
+    entry = training_logs(trainer)[0]
+    fresh = shapes_trainer(shapes, tmp_path / "fresh")
+    loss = fresh.compute_loss(fresh.model, seen[0])
+    assert float(loss.detach()) == pytest.approx(entry["loss"], rel=1e-5)
+    per_layer = [entry[f"loss/student/prediction/layer_{k}"] for k in range(3)]
+    assert sum(per_layer) == pytest.approx(entry["loss/student/prediction"], rel=1e-5)
+    loss.backward()
+    total = torch.cat([p.grad.flatten() for p in fresh.model.parameters() if p.grad is not None]).norm()
+    norms = {name: value for name, value in entry.items() if name.startswith("gradient_norm/")}
+    assert len(norms) == 12 and all(value > 0 for value in norms.values())
+    assert float(total) <= sum(norms.values()) * (1 + 1e-5)  # triangle inequality
+    assert max(norms.values()) - sum(sorted(norms.values())[:-1]) <= float(total) * (1 + 1e-5)
+
+
+def test_accumulated_batches_equal_one_batch(shapes, tmp_path):
+    """HF_NOTES 14: 2 x 2 accumulated images give the step of 4 images."""
+    moved = []
+    for size, accumulated in ((4, 1), (2, 2)):
+        trainer = shapes_trainer(
+            shapes,
+            tmp_path / str(size),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+            optim="sgd",
+            max_grad_norm=0.0,
+        )
+        trainer.train()
+        moved.append((weights_of(trainer.model), training_logs(trainer)[0]))
+    (whole, whole_log), (parts, parts_log) = moved
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    for name, value in whole_log.items():
+        if name.startswith("loss"):
+            assert parts_log[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_teacher_is_frozen_and_kept_out_of_the_student(shapes, tmp_path):
+    """HF_NOTES 7: a teacher held as a submodule is saved along and flipped by `.train()`."""
+    trainer = shapes_trainer(shapes, tmp_path)
+    teacher, before = trainer.teacher, weights_of(trainer.teacher)
+    queries = trainer.model.extra_query_groups[0].position_embeddings.clone()
+    trainer.train()
+    assert not teacher.training and trainer.model.training
+    assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert torch.equal(weights_of(teacher), before)
+    assert torch.equal(trainer.model.extra_query_groups[0].position_embeddings, queries)
+    assert all(parameter is not other for parameter in trainer.model.parameters() for other in teacher.parameters())
+    trainer.save_model(tmp_path / "saved")
+    saved = ConditionalDetrForObjectDetection.from_pretrained(tmp_path / "saved")
+    assert sum(p.numel() for p in saved.parameters()) == sum(p.numel() for p in tiny_model().parameters())
+
+
+def test_teacher_runs_under_the_same_autocast(shapes, tmp_path):
+    """HF_NOTES 15: under bf16 the teacher is outside autocast unless placed in it."""
+    trainer = shapes_trainer(shapes, tmp_path, bf16=True, max_steps=1)
+    dtypes = []
+    trainer.teacher.class_labels_classifier.register_forward_hook(lambda m, i, output: dtypes.append(output.dtype))
+    trainer.train()
+    assert dtypes == [torch.bfloat16]
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert np.isfinite(training_logs(trainer)[0]["loss"])
+
+
+def test_evaluation_equals_cocoeval_image_by_image(shapes, tmp_path):
+    """HF_NOTES 13: ragged labels and a last batch of one must lose nothing; ground truth is the untouched JSON."""
+    trainer = shapes_trainer(shapes, tmp_path)
+    metrics = trainer.evaluate()
+    trainer.model.eval()
+    val, results = trainer.eval_dataset, []
+    processor = load_image_processor(None, SIDE, SIDE)
+    for index in range(len(val)):
+        image = val.read_image(index)
+        with torch.no_grad():
+            outputs = trainer.model(**processor(images=image, return_tensors="pt"))
+        scores, places = outputs.logits.sigmoid().flatten().topk(min(100, outputs.logits.numel()))
+        for score, place in zip(scores.tolist(), places.tolist(), strict=True):
+            x, y, w, h = (outputs.pred_boxes[0, place // 3] * SIDE).tolist()
+            results.append(
+                {
+                    "image_id": val.rows[index]["image_id"],
+                    "category_id": val.category_ids[place % 3],
+                    "bbox": [x - w / 2, y - h / 2, w, h],
+                    "score": score,
+                }
+            )
+    truth = COCO(str(shapes / "annotations" / "val.json"))
+    evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert metrics["eval_AP"] == pytest.approx(evaluation.stats[0], abs=1e-6)
+    assert metrics["eval_AR_100"] == pytest.approx(evaluation.stats[8], abs=1e-6)
+    assert evaluation.stats[8] > 0.01  # something was found, so the comparison says something
+
+
+def test_resumed_run_equals_an_uninterrupted_one(shapes, tmp_path):
+    """Trainer's own loading leaves most of Conditional DETR at its start values: published names differ.
+
+    The teacher is wider, so that the learned projection must be resumed too.
+    """
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    teacher = tiny_model(seed=1, d_model=48)
+    whole = shapes_trainer(shapes, tmp_path / "whole", teacher=teacher, **options)
+    whole.train()
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    broken = shapes_trainer(shapes, tmp_path / "broken", teacher=teacher, callbacks=[Interrupt()], **options)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    student = tiny_model(seed=7)  # other weights: everything must come from the checkpoint
+    resumed = shapes_trainer(shapes, tmp_path / "broken", student=student, teacher=teacher, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    torch.testing.assert_close(weights_of(resumed.model), weights_of(whole.model), rtol=1e-5, atol=1e-6)
+
+
+def test_best_model_is_loaded_at_the_end(shapes, tmp_path):
+    trainer = shapes_trainer(
+        shapes,
+        tmp_path,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,  # by AP: Transformers' own default is a loss that is not computed
+        learning_rate=0.05,
+    )
+    trainer.train()
+    best = ConditionalDetrForObjectDetection.from_pretrained(trainer.state.best_model_checkpoint)
+    own = trainer.model.to_stock().state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in best.state_dict().items())
+
+
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_nan_stops_with_step_images_and_checkpoint(shapes, tmp_path, where):
+    """The last checkpoint is kept; HF_NOTES 12: NaN logits would match arbitrarily and in silence."""
+
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                poisoned = model if where == "student" else trainer.teacher
+                with torch.no_grad():
+                    poisoned.class_labels_classifier.weight.fill_(float("nan"))
+
+    trainer = shapes_trainer(shapes, tmp_path, max_steps=4, save_strategy="steps", save_steps=2, callbacks=[Poison()])
+    with pytest.raises(NonFiniteLossError, match=r"step 3, image ids \[\d+.*checkpoint-2"):
+        trainer.train()
+    kept = ConditionalDetrForObjectDetection.from_pretrained(tmp_path / "checkpoint-2")
+    assert all(value.isfinite().all() for value in kept.state_dict().values())
+
+
+def test_nan_term_is_named(shapes, tmp_path):
+    trainer = shapes_trainer(shapes, tmp_path)
+    sums = {"student/class": torch.tensor(1.0), "auxiliary/prediction": torch.tensor(float("nan"))}
+    with pytest.raises(NonFiniteLossError, match=r"image ids \[1, 2\].*auxiliary/prediction.*no checkpoint"):
+        trainer._refuse_non_finite(sums, batch_of(trainer, 2)["labels"])
+
+
+def test_backbone_has_its_own_learning_rate(shapes, tmp_path):
+    trainer = shapes_trainer(shapes, tmp_path, learning_rate=1e-4, backbone_learning_rate=1e-5)
+    groups = {group["lr"]: group for group in trainer.create_optimizer().param_groups}
+    backbone = {id(p) for name, p in trainer.model.named_parameters() if ".backbone." in name}
+    assert {id(p) for p in groups[1e-5]["params"]} == backbone
+    assert len(groups[1e-4]["params"]) + len(backbone) == len(list(trainer.model.parameters()))
+    assert all(group["weight_decay"] == 1e-4 for group in groups.values())
+    assert trainer.args.max_grad_norm == 0.1 and trainer.args.ddp_find_unused_parameters is False
+
+
+def test_logged_learning_rate_is_not_the_backbones(shapes, tmp_path):
+    trainer = shapes_trainer(shapes, tmp_path, max_steps=1, learning_rate=1e-4, backbone_learning_rate=1e-5)
+    trainer.train()
+    assert training_logs(trainer)[0]["learning_rate"] == pytest.approx(1e-4)
+
+
+def test_given_optimizer_class_is_used(shapes, tmp_path):
+    from d3etr_hf.training.trainer import D3etrTrainer
+
+    trainer = shapes_trainer(shapes, tmp_path)
+    trainer = D3etrTrainer(
+        model=trainer.model,
+        args=trainer.args,
+        teacher=trainer.teacher,
+        train_dataset=trainer.train_dataset,
+        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 1e-3}),
+    )
+    assert isinstance(trainer.create_optimizer(), torch.optim.SGD)
+    with pytest.raises(ValueError, match="model_init is not supported"):
+        D3etrTrainer(model=trainer.model, args=trainer.args, model_init=tiny_model)
+
+
+def test_logs_after_resuming_are_means_too(shapes, tmp_path):
+    """The first entry after a resume covers one step, not all before it; and so after a second `train`."""
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 4}
+    shapes_trainer(shapes, tmp_path, **options).train()
+    resumed = shapes_trainer(shapes, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    for _ in range(2):
+        entry = training_logs(resumed)[-1]
+        terms = [value for name, value in entry.items() if name.startswith("loss/")]
+        assert sum(terms) == pytest.approx(entry["loss"], rel=1e-5)
+        assert entry["matched_foreground"] == pytest.approx(1.0)
+        resumed.train()
+
+
+def test_gradient_norms_do_not_depend_on_how_a_step_is_accumulated(shapes, tmp_path):
+    """The norm of one batch's gradient as if it were the whole step: equal batches give equal norms."""
+    train = load_shapes(shapes, "train").select([0, 0, 0, 0])
+    entries = []
+    for size, accumulated in ((4, 1), (1, 4)):
+        trainer = shapes_trainer(
+            shapes,
+            tmp_path / str(size),
+            train=train,
+            max_steps=1,
+            log_gradient_norms=True,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+        )
+        trainer.train()
+        entries.append(training_logs(trainer)[0])
+    names = [name for name in entries[0] if name.startswith("gradient_norm/")]
+    assert len(names) == 12
+    for name in names:
+        assert entries[1][name] == pytest.approx(entries[0][name], rel=1e-3), name
+
+
+def test_student_of_a_second_trainer_gets_a_new_auxiliary_group(shapes, tmp_path):
+    """Running a notebook cell again must not keep the first teacher's queries."""
+    student = tiny_model(seed=2)
+    shapes_trainer(shapes, tmp_path, student=student)
+    teacher = tiny_model(seed=5)
+    shapes_trainer(shapes, tmp_path, student=student, teacher=teacher)
+    (group,) = student.extra_query_groups
+    assert torch.equal(group.position_embeddings, teacher.model.query_position_embeddings.weight)
+    shapes_trainer(shapes, tmp_path, student=student, teacher=None)
+    assert len(student.extra_query_groups) == 0
+
+
+def test_classes_of_data_and_student_must_agree(shapes, tmp_path):
+    names = ["triangle", "rectangle", "circle"]
+    other = tiny_model(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    with pytest.raises(IncompatibleDataError, match=r"train_dataset has the classes \['circle'.*\['triangle'"):
+        shapes_trainer(shapes, tmp_path, student=other)
+    train = torch.utils.data.Subset(load_shapes(shapes, "train"), [0, 1])
+    with pytest.raises(IncompatibleDataError, match="train_dataset is a Subset"):
+        shapes_trainer(shapes, tmp_path, train=train)
+
+
+def test_teacher_and_student_must_be_two_models(shapes, tmp_path):
+    model = tiny_model()
+    with pytest.raises(IncompatibleTeacherError, match="one and the same"):
+        shapes_trainer(shapes, tmp_path, student=model, teacher=model)
+
+
+def test_backbone_learning_rate_zero_freezes_it(shapes, tmp_path):
+    trainer = shapes_trainer(shapes, tmp_path, backbone_learning_rate=0.0)
+    before = weights_of(trainer.model.model.backbone)
+    trainer.train()
+    assert torch.equal(weights_of(trainer.model.model.backbone), before)
+
+
+def test_learning_rate_drops_once_to_a_tenth(shapes, tmp_path):
+    trainer = shapes_trainer(shapes, tmp_path, max_steps=10, learning_rate_drop=0.8, learning_rate=1e-3)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in training_logs(trainer)]
+    assert rates[:8] == pytest.approx([1e-3] * 8) and rates[8:] == pytest.approx([1e-4] * 2)
+
+
+def test_teacherless_control_learns_its_queries(shapes, tmp_path):
+    trainer = shapes_trainer(
+        shapes, tmp_path, teacher=None, auxiliary_queries="learned", adaptive_matching=False, max_steps=2
+    )
+    queries = trainer.model.extra_query_groups[0].position_embeddings
+    before = queries.detach().clone()
+    assert queries.shape == trainer.model.model.query_position_embeddings.weight.shape
+    trainer.train()
+    assert (queries - before).abs().max() > 0
+    terms = {name for name in training_logs(trainer)[0] if name.startswith("loss/")}
+    assert terms == {f"loss/{g}/{t}" for g in ("student", "auxiliary") for t in ("class", "l1", "giou")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": None, "auxiliary_queries": "teacher"}, "no.* was given: pass teacher"),
+        ({"teacher": None, "auxiliary_queries": "none", "adaptive_matching": True}, "pass teacher"),
+        ({"student": tiny_model(decoder_layerdrop=0.1)}, "decoder_layerdrop is 0.1"),
+        ({"teacher": ConditionalDetrForObjectDetection(tiny_config())}, "the teacher is a ConditionalDetrFor"),
+        ({"layer_map": [0, 1]}, r"layer_map=\[0, 1\]"),
+    ],
+)
+def test_incompatible_models_are_refused_before_the_first_step(shapes, tmp_path, options, message):
+    with pytest.raises(IncompatibleTeacherError, match=message):
+        shapes_trainer(shapes, tmp_path, **options)
+
+
+def test_image_processors_must_scale_pixels_alike(shapes, tmp_path):
+    from d3etr_hf.training.trainer import D3etrTrainer
+
+    trainer = shapes_trainer(shapes, tmp_path)
+    other = load_image_processor(None, SIDE, SIDE)
+    other.image_mean = [0.5, 0.5, 0.5]
+    with pytest.raises(IncompatibleTeacherError, match="image_mean"):
+        D3etrTrainer(
+            model=tiny_model(),
+            args=trainer.args,
+            teacher=tiny_model(seed=1),
+            teacher_processing_class=other,
+            processing_class=trainer.processing_class,
+            train_dataset=load_shapes(shapes, "train"),
+        )
+
+
+STOCK_READER = """
+import json, sys
+import torch
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "d3etr_hf":
+            raise ImportError("d3etr_hf cannot be imported here")
+sys.meta_path.insert(0, Refuse())
+from transformers import AutoModelForObjectDetection
+model = AutoModelForObjectDetection.from_pretrained(sys.argv[1]).eval()
+batch = torch.load(sys.argv[2])
+with torch.no_grad():
+    outputs = model(**batch)
+torch.save({"logits": outputs.logits, "pred_boxes": outputs.pred_boxes, "class": type(model).__module__}, sys.argv[3])
+"""
+
+
+def test_saved_student_is_the_same_where_this_package_is_absent(shapes, tmp_path):
+    """After 200 steps, on a padded batch, in a process that cannot import d3etr_hf; and the same AP."""
+    trainer = shapes_trainer(shapes, tmp_path / "run", max_steps=200, logging_steps=100, per_device_train_batch_size=2)
+    trainer.train()
+    trainer.save_model(tmp_path / "student")
+    examples = [trainer.eval_dataset[index] for index in range(3)]
+    examples[1]["pixel_values"] = examples[1]["pixel_values"][:, :48, :40]
+    batch = {name: value for name, value in DetectionCollator()(examples).items() if name != "labels"}
+    assert (batch["pixel_mask"] == 0).any()
+    torch.save(batch, tmp_path / "batch.pt")
+    command = [sys.executable, "-c", STOCK_READER, tmp_path / "student", tmp_path / "batch.pt", tmp_path / "out.pt"]
+    subprocess.run([str(part) for part in command], check=True, cwd=tmp_path)
+    theirs = torch.load(tmp_path / "out.pt")
+    assert theirs["class"].startswith("transformers.")
+    trainer.model.eval()
+    with torch.no_grad():
+        ours = trainer.model(**batch)
+    torch.testing.assert_close(theirs["logits"], ours.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(theirs["pred_boxes"], ours.pred_boxes, atol=1e-5, rtol=0)
+    stock = ConditionalDetrForObjectDetection.from_pretrained(tmp_path / "student")
+    before = trainer.evaluate()["eval_AP"]
+    trainer.model = trainer.model_wrapped = stock
+    assert trainer.evaluate()["eval_AP"] == pytest.approx(before, abs=1e-9) and before > 0
+    files = {path.name for path in (tmp_path / "student").iterdir()}
+    assert {"model.safetensors", "config.json", "preprocessor_config.json"} <= files
+    assert json.loads((tmp_path / "student" / "preprocessor_config.json").read_text())["size"]["shortest_edge"] == SIDE
