@@ -152,7 +152,7 @@ MUTATIONS = [
     # HF_NOTES 21: what leaves for the Hub
     ("note 21: whole folder pushed", HUB, "allow_patterns=allowed, ", "",
      f"{HUB_TESTS}::test_only_the_allow_list_arrives_byte_by_byte"),
-    ("note 21: pickles of a checkpoint", HUB, '"extra_query_groups.safetensors", STATE)', '"optimizer.pt", STATE)',
+    ("note 21: pickles of a checkpoint", HUB, '"query_adapters.safetensors", STATE)', '"optimizer.pt", STATE)',
      "tests/publishing/test_hub_trainer.py::test_hub_strategy"),
     ("publishing: secrets unread", HUB, "    refuse_secrets(paths, [token])\n    _BACKGROUND",
      "    _BACKGROUND",

@@ -4,7 +4,7 @@ import torch
 
 from d3etr_hf.data import Augmentation, DetectionDataset, DetectionTransform, find_coco_split, load_coco_split
 from d3etr_hf.models.loading import load_image_processor
-from d3etr_hf.training.trainer import D3etrTrainer
+from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.tiny import tiny_model
 

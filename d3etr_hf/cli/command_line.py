@@ -22,8 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from d3etr_hf.runs.yaml_files import ConfigurationDumper, ConfigurationLoader
 from d3etr_hf.errors import CommandLineError
+from d3etr_hf.runs.yaml_files import ConfigurationDumper, ConfigurationLoader
 
 SECRET_ENDINGS = ("token", "secret", "password", "api_key")
 NOT_GIVEN = object()

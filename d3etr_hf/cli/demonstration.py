@@ -17,7 +17,6 @@ from pathlib import Path
 import yaml
 from tqdm.auto import tqdm
 
-from d3etr_hf.runs.output_folder import CONFIGURATION, HISTORY, RESULTS, SECONDS
 from d3etr_hf.data import load_coco_split
 from d3etr_hf.data.coco import find_coco_split
 from d3etr_hf.data.shapes import make_shapes
@@ -27,6 +26,7 @@ from d3etr_hf.models.loading import load_detector, load_image_processor
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.publish import prepare
 from d3etr_hf.publishing.run_folder import load_run
+from d3etr_hf.runs.output_folder import CONFIGURATION, HISTORY, RESULTS, SECONDS
 from d3etr_hf.visualization.pictures import draw_training_curves
 from d3etr_hf.visualization.run_pictures import draw_detections_of
 

@@ -8,19 +8,6 @@ from pathlib import Path
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
 
-from d3etr_hf.runs.environment import describe_environment
-from d3etr_hf.runs.output_folder import (
-    CONFIGURATION,
-    ENVIRONMENT,
-    LAUNCH,
-    RESULTS,
-    SECONDS,
-    check_output_folder,
-    describe_launch,
-    describe_run,
-    refuse_split_launch,
-    write_json,
-)
 from d3etr_hf.data import DataArguments, load_splits
 from d3etr_hf.errors import (
     CommandLineError,
@@ -35,20 +22,33 @@ from d3etr_hf.errors import (
     PublishError,
     UnsupportedOptionError,
 )
-from d3etr_hf.models import inherit_from_teacher
 from d3etr_hf.models.loading import (
     ModelArguments,
     TeacherArguments,
     build_model,
+    inherit_from_teacher,
     load_detector,
     load_image_processor,
     read_model_options,
 )
 from d3etr_hf.publishing.card import CardArguments
+from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.publishing.publish import resume_command
 from d3etr_hf.publishing.run_folder import links_to_hub
-from d3etr_hf.training.compatibility import class_index_by_name, spread_layers, with_classes_of
-from d3etr_hf.training.trainer import D3etrTrainer
+from d3etr_hf.runs.environment import describe_environment
+from d3etr_hf.runs.output_folder import (
+    CONFIGURATION,
+    ENVIRONMENT,
+    LAUNCH,
+    RESULTS,
+    SECONDS,
+    check_output_folder,
+    describe_launch,
+    describe_run,
+    refuse_split_launch,
+    write_json,
+)
+from d3etr_hf.training.teacher import class_index_by_name, spread_layers, with_classes_of
 from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, D3etrTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -98,7 +98,9 @@ def train_detector(
     train, val = load_splits(data_arguments, processor)
     model = build_model(model_arguments, train.class_names)
     teacher = teacher_processor = None
-    if teacher_arguments.teacher and not (training_arguments.needs_teacher or teacher_arguments.inherit_from_teacher):
+    if teacher_arguments.teacher and not (
+        training_arguments.distillation.needs_teacher or teacher_arguments.inherit_from_teacher
+    ):
         logger.warning(f"the teacher {teacher_arguments.teacher!r} is not used: these options need none")
     if teacher_arguments.teacher is not None:
         teacher = load_detector(teacher_arguments.teacher, "teacher")
@@ -108,8 +110,8 @@ def train_detector(
             model,
             teacher,
             teacher_arguments.inherit_from_teacher,
-            class_index_by_name(teacher.config, train.class_names),
-            spread_layers(teacher.config.decoder_layers, model.config.decoder_layers, training_arguments.layer_map),
+            class_index_by_name(teacher, train.class_names),
+            spread_layers(teacher.decoder_depth, model.decoder_depth, training_arguments.layer_map),
         )
     trainer = D3etrTrainer(
         model=model,

@@ -2,6 +2,8 @@
 
 import torch
 
+from d3etr_hf.outputs.targets import pack
+
 
 class DetectionCollator:
     """Pads images at the right and the bottom to the largest height and width of the batch.
@@ -17,9 +19,11 @@ class DetectionCollator:
 
         Returns:
             `pixel_values` (B, 3, max H, max W) float32, zero where padded; `pixel_mask` (B, max H, max W) int64, one
-            where there is an image; `labels`, the list of the examples' labels.
+            where there is an image; `targets` (B, T, 5) float32, see `pack`; `labels`, per image what is needed on the
+            host, as plain numbers: `image_id`, `objects` (how many) and `orig_size` (height, width in pixels).
         """
         images = [example["pixel_values"] for example in examples]
+        labels = [example["labels"] for example in examples]
         height = max(image.shape[1] for image in images)
         width = max(image.shape[2] for image in images)
         pixel_values = torch.zeros(len(images), 3, height, width)
@@ -30,5 +34,13 @@ class DetectionCollator:
         return {
             "pixel_values": pixel_values,
             "pixel_mask": pixel_mask,
-            "labels": [example["labels"] for example in examples],
+            "targets": pack(labels),
+            "labels": [
+                {
+                    "image_id": int(label["image_id"]),
+                    "objects": len(label["class_labels"]),
+                    "orig_size": label["orig_size"].tolist(),
+                }
+                for label in labels
+            ],
         }

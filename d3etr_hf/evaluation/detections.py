@@ -1,36 +1,60 @@
 """From a detector's raw outputs to detections in COCO's result format."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from d3etr_hf.outputs import OWN, GroupRequest, Scores
+
 # A detection row without a detection: fewer (query, class) pairs than `top_k` exist.
 EMPTY_ROW_SCORE = -1.0
 
 
-def select_detections(logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int = 100) -> Tensor:
-    """Selects the `top_k` highest (query, class) scores of each image, as Conditional DETR does on COCO.
-
-    There is no score threshold, and one query may appear with several classes. All arithmetic is float32, whatever
-    precision comes in.
+def detect(model: torch.nn.Module, batch: Mapping[str, Any], scores: Scores, dtype: torch.dtype) -> Tensor:
+    """Detections of one batch, as training and evaluation alike find them.
 
     Args:
-        logits: (B, N, C) floating point, raw class logits before the sigmoid.
+        model: a `Detector`, wrapped for distributed training or not.
+        batch: from `DetectionCollator`, on the model's device.
+        scores: how the model's class logits are read.
+        dtype: of the model's weights.
+
+    Returns:
+        (B, 100, 6) float32, rows of `select_detections`.
+    """
+    output = model(batch["pixel_values"].to(dtype), batch["pixel_mask"], request=GroupRequest())
+    group = output.groups[OWN]
+    sizes = torch.tensor([label["orig_size"] for label in batch["labels"]])
+    return select_detections(scores, group.logits[-1], group.boxes[-1], sizes)
+
+
+def select_detections(
+    scores: Scores, logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int = 100
+) -> Tensor:
+    """Selects the `top_k` highest (query, class) scores of each image.
+
+    There is no score threshold. Whether one query may appear with several classes is the scores' business. All
+    arithmetic is float32, whatever precision comes in.
+
+    Args:
+        scores: how the logits are read.
+        logits: (B, N, ·) floating point, raw class logits.
         boxes: (B, N, 4) floating point, cxcywh in 0..1 of the unpadded image.
         original_sizes: (B, 2) int64, (height, width) of the original images in pixels.
         top_k: rows per image.
 
     Returns:
         (B, top_k, 6) float32, highest score first. A row is x, y, width, height (COCO xywh, pixels of the original
-        image, not clipped to it), score in 0..1, class label in 0..C-1. Where N·C < `top_k` the rows left over have
-        score -1 and zeros elsewhere; `to_coco_detections` leaves them out.
+        image, not clipped to it), score in 0..1, class label in 0..C-1. Rows left over, where there are fewer
+        detections than `top_k`, have score -1 and zeros elsewhere; `to_coco_detections` leaves them out.
 
     Raises:
         ValueError: shapes that do not belong together, or `top_k` below 1.
     """
-    batch_size, query_count, class_count = logits.shape
+    batch_size, query_count = logits.shape[:2]
     if boxes.shape != (batch_size, query_count, 4):
         raise ValueError(
             f"boxes have shape {tuple(boxes.shape)}, logits {tuple(logits.shape)}: pass boxes of shape "
@@ -44,22 +68,27 @@ def select_detections(logits: Tensor, boxes: Tensor, original_sizes: Tensor, top
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}: pass the number of detections to keep per image, at least 1.")
 
+    # Ranked by what does not saturate: the sigmoid of large logits would tie unequal ones.
+    ranking = scores.ranking(logits.float())
+    class_count = ranking.shape[-1]
     kept = min(top_k, query_count * class_count)
-    # Ranked by logit, not by score: the sigmoid of large logits saturates and would tie unequal ones.
-    top_logits, pair_indices = logits.float().flatten(1).topk(kept, dim=1)
+    best, pair_indices = ranking.flatten(1).topk(kept, dim=1)
     query_indices = pair_indices.div(class_count, rounding_mode="floor")
-    labels = pair_indices % class_count
+    probabilities = scores.probabilities(logits.float()).flatten(1).gather(1, pair_indices)
 
     centre_and_size = boxes.float().gather(1, query_indices.unsqueeze(-1).expand(-1, -1, 4))
     centre, size = centre_and_size.split(2, dim=-1)
     width_height = original_sizes.to(boxes.device).flip(1).float().unsqueeze(1)
     top_left = (centre - size / 2) * width_height
 
-    detections = logits.new_zeros((batch_size, top_k, 6), dtype=torch.float32)
-    detections[:, :kept] = torch.cat(
-        [top_left, size * width_height, top_logits.sigmoid().unsqueeze(-1), labels.unsqueeze(-1)], dim=-1
+    rows = torch.cat(
+        [top_left, size * width_height, probabilities.unsqueeze(-1), (pair_indices % class_count).unsqueeze(-1)],
+        dim=-1,
     )
-    detections[:, kept:, 4] = EMPTY_ROW_SCORE
+    empty = rows.new_tensor([0, 0, 0, 0, EMPTY_ROW_SCORE, 0])
+    detections = empty.repeat(batch_size, top_k, 1)
+    # a class that its query does not count for ranks at minus infinity
+    detections[:, :kept] = torch.where((best == -torch.inf).unsqueeze(-1), empty, rows)
     return detections
 
 

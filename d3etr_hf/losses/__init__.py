@@ -5,14 +5,16 @@ from d3etr_hf.losses.attention_distillation import (
     cross_attention_distillation,
     self_attention_distillation,
 )
-from d3etr_hf.losses.detection_loss import detection_losses
+from d3etr_hf.losses.detection_loss import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
 from d3etr_hf.losses.prediction_distillation import PREDICTION_NORMALISERS, pair_weights, prediction_distillation
 
 __all__ = [
     "DIVERGENCES",
     "PREDICTION_NORMALISERS",
+    "CrossEntropyCriterion",
+    "DetectionCriterion",
+    "FocalCriterion",
     "cross_attention_distillation",
-    "detection_losses",
     "pair_weights",
     "prediction_distillation",
     "self_attention_distillation",

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from d3etr_hf.losses.grids import resample_map
 from d3etr_hf.matching import MatchedPairs
-from d3etr_hf.models.outputs import AttentionMap
+from d3etr_hf.outputs import AttentionMap, SampledAttention
 
 DIVERGENCES = ("kl", "mse")
 DOT_PIECE = 2**19
@@ -27,7 +27,7 @@ def self_attention_distillation(
     renormalised. Unequal heads are averaged first.
 
     Args:
-        teacher, student: L maps `(B, M, N, N)` each, as `QueryGroupOutput.self_attention`; no gradient reaches the
+        teacher, student: L maps `(B, M, N, N)` each, as `GroupOutput.self_attention`; no gradient reaches the
             teacher's.
         pairs: the matching, `(L, B, P)`.
         images: number of images that the mean goes over (of all processes, divided by their number).
@@ -61,11 +61,12 @@ def cross_attention_distillation(
 ) -> torch.Tensor:
     """D(teacher's row || student's row) of matched queries over the memory; padded tokens carry no mass.
 
-    Where the memories' grids differ the teacher's map is resampled to the student's, image by image.
+    Where the memories' grids differ the teacher's map is resampled to the student's, image by image. Sampled attention
+    is put on the student's grid first.
 
     Args:
-        teacher, student: L maps `(B, M, N, H*W)` each, as `QueryGroupOutput.cross_attention`; no gradient reaches the
-            teacher's.
+        teacher, student: per layer a map `(B, M, N, H*W)` or sampled attention, as `GroupOutput.cross_attention`; no
+            gradient reaches the teacher's.
         pairs: the matching, `(L, B, P)`.
         teacher_memory_mask, student_memory_mask: bool `(B, H, W)`, true on the image.
         images, divergence: as in `self_attention_distillation`.
@@ -73,6 +74,11 @@ def cross_attention_distillation(
     Returns:
         `(L,)`: per layer, the mean over pairs, heads and images.
     """
+    if isinstance(teacher[0], SampledAttention):
+        teacher = [layer.on_grid(student_memory_mask) for layer in teacher]
+        teacher_memory_mask = student_memory_mask
+    if isinstance(student[0], SampledAttention):
+        student = [layer.on_grid(student_memory_mask) for layer in student]
     same_grid = teacher_memory_mask.shape == student_memory_mask.shape
     keys = student_memory_mask.flatten(1).sum(-1)[:, None, None]
     terms = []

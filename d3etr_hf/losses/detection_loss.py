@@ -1,53 +1,173 @@
-"""The detection loss of Conditional DETR, for all layers at once and any assignment."""
+"""Detection criteria: a family's label assignment and detection loss, for all layers at once and any assignment.
+
+A criterion's losses are sums; what they are divided by is counted over the whole optimizer step (all processes, all
+accumulated batches) before the forward pass, so that processes and batches add up to one mean. That is why the
+formulas stand here and not in a call of Transformers' loss module, which divides one batch on one process (and by the
+world size once too often).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from d3etr_hf.matching import NO_OBJECT, Targets
-from d3etr_hf.matching.boxes import generalised_iou
-from d3etr_hf.matching.solver import wide
-from d3etr_hf.models.outputs import QueryGroupOutput
+from d3etr_hf.matching import Problem, assignment_of, assignment_problem, probabilities_of, solve
+from d3etr_hf.outputs import NO_OBJECT, GroupOutput, Scores, SigmoidScores, SoftmaxScores, Targets, wide
+from d3etr_hf.outputs.boxes import generalised_iou
+
+TERMS = ("class", "l1", "giou")
 
 
-def detection_losses(
-    group: QueryGroupOutput,
-    targets: Targets,
-    assignment: torch.Tensor,
-    boxes: float | torch.Tensor,
-    focal_alpha: float = 0.25,
-    focal_gamma: float = 2.0,
-) -> dict[str, torch.Tensor]:
-    """Focal loss over all queries and classes, L1 and GIoU loss over the queries that hold an object.
+@dataclass(frozen=True)
+class DetectionCriterion(ABC):
+    """Hungarian assignment, a class loss, L1 and GIoU losses.
 
-    The original criterion's formula: each sum is divided by the number of boxes, once (Transformers divides that
-    number by the world size twice).
-
-    Args:
-        group: logits `(L, B, N, C)`, boxes `(L, B, N, 4)` cxcywh in 0..1.
-        targets: the ground truth.
-        assignment: int64 `(L, B, N)`, the object of each query or `NO_OBJECT`.
-        boxes: number of ground-truth boxes (of all processes, divided by their number).
-
-    Returns:
-        "class", "l1" and "giou", unweighted, `(L,)` each.
+    Attributes:
+        class_cost, l1_cost, giou_cost: weights in the assignment.
+        class_weight, l1_weight, giou_weight: weights of the losses.
     """
-    logits, predicted = wide(group.logits), wide(group.boxes)
-    holds_object = (assignment != NO_OBJECT).to(logits.dtype)
-    if targets.class_labels.shape[1] == 0:  # no object in the whole batch: nothing to gather from
-        target_classes, target_boxes = torch.zeros_like(assignment), torch.full_like(predicted, 0.5)
-    else:
-        index = assignment.clamp(min=0)
-        target_classes = targets.class_labels.expand(len(index), -1, -1).gather(-1, index)
-        all_boxes = targets.boxes.to(predicted.dtype).expand(len(index), -1, -1, -1)
-        target_boxes = all_boxes.take_along_dim(index[..., None], dim=2)
-    one_hot = torch.zeros_like(logits).scatter(-1, target_classes[..., None], holds_object[..., None])
-    scores = logits.sigmoid()
-    entropy = nn.functional.binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
-    missed = one_hot * (1 - scores) + (1 - one_hot) * scores
-    alpha = focal_alpha * one_hot + (1 - focal_alpha) * (1 - one_hot)
-    losses = {
-        "class": (alpha * missed**focal_gamma * entropy).sum(dim=(1, 2, 3)),
-        "l1": (holds_object * (predicted - target_boxes).abs().sum(-1)).sum(dim=(1, 2)),
-        "giou": (holds_object * (1 - generalised_iou(predicted, target_boxes))).sum(dim=(1, 2)),
-    }
-    return {name: value / boxes for name, value in losses.items()}
+
+    class_cost: float
+    l1_cost: float
+    giou_cost: float
+    class_weight: float
+    l1_weight: float
+    giou_weight: float
+
+    @property
+    @abstractmethod
+    def scores(self) -> Scores:
+        """How class logits are read."""
+
+    @abstractmethod
+    def class_costs(self, probabilities: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """Class cost of each query and object: `(L, B, N, C)` and int64 `(B, T)` to `(L, B, N, T)`."""
+
+    @abstractmethod
+    def class_loss(self, logits: torch.Tensor, classes: torch.Tensor, holds_object: torch.Tensor) -> torch.Tensor:
+        """Class loss of each layer, a sum over images and queries.
+
+        Args:
+            logits: `(L, B, N, ·)`.
+            classes: int64 `(L, B, N)`, the class of each query's object; any where there is none.
+            holds_object: bool `(L, B, N)`.
+
+        Returns:
+            `(L,)`.
+        """
+
+    def normalisers(self, objects: Sequence[int], queries: int) -> dict[str, float]:
+        """What each term's sum is divided by, as a sum over images, so that batches and processes add up.
+
+        Args:
+            objects: ground-truth objects of each image.
+            queries: N, of the group.
+        """
+        return dict.fromkeys(TERMS, float(sum(objects)))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term."""
+        return dict(zip(TERMS, (self.class_weight, self.l1_weight, self.giou_weight), strict=True))
+
+    def problem(self, probabilities: torch.Tensor, boxes: torch.Tensor, targets: Targets, whose: str) -> Problem:
+        """The assignment of ground truth to queries, to be solved together with others; see `assignment_problem`."""
+        costs = self.class_cost, self.l1_cost, self.giou_cost
+        return assignment_problem(probabilities, boxes, targets, self.class_costs, costs, whose)
+
+    def assign(self, group: GroupOutput, targets: Targets, whose: str = "student") -> torch.Tensor:
+        """int64 `(L, B, N)`: the object of each query, `NO_OBJECT` where there is none.
+
+        Raises:
+            NonFiniteCostError: a prediction is NaN or infinite.
+        """
+        problem = self.problem(self.scores.probabilities(group.logits), group.boxes, targets, whose)
+        return assignment_of(solve(problem), group.boxes.shape[2])
+
+    def losses(self, group: GroupOutput, targets: Targets, assignment: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The class loss of all queries, L1 and GIoU losses of those that hold an object.
+
+        Args:
+            group: logits `(L, B, N, ·)`, boxes `(L, B, N, 4)` cxcywh in 0..1.
+            targets: the ground truth.
+            assignment: int64 `(L, B, N)`, the object of each query or `NO_OBJECT`.
+
+        Returns:
+            "class", "l1" and "giou", unweighted sums, `(L,)` each.
+        """
+        logits, predicted = wide(group.logits), wide(group.boxes)
+        holds_object = assignment != NO_OBJECT
+        if targets.class_labels.shape[1] == 0:  # no object in the whole batch: nothing to gather from
+            classes, boxes = torch.zeros_like(assignment), torch.full_like(predicted, 0.5)
+        else:
+            index = assignment.clamp(min=0)
+            classes = targets.class_labels.expand(len(index), -1, -1).gather(-1, index)
+            all_boxes = targets.boxes.to(predicted.dtype).expand(len(index), -1, -1, -1)
+            boxes = all_boxes.take_along_dim(index[..., None], dim=2)
+        share = holds_object.to(predicted.dtype)
+        return {
+            "class": self.class_loss(logits, classes, holds_object),
+            "l1": (share * (predicted - boxes).abs().sum(-1)).sum(dim=(1, 2)),
+            "giou": (share * (1 - generalised_iou(predicted, boxes))).sum(dim=(1, 2)),
+        }
+
+
+@dataclass(frozen=True)
+class FocalCriterion(DetectionCriterion):
+    """Conditional DETR's: focal loss (Lin et al., ICCV 2017) over all queries and classes, divided by the objects.
+
+    Attributes:
+        alpha, gamma: of the focal loss.
+    """
+
+    alpha: float = 0.25
+    gamma: float = 2.0
+
+    @property
+    def scores(self) -> Scores:
+        return SigmoidScores()
+
+    def class_costs(self, probabilities: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        scores = probabilities_of(probabilities, class_labels)
+        background = (1 - self.alpha) * scores**self.gamma * -(1 - scores + 1e-8).log()
+        as_object = self.alpha * (1 - scores) ** self.gamma * -(scores + 1e-8).log()
+        return as_object - background
+
+    def class_loss(self, logits: torch.Tensor, classes: torch.Tensor, holds_object: torch.Tensor) -> torch.Tensor:
+        held = holds_object[..., None].to(logits.dtype)
+        one_hot = torch.zeros_like(logits).scatter(-1, classes[..., None], held)
+        scores = logits.sigmoid()
+        entropy = nn.functional.binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
+        missed = one_hot * (1 - scores) + (1 - one_hot) * scores
+        alpha = self.alpha * one_hot + (1 - self.alpha) * (1 - one_hot)
+        return (alpha * missed**self.gamma * entropy).sum(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class CrossEntropyCriterion(DetectionCriterion):
+    """DETR's (Carion et al., ECCV 2020): cross-entropy with a lighter no-object class, a mean weighted by class.
+
+    Attributes:
+        no_object_weight: weight of a query without an object; one with an object weighs 1.
+    """
+
+    no_object_weight: float = 0.1
+
+    @property
+    def scores(self) -> Scores:
+        return SoftmaxScores()
+
+    def class_costs(self, probabilities: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        return -probabilities_of(probabilities, class_labels)
+
+    def class_loss(self, logits: torch.Tensor, classes: torch.Tensor, holds_object: torch.Tensor) -> torch.Tensor:
+        target = torch.where(holds_object, classes, logits.shape[-1] - 1)
+        entropy = -logits.log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
+        return (torch.where(holds_object, 1.0, self.no_object_weight) * entropy).sum(dim=(1, 2))
+
+    def normalisers(self, objects: Sequence[int], queries: int) -> dict[str, float]:
+        held = [min(count, queries) for count in objects]
+        of_classes = sum(count + self.no_object_weight * (queries - count) for count in held)
+        return super().normalisers(objects, queries) | {"class": float(of_classes)}

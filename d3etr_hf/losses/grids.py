@@ -2,12 +2,7 @@
 
 import torch
 
-from d3etr_hf.models.outputs import AttentionMap
-
-
-def valid_sizes(memory_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of each memory that belong to the image, int64 `(B,)` each, from its mask `(B, H, W)`."""
-    return memory_mask.any(2).sum(1), memory_mask.any(1).sum(1)
+from d3etr_hf.outputs.attention_maps import AttentionMap, normalised_map, valid_sizes
 
 
 def overlap_weights(source: torch.Tensor, target: torch.Tensor, source_size: int, target_size: int) -> torch.Tensor:
@@ -52,8 +47,4 @@ def resample_map(probability: torch.Tensor, source_mask: torch.Tensor, target_ma
     grid = probability.unflatten(-1, (height, width))
     with torch.autocast(grid.device.type, enabled=False):
         resampled = along_y[:, None, None] @ grid @ along_x.mT[:, None, None]
-    range_of_type = torch.finfo(probability.dtype)
-    resampled = resampled.flatten(-2).clamp(min=range_of_type.tiny)
-    resampled = resampled.masked_fill(~target_mask.flatten(1)[:, None, None], 0.0)
-    resampled = resampled / resampled.sum(-1, keepdim=True)
-    return AttentionMap(resampled.log().clamp(min=range_of_type.min), resampled)
+    return normalised_map(resampled.flatten(-2), target_mask)

@@ -1,25 +1,25 @@
 """Matching: predictions to predictions (MixMatcher) and ground truth to predictions (label assignment)."""
 
-from d3etr_hf.errors import NonFiniteCostError
-from d3etr_hf.matching.label_assignment import NO_OBJECT, HungarianAssigner, Targets
+from d3etr_hf.matching.label_assignment import assignment_of, assignment_problem, probabilities_of
 from d3etr_hf.matching.mix_matcher import (
     AdaptiveMatcher,
-    FixedMatcher,
     MatchedPairs,
-    MixMatcher,
+    TaughtGroup,
+    fixed_pairs,
     matched_foreground_share,
 )
-from d3etr_hf.matching.solver import prediction_cost
+from d3etr_hf.matching.solver import Problem, solve, start_solving
 
 __all__ = [
-    "NO_OBJECT",
     "AdaptiveMatcher",
-    "FixedMatcher",
-    "HungarianAssigner",
     "MatchedPairs",
-    "MixMatcher",
-    "NonFiniteCostError",
-    "Targets",
+    "Problem",
+    "TaughtGroup",
+    "assignment_of",
+    "assignment_problem",
+    "fixed_pairs",
     "matched_foreground_share",
-    "prediction_cost",
+    "probabilities_of",
+    "solve",
+    "start_solving",
 ]

@@ -1,14 +1,12 @@
 """MixMatcher (section 3 of D3ETR): which student query learns from which teacher query."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 import torch
 
-from d3etr_hf.matching.solver import prediction_cost, start_assigning
-from d3etr_hf.models.outputs import QueryGroupOutput
+from d3etr_hf.matching.matching_cost import prediction_cost
+from d3etr_hf.matching.solver import Problem, Solution, solve
+from d3etr_hf.outputs import GroupOutput, Scores
 
 
 @dataclass(frozen=True)
@@ -26,19 +24,36 @@ class MatchedPairs:
     identity: bool = False
 
 
-class FixedMatcher:
-    """Query i with query i, in every layer: the teacher and the auxiliary group that holds its queries."""
+@dataclass(frozen=True)
+class TaughtGroup:
+    """A teacher's outputs in the student's classes and layers.
 
-    def __call__(self, teacher: QueryGroupOutput, student: QueryGroupOutput) -> MatchedPairs:
-        """Args: outputs of one shape `(L, B, N, ...)`. Raises: ValueError if the numbers of queries differ."""
-        if teacher.logits.shape[:3] != student.logits.shape[:3]:
-            raise ValueError(
-                f"fixed matching joins query i with query i, but the teacher has (layers, images, queries) "
-                f"{tuple(teacher.logits.shape[:3])} and the auxiliary group {tuple(student.logits.shape[:3])}"
-            )
-        layers, images, queries = teacher.logits.shape[:3]
-        index = torch.arange(queries, device=teacher.logits.device).expand(layers, images, queries)
-        return MatchedPairs(index, index, identity=True)
+    Attributes:
+        probabilities: `(L, B, N_t, C)` class probabilities of objects, 0..1, float32 or wider.
+        boxes: `(L, B, N_t, 4)`, cxcywh in 0..1.
+        self_attention, cross_attention: as in `GroupOutput`.
+    """
+
+    probabilities: torch.Tensor
+    boxes: torch.Tensor
+    self_attention: tuple | None = None
+    cross_attention: tuple | None = None
+
+
+def fixed_pairs(teacher: TaughtGroup, student: GroupOutput) -> MatchedPairs:
+    """Query i with query i, in every layer: the teacher and the auxiliary group that holds its queries.
+
+    Raises:
+        ValueError: the numbers of layers, images or queries differ.
+    """
+    ours, theirs = student.boxes.shape[:3], teacher.boxes.shape[:3]
+    if ours != theirs:
+        raise ValueError(
+            "fixed matching joins query i with query i, but the teacher has (layers, images, queries) "
+            f"{tuple(theirs)} and the auxiliary group {tuple(ours)}"
+        )
+    index = torch.arange(ours[2], device=student.boxes.device).expand(ours)
+    return MatchedPairs(index, index, identity=True)
 
 
 @dataclass(frozen=True)
@@ -49,90 +64,56 @@ class AdaptiveMatcher:
     are chosen first, then matched: choosing by cost would drop the teacher's foreground.
 
     Attributes:
+        scores: how the student's class logits are read.
         class_weight, l1_weight, giou_weight: weights of the three costs (1, 5, 2 by default).
     """
 
+    scores: Scores
     class_weight: float = 1.0
     l1_weight: float = 5.0
     giou_weight: float = 2.0
 
-    def __call__(self, teacher: QueryGroupOutput, student: QueryGroupOutput) -> MatchedPairs:
+    def __call__(self, teacher: TaughtGroup, student: GroupOutput) -> MatchedPairs:
         """Match outputs with the same layers, images and classes; no gradient flows.
 
         Raises:
             NonFiniteCostError: a prediction is NaN or infinite.
         """
-        return self.start(teacher, student)()
+        problem, chosen = self.problem(teacher, student)
+        return self.pairs(solve(problem), chosen)
 
     @torch.no_grad()
-    def start(self, teacher: QueryGroupOutput, student: QueryGroupOutput) -> Callable[[], MatchedPairs]:
-        """The same begun in threads; the function that is returned waits for the pairs. Errors are raised here."""
-        teacher_logits, teacher_boxes = teacher.logits, teacher.boxes
-        teacher_queries, student_queries = teacher_logits.shape[2], student.logits.shape[2]
-        chosen = None
-        if teacher_queries > student_queries:
-            chosen = teacher_logits.amax(-1).topk(student_queries, dim=-1).indices
-            teacher_logits = teacher_logits.take_along_dim(chosen[..., None], dim=2)
-            teacher_boxes = teacher_boxes.take_along_dim(chosen[..., None], dim=2)
-        cost = prediction_cost(
-            teacher_logits,
-            teacher_boxes,
-            student.logits,
-            student.boxes,
-            self.class_weight,
-            self.l1_weight,
-            self.giou_weight,
-        )
-        # student queries as rows: scipy returns rows in ascending order
-        assignments = start_assigning(cost.mT, "teacher to student")
+    def problem(self, teacher: TaughtGroup, student: GroupOutput) -> tuple[Problem, torch.Tensor | None]:
+        """What is to be solved, and the teacher's queries `(L, B, N_s)` that were chosen, None for all of them."""
+        probabilities, boxes, chosen = teacher.probabilities, teacher.boxes, None
+        queries = student.boxes.shape[2]
+        if boxes.shape[2] > queries:
+            chosen = probabilities.amax(-1).topk(queries, dim=-1).indices
+            probabilities = probabilities.take_along_dim(chosen[..., None], dim=2)
+            boxes = boxes.take_along_dim(chosen[..., None], dim=2)
+        weights = self.class_weight, self.l1_weight, self.giou_weight
+        cost = prediction_cost(probabilities, boxes, student.logits, student.boxes, self.scores, weights)
+        # student queries as rows: the solver returns rows in ascending order
+        return Problem(cost.mT, "teacher to student"), chosen
 
-        def wait() -> MatchedPairs:
-            pairs = torch.from_numpy(np.array(assignments())).to(cost.device)  # (L, B, 2, P)
-            rows, columns = pairs.unbind(2)
-            return MatchedPairs(columns if chosen is None else chosen.gather(-1, columns), rows)
-
-        return wait
-
-
-@dataclass(frozen=True)
-class MixMatcher:
-    """Both matchings at once: adaptive for the student's own group, fixed for the auxiliary group; None is off."""
-
-    adaptive: AdaptiveMatcher | None = AdaptiveMatcher()
-    fixed: FixedMatcher | None = FixedMatcher()
-
-    def __call__(
-        self, teacher: QueryGroupOutput, student: QueryGroupOutput, auxiliary: QueryGroupOutput | None
-    ) -> dict[str, MatchedPairs]:
-        """Pairs by the group's name, "student" and "auxiliary", for the groups that are matched."""
-        return {name: matched() for name, matched in self.start(teacher, student, auxiliary).items()}
-
-    def start(
-        self, teacher: QueryGroupOutput, student: QueryGroupOutput, auxiliary: QueryGroupOutput | None
-    ) -> dict[str, Callable[[], MatchedPairs]]:
-        """The same as functions that wait for the pairs: the fixed ones, which are there, before the adaptive ones."""
-        student_pairs = None if self.adaptive is None else self.adaptive.start(teacher, student)
-        pairs = {}
-        if self.fixed is not None and auxiliary is not None:
-            pairs["auxiliary"] = partial(self.fixed, teacher, auxiliary)
-        if student_pairs is not None:
-            pairs["student"] = student_pairs
-        return pairs
+    @staticmethod
+    def pairs(solution: Solution, chosen: torch.Tensor | None) -> MatchedPairs:
+        """The pairs of a solved `problem`."""
+        columns = solution.columns if chosen is None else chosen.gather(-1, solution.columns)
+        return MatchedPairs(columns, solution.rows)
 
 
 @torch.no_grad()
-def matched_foreground_share(
-    teacher_logits: torch.Tensor, pairs: MatchedPairs, threshold: float = 0.3
-) -> torch.Tensor:
+def matched_foreground_share(probabilities: torch.Tensor, pairs: MatchedPairs, threshold: float = 0.3) -> torch.Tensor:
     """Share of the teacher's foreground queries that have a partner, over layers and images; 1 where there are none.
 
     Args:
-        teacher_logits: `(L, B, N_t, C)`.
+        probabilities: the teacher's, `(L, B, N_t, C)`.
         threshold: the class score from which a query counts as foreground.
 
     Returns:
         A scalar in 0..1.
     """
-    foreground = teacher_logits.amax(-1).sigmoid() >= threshold
+    foreground = probabilities.amax(-1) >= threshold
     matched = foreground.take_along_dim(pairs.teacher, dim=-1).sum()
     return torch.where(foreground.any(), matched / foreground.sum().clamp(min=1), 1.0)

@@ -1,120 +1,142 @@
-"""Matching costs in batched tensor operations; the assignments they lead to, through scipy."""
+"""Minimum-cost bipartite matching of whole batches, through scipy: one copy to the host, threads, one copy back."""
 
 import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import nn
 
 from d3etr_hf.errors import NonFiniteCostError
-from d3etr_hf.matching.boxes import generalised_iou
 
-# per layer and image, row and column indices
-Assignments = list[list[tuple[np.ndarray, np.ndarray]]]
-
-# pairs of predictions whose costs are computed at once: temporaries then stay in a processor's cache, where one call
-# for everything would spend most of its time on fresh memory
-PAIRS_AT_ONCE = 2**20
 # cost entries from which threads are worth their start (96 matrices of 25 x 25)
 THREADS_PAY_FROM = 50_000
 
 
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32, or in float64 if it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+class Problem(NamedTuple):
+    """One kind of assignment for all layers and images.
 
-
-@torch.no_grad()
-def prediction_cost(
-    teacher_logits: torch.Tensor,
-    teacher_boxes: torch.Tensor,
-    student_logits: torch.Tensor,
-    student_boxes: torch.Tensor,
-    class_weight: float,
-    l1_weight: float,
-    giou_weight: float,
-) -> torch.Tensor:
-    """Cost between all teacher and all student predictions, without gradient (README, the method).
-
-    `class_weight * sum_c BCE(teacher score, student score) + l1_weight * L1 - giou_weight * GIoU`, with the teacher's
-    scores as soft targets.
-
-    Args:
-        teacher_logits, student_logits: `(L, B, N_t, C)` and `(L, B, N_s, C)` before the sigmoid.
-        teacher_boxes, student_boxes: `(L, B, N_t, 4)` and `(L, B, N_s, 4)`, cxcywh in 0..1.
-
-    Returns:
-        `(L, B, N_t, N_s)`, float32 or wider.
-    """
-    device = student_logits.device.type
-    images = [wide(tensor).flatten(0, 1) for tensor in (teacher_logits, teacher_boxes, student_logits, student_boxes)]
-    pairs = teacher_logits.shape[2] * student_logits.shape[2]
-    chunks = zip(*(tensor.split(max(1, PAIRS_AT_ONCE // pairs)) for tensor in images), strict=True)
-    with torch.autocast(device, enabled=False):
-        cost = torch.cat([_cost_of_images(*chunk, class_weight, l1_weight, giou_weight) for chunk in chunks])
-    return cost.unflatten(0, teacher_logits.shape[:2])
-
-
-def _cost_of_images(
-    teacher_logits, teacher_boxes, student_logits, student_boxes, class_weight, l1_weight, giou_weight
-) -> torch.Tensor:
-    # sum_c BCE(p, x) = sum_c softplus(x) - p x: one matrix product for all pairs
-    cost = nn.functional.softplus(student_logits).sum(-1)[:, None] - teacher_logits.sigmoid() @ student_logits.mT
-    cost.mul_(class_weight).add_(torch.cdist(teacher_boxes, student_boxes, p=1), alpha=l1_weight)
-    return cost.sub_(generalised_iou(teacher_boxes[:, :, None], student_boxes[:, None]), alpha=giou_weight)
-
-
-def assign(cost: torch.Tensor, what: str, sizes: list[int] | None = None) -> Assignments:
-    """Minimum-cost assignment of the rows and columns of every matrix.
-
-    Args:
-        cost: `(L, B, rows, columns)`.
+    Attributes:
+        cost: `(L, B, rows, columns)`, float.
         what: what is assigned to what, for the error.
-        sizes: for each image the number of columns that count (the rest is padding); all of them by default.
+        sizes: for each image the number of columns that count (the rest is padding); None: all of them.
+    """
 
-    Returns:
-        Per layer and image, int64 row and column indices of the min(rows, columns) chosen entries, rows ascending.
+    cost: torch.Tensor
+    what: str
+    sizes: Sequence[int] | None = None
+
+
+class Solution(NamedTuple):
+    """The chosen entries of every matrix, rows ascending.
+
+    Attributes:
+        rows, columns: int64 `(L, B, P)` on the cost's device, P the most pairs that any image has; an image with
+            fewer repeats row and column -1 at the end.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+
+def solve(problem: Problem) -> Solution:
+    """One problem at once. Raises: NonFiniteCostError, as `start_solving`."""
+    return start_solving({"": problem})()[""]
+
+
+def start_solving(problems: Mapping[str, Problem], tolerant: bool = False) -> Callable[[], dict[str, Solution]]:
+    """Begin to solve problems together, in threads where that pays (the solver releases Python's lock).
+
+    Costs come to the host in one copy, and the function that is returned, which waits for the solutions, sends them
+    to the device in one copy.
+
+    Args:
+        problems: by name; all costs on one device.
+        tolerant: solve on where a cost is NaN or infinite, as if it were a very large one. The loss of such a step is
+            not finite either, and a gradient scaler passes it over.
 
     Raises:
-        NonFiniteCostError: a cost that counts is NaN or infinite (scipy would match NaN in silence).
+        NonFiniteCostError: a cost that counts is NaN or infinite, and `tolerant` is off (scipy would match NaN in
+            silence).
     """
-    return start_assigning(cost, what, sizes)()
+    costs = on_host([problem.cost for problem in problems.values()])
+    matrices, widths = [], []
+    for problem, cost in zip(problems.values(), costs, strict=True):
+        found = _matrices(problem, cost, tolerant)
+        matrices += found
+        widths.append(max((min(matrix.shape) for matrix in found), default=0))
+    pending = _solve_in_threads(matrices, sum(cost.size for cost in costs))
+    device = next(iter(problems.values())).cost.device
+
+    def wait() -> dict[str, Solution]:
+        solved, arrays, start = pending(), [], 0
+        for problem, width in zip(problems.values(), widths, strict=True):
+            layers, images = problem.cost.shape[:2]
+            pairs = np.full((layers * images, 2, width), -1, dtype=np.int64)
+            for place, (rows, columns) in enumerate(solved[start : start + layers * images]):
+                pairs[place, 0, : len(rows)], pairs[place, 1, : len(rows)] = rows, columns
+            start += layers * images
+            arrays.append(pairs.reshape(layers, images, 2, width))
+        moved = on_device(arrays, device)
+        return {name: Solution(*pairs.unbind(2)) for name, pairs in zip(problems, moved, strict=True)}
+
+    return wait
 
 
-def start_assigning(cost: torch.Tensor, what: str, sizes: list[int] | None = None) -> Callable[[], Assignments]:
-    """As `assign`, in threads of their own where that pays (the solver releases Python's lock).
+def _matrices(problem: Problem, cost: np.ndarray, tolerant: bool) -> list[np.ndarray]:
+    """Layer by layer and image by image what counts of the costs."""
+    layers, images, _, columns = cost.shape
+    sizes = problem.sizes or [columns] * images
+    matrices = [cost[layer, image, :, : sizes[image]] for layer in range(layers) for image in range(images)]
+    if np.isfinite(cost).all():
+        return matrices
+    for index, matrix in enumerate(matrices):  # rarely: then look where, among what counts
+        if not np.isfinite(matrix).all():
+            if not tolerant:
+                raise NonFiniteCostError(problem.what, *divmod(index, images))
+            matrices[index] = np.nan_to_num(matrix, nan=1e9, posinf=1e9, neginf=-1e9)
+    return matrices
 
-    Returns:
-        A function that waits for the assignments and returns them; the error is raised before. Until it has returned
-        `cost` must not be written to.
-    """
-    host = cost.detach().cpu().numpy()
-    layers, images = host.shape[:2]
-    sizes = sizes or [host.shape[-1]] * images
-    matrices = [host[layer, image, :, : sizes[image]] for layer in range(layers) for image in range(images)]
-    if not np.isfinite(host).all():  # rarely: then look where, among what counts
-        for index, matrix in enumerate(matrices):
-            if not np.isfinite(matrix).all():
-                raise NonFiniteCostError(what, *divmod(index, images))
 
-    def by_layer(assignments: list) -> Assignments:
-        return [assignments[start : start + images] for start in range(0, len(assignments), images)]
+def on_host(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """Floating-point tensors of one device as arrays, in a single copy; on a CPU without any."""
+    tensors = [tensor.detach() for tensor in tensors]
+    if tensors[0].device.type == "cpu":
+        return [tensor.numpy() for tensor in tensors]
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.device.type == "cuda")
+    parts = host.copy_(flat).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).numpy() for part, tensor in zip(parts, tensors, strict=True)]
 
-    if host.size < THREADS_PAY_FROM:
-        return partial(by_layer, _one_by_one(matrices))
+
+def on_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Arrays of one type as tensors on a device, in a single copy; on a CPU without any."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cpu":
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    flat = flat.pin_memory() if device.type == "cuda" else flat
+    parts = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _solve_in_threads(matrices: list[np.ndarray], entries: int) -> Callable[[], list]:
+    """Start to solve all matrices; a function that waits for their row and column indices, in the same order."""
+    if entries < THREADS_PAY_FROM:
+        solved = _one_by_one(matrices)
+        return lambda: solved
     threads = assignment_threads()
-    parts = [_pool().submit(_one_by_one, matrices[part::threads]) for part in range(threads)]
+    parts: list[Future] = [_pool().submit(_one_by_one, matrices[part::threads]) for part in range(threads)]
 
-    def wait() -> Assignments:
+    def wait() -> list:
         assignments = [None] * len(matrices)
         for part, solved in enumerate(parts):
             assignments[part::threads] = solved.result()
-        return by_layer(assignments)
+        return assignments
 
     return wait
 

@@ -6,11 +6,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
 from d3etr_hf.errors import DetectorLoadError
-from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.detector import Detector
 
 
 @torch.no_grad()
-def load_backbone_weights(model: D3etrConditionalDetrForObjectDetection, path: str) -> None:
+def load_backbone_weights(model: Detector, path: str) -> None:
     """Fill the backbone with pretrained weights, batch norm statistics included.
 
     Args:

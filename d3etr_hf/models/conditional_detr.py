@@ -1,166 +1,86 @@
-"""Conditional DETR (Meng et al., ICCV 2021) that emits, per decoder layer and query group, what distillation reads."""
+"""Conditional DETR (Meng et al., ICCV 2021)."""
 
-import copy
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from transformers import ConditionalDetrForObjectDetection
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.conditional_detr.modeling_conditional_detr import (
-    ConditionalDetrObjectDetectionOutput,
+    eager_attention_forward,
     encode_sinusoidal_position_embedding,
     inverse_sigmoid,
 )
-from transformers.utils import logging
 
-from d3etr_hf.models.auxiliary_queries import AuxiliaryQueries
-from d3etr_hf.models.group_attention import QUERY_GROUP_ATTENTION, AttentionRecorder
-from d3etr_hf.models.initialisation import freeze_as_in_paper, initialise_as_in_paper
-from d3etr_hf.models.outputs import DetectorOutput, QueryGroupOutput
+from d3etr_hf.losses import DetectionCriterion, FocalCriterion
+from d3etr_hf.models.dense_memory import (
+    DenseMemoryDetector,
+    Memory,
+    collect_groups,
+    encode,
+    join,
+    start_groups,
+    without_autocast,
+)
+from d3etr_hf.models.group_attention import GroupAttention
+from d3etr_hf.outputs import DetectorOutput, GroupRequest, Queries
 
-logger = logging.get_logger(__name__)
+FOREGROUND_PRIOR = 0.01
 
 
-class D3etrConditionalDetrForObjectDetection(ConditionalDetrForObjectDetection):
-    """`ConditionalDetrForObjectDetection` with extra query groups and attention maps on demand.
+class D3etrConditionalDetrForObjectDetection(DenseMemoryDetector, ConditionalDetrForObjectDetection):
+    """`ConditionalDetrForObjectDetection` with further query groups and attention maps on demand; see `Detector`."""
 
-    Loads any Conditional DETR checkpoint; computes what the stock class computes unless `return_groups` is set; saves
-    a plain `ConditionalDetrForObjectDetection` checkpoint. A model built from a configuration starts as in the paper;
-    built or loaded, what trains is what the paper trains. Checkpoints load in float32 unless `dtype` is given.
-    """
+    stock_class = ConditionalDetrForObjectDetection
+    title = "Conditional DETR"
+    tag = "conditional-detr"
+    anchor_size = 2
+    citation = """@inproceedings{meng2021conditional,
+  title={Conditional {DETR} for Fast Training Convergence},
+  author={Meng, Depu and Chen, Xiaokang and Fan, Zejia and Zeng, Gang and Li, Houqiang and Yuan, Yuhui and Sun, Lei and
+    Wang, Jingdong},
+  booktitle={IEEE/CVF International Conference on Computer Vision},
+  year={2021}
+}"""
 
-    _supports_flash_attn = False
-    _supports_flex_attn = False
+    eager_attention = staticmethod(eager_attention_forward)
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.extra_query_groups = nn.ModuleList()
-        for layer in self.model.decoder.layers:
-            for attention in (layer.self_attn, layer.encoder_attn):
-                attention.stock_config = config
-                attention.config = copy.copy(config)
-                # not through the property, which would set it in the backbone's shared configuration too
-                attention.config._attn_implementation_internal = QUERY_GROUP_ATTENTION
-        if self.device.type != "meta":
-            initialise_as_in_paper(self)
-            freeze_as_in_paper(self)
+    def static_queries(self) -> Queries:
+        with torch.no_grad(), without_autocast(self.model.query_position_embeddings.weight):
+            return self._own_queries()
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """As in Transformers, in float32 by default; what the checkpoint lacks starts as in the paper."""
-        kwargs.setdefault("dtype", torch.float32)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        new = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
-        if new:
-            logger.warning(f"{len(new)} tensors are not in {pretrained_model_name_or_path} and start afresh: {new}")
-            initialise_as_in_paper(model, new)
-        freeze_as_in_paper(model)
-        return (model, info) if output_loading_info else model
+    def _own_queries(self) -> Queries:
+        position = self.model.query_position_embeddings.weight
+        return Queries(position=position, anchors=self.model.decoder.ref_point_head(position).sigmoid())
 
-    def add_query_group(self, queries: AuxiliaryQueries) -> None:
-        """Give the decoder one more query group while it trains; nothing of it is saved with the model."""
-        self.extra_query_groups.append(queries.to(self.device))
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """As in Transformers, but only non-reentrant: reentrant checkpointing would cut the maps off the gradient."""
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant", False):
-            raise ValueError(
-                "activation_checkpointing_kwargs: use_reentrant=True leaves attention maps without a gradient; "
-                "use {'use_reentrant': False}"
-            )
-        chosen = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
-        super().activation_checkpointing_enable(chosen, **kwargs)
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        pixel_mask: torch.Tensor | None = None,
-        labels: list[dict] | None = None,
-        return_groups: bool = False,
-        return_self_attention: bool = False,
-        return_cross_attention: bool = False,
-        **kwargs,
-    ) -> ConditionalDetrObjectDetectionOutput | DetectorOutput:
-        """The stock forward pass, or one pass over every query group.
-
-        Args:
-            pixel_values: `(B, 3, height, width)` float, normalised.
-            pixel_mask: `(B, height, width)`, 1 on the image, 0 on padding; none means no padding.
-            labels, kwargs: for the stock forward pass only.
-            return_groups: run all query groups and return a `DetectorOutput`.
-            return_self_attention, return_cross_attention: with `return_groups`, materialise these maps.
-
-        Returns:
-            What `ConditionalDetrForObjectDetection` returns, or with `return_groups` a `DetectorOutput`.
-        """
-        if return_groups:
-            recorder = AttentionRecorder(return_self_attention, return_cross_attention)
-            return self._forward_groups(pixel_values, pixel_mask, recorder)
-        return super().forward(pixel_values, pixel_mask=pixel_mask, labels=labels, **kwargs)
-
-    def _forward_groups(
-        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, recorder: AttentionRecorder
+    def forward_groups(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, request: GroupRequest
     ) -> DetectorOutput:
-        if pixel_mask is None:
-            pixel_mask = torch.ones_like(pixel_values[:, 0], dtype=torch.int64)
-        features, memory_mask = self.model.backbone(pixel_values, pixel_mask)[-1]
-        memory_position = self.model.position_embedding(
-            shape=features.shape, device=features.device, dtype=pixel_values.dtype, mask=memory_mask
-        )
-        memory_position = memory_position.flatten(2).transpose(1, 2)
-        memory = self.model.encoder(
-            inputs_embeds=self.model.input_projection(features).flatten(2).transpose(1, 2),
-            attention_mask=memory_mask.flatten(1),
-            spatial_position_embeddings=memory_position,
-        ).last_hidden_state
-        queries = [self.model.query_position_embeddings.weight, *(group() for group in self.extra_query_groups)]
-        sizes = [len(group) for group in queries]
-        query_position = torch.cat(queries).expand(len(memory), -1, -1)
-        reference_points = self._reference_points(query_position, sizes)
-        hidden_states = self._decode(
-            memory, memory_mask, memory_position, query_position, reference_points, sizes, recorder
-        )
-        logits = self.class_labels_classifier(hidden_states)
-        boxes = self.bbox_predictor(hidden_states)
-        centre = boxes[..., :2] + inverse_sigmoid(reference_points)
-        boxes = torch.cat([centre, boxes[..., 2:]], dim=-1).sigmoid()
-        groups = zip(logits.split(sizes, dim=2), boxes.split(sizes, dim=2), strict=True)
-        return DetectorOutput(
-            groups=tuple(
-                QueryGroupOutput(
-                    logits=group_logits,
-                    boxes=group_boxes,
-                    self_attention=tuple(layer[i] for layer in recorder.self_maps) or None,
-                    cross_attention=tuple(layer[i] for layer in recorder.cross_maps) or None,
-                )
-                for i, (group_logits, group_boxes) in enumerate(groups)
-            ),
-            memory_mask=memory_mask,
-        )
+        memory = encode(self, pixel_values, pixel_mask)
+        batch = len(memory.tokens)
+        with without_autocast(memory.tokens):
+            own = self._own_queries()
+            queries = self.queries_of_groups(own, request)
+            position = join((self.position_of(group) for group in queries.values()), batch)
+            anchors = join((self._anchors(group) for group in queries.values()), batch)
+        groups = start_groups(queries, request)
+        hidden_states = self._decode(memory, position, anchors, groups)
+        with without_autocast(memory.tokens):
+            hidden_states = hidden_states.to(position.dtype)
+            logits = self.class_labels_classifier(hidden_states)
+            boxes = self.bbox_predictor(hidden_states)
+            centre = boxes[..., :2] + inverse_sigmoid(anchors)
+            boxes = torch.cat([centre, boxes[..., 2:]], dim=-1).sigmoid()
+        return collect_groups(logits, boxes, groups, own, memory)
 
-    def _reference_points(self, query_position: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-        """Centres `(B, sum of N, 2)` in 0..1: from the decoder's head, or those handed over with a group's queries."""
-        points = self.model.decoder.ref_point_head(query_position).sigmoid()
-        if all(group.reference_points is None for group in self.extra_query_groups):
-            return points
-        own, *extra = points.split(sizes, dim=1)
-        given = [
-            part if group.reference_points is None else group.reference_points.to(part.dtype).expand_as(part)
-            for part, group in zip(extra, self.extra_query_groups, strict=True)
-        ]
-        return torch.cat([own, *given], dim=1)
+    def _anchors(self, queries: Queries) -> torch.Tensor:
+        """Reference points, x and y in 0..1: handed over with the queries, or from the decoder's own head."""
+        if queries.anchors is not None:
+            return queries.anchors[..., :2]
+        return self.model.decoder.ref_point_head(self.position_of(queries)).sigmoid()
 
     def _decode(
-        self,
-        memory: torch.Tensor,
-        memory_mask: torch.Tensor,
-        memory_position: torch.Tensor,
-        query_position: torch.Tensor,
-        reference_points: torch.Tensor,
-        sizes: list[int],
-        recorder: AttentionRecorder,
+        self, memory: Memory, position: torch.Tensor, anchors: torch.Tensor, groups: GroupAttention
     ) -> torch.Tensor:
         """Run the decoder's own layers over all groups; the normed hidden states of each layer `(L, B, sum of N, d)`.
 
@@ -168,61 +88,60 @@ class D3etrConditionalDetrForObjectDetection(ConditionalDetrForObjectDetection):
         was trained as Transformers computes it then: the norm feeds the next layer, and the last one is normed twice.
         """
         decoder, normed_between = self.model.decoder, self.config.auxiliary_loss
-        attention_mask = create_bidirectional_mask(self._sdpa_config, query_position, memory_mask.flatten(1))
-        query_sine = encode_sinusoidal_position_embedding(reference_points, num_pos_feats=self.config.d_model // 2)
-        hidden_states, per_layer = torch.zeros_like(query_position), []
+        query_sine = encode_sinusoidal_position_embedding(anchors, num_pos_feats=self.width // 2)
+        hidden_states, per_layer = torch.zeros_like(position), []
         for index, layer in enumerate(decoder.layers):
             scale = decoder.query_scale(hidden_states) if index else 1
             hidden_states = layer(
                 hidden_states,
                 None,
-                memory_position,
-                query_position,
+                memory.position,
+                position,
                 query_sine * scale,
-                memory,
-                encoder_attention_mask=attention_mask,
+                memory.tokens,
+                encoder_attention_mask=memory.attention_mask,
                 is_first=index == 0,
-                query_group_sizes=sizes,
-                recorder=recorder,
+                groups=groups,
             )
             per_layer.append(decoder.layernorm(hidden_states))
             if normed_between:
                 hidden_states = per_layer[-1]
         if normed_between:
             per_layer[-1] = decoder.layernorm(hidden_states)
-        recorder.open = False
         return torch.stack(per_layer)
 
-    @property
-    def _sdpa_config(self):
-        """The configuration that asks for boolean masks, whatever implementation the encoder runs on."""
-        config = copy.copy(self.config)
-        config._attn_implementation_internal = "sdpa"  # the property would set the backbone's as well
-        return config
+    def criterion(self) -> DetectionCriterion:
+        config = self.config
+        return FocalCriterion(
+            class_cost=config.class_cost,
+            l1_cost=config.bbox_cost,
+            giou_cost=config.giou_cost,
+            class_weight=config.cls_loss_coefficient,
+            l1_weight=config.bbox_loss_coefficient,
+            giou_weight=config.giou_loss_coefficient,
+            alpha=config.focal_alpha,
+        )
 
-    def to_stock(self) -> ConditionalDetrForObjectDetection:
-        """The same detector as a plain Transformers model sharing this one's tensors, without extra query groups."""
-        return self._stock_model(self.state_dict())
+    @torch.no_grad()
+    def initialise(self, names: Iterable[str] | None = None) -> None:
+        """As DETR, with the class bias at -log 99 and the last box layer zero."""
+        chosen = set(dict(self.named_parameters()) if names is None else names)
+        super().initialise(chosen)
+        if self._is_new("class_labels_classifier", chosen):
+            nn.init.constant_(self.class_labels_classifier.bias, -math.log((1 - FOREGROUND_PRIOR) / FOREGROUND_PRIOR))
+        if self._is_new(self.box_layers[-1], chosen):
+            nn.init.zeros_(self.bbox_predictor.layers[-1].weight)
+            nn.init.zeros_(self.bbox_predictor.layers[-1].bias)
 
-    def _stock_model(self, state_dict: dict[str, torch.Tensor]) -> ConditionalDetrForObjectDetection:
-        own = {name: value for name, value in state_dict.items() if not name.startswith("extra_query_groups.")}
-        config = type(self.config).from_dict(self.config.to_dict())  # a copy that asks for no attention implementation
-        with torch.device("meta"):
-            stock = ConditionalDetrForObjectDetection(config)
-        stock.load_state_dict(own, strict=True, assign=True)
-        for name, buffer in self.named_buffers():  # those that no state dict holds, such as a Swin's index tables
-            if name not in own and not name.startswith("extra_query_groups."):
-                module, _, leaf = name.rpartition(".")
-                setattr(stock.get_submodule(module), leaf, buffer)
-        return stock.eval()
+    def freeze(self) -> None:
+        """As DETR; a single decoder layer's query scale, which no output depends on, does not train either."""
+        super().freeze()
+        if self.decoder_depth == 1:
+            self.model.decoder.query_scale.requires_grad_(False)
 
-    def save_pretrained(
-        self,
-        save_directory,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **kwargs,
-    ) -> None:
-        """Write a plain `ConditionalDetrForObjectDetection` checkpoint: no extra query group, no code of ours."""
-        stock = self._stock_model(self.state_dict() if state_dict is None else state_dict)
-        stock.save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+    def keep_classes(self, index: torch.Tensor, names: list[str]) -> None:
+        self._keep_outputs(index, names)
+
+    def source_of(self, name: str, layer_map: list[int]) -> str:
+        # only a first layer projects the queries' positions, so it comes from a first layer
+        return name if ".encoder_attn.q_pos_proj." in name else super().source_of(name, layer_map)

@@ -1,4 +1,4 @@
-"""Finding, checking and building detectors for the scripts; every failure says what to do."""
+"""Finding, checking and building detectors; every failure says what to do."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -6,41 +6,49 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
-import yaml
 from huggingface_hub.errors import StrictDataclassError
+from ruamel.yaml import YAML, YAMLError
 from safetensors import SafetensorError
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    ConditionalDetrConfig,
-    ConditionalDetrImageProcessorPil,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, PreTrainedConfig
+from transformers.hf_argparser import HfArg
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
+from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.initialisation import is_resnet
-from d3etr_hf.training.training_arguments import option
 
 logger = logging.get_logger(__name__)
 
-INHERITABLE_PARTS = ("encoder", "decoder", "heads", "queries")
+FAMILIES: dict[str, type[Detector]] = {
+    "conditional_detr": D3etrConditionalDetrForObjectDetection,
+    "detr": D3etrDetrForObjectDetection,
+}
+# of a model_config that names none
+DEFAULT_FAMILY = "conditional_detr"
+INHERITABLE_PARTS = tuple(role for role in ROLES if role != "backbone")
 
 
 @dataclass
 class ModelArguments:
     """Which detector is trained: a checkpoint to go on from, or the configuration of a new one."""
 
-    model: str | None = option(None, "Checkpoint to start from: a folder or a Hub id. Or give `model_config`.")
-    model_config: dict | str | None = option(
-        None, "Configuration of a new model: fields of ConditionalDetrConfig, or a YAML or JSON file that holds them."
+    model: str | None = HfArg(
+        default=None, help="Checkpoint to start from: a folder or a Hub id. Or give `model_config`."
     )
-    backbone_weights: str | None = option(
-        None,
-        "Pretrained weights for a new model's backbone: a folder or Hub id of the same architecture.",
+    model_config: dict | str | None = HfArg(
+        default=None,
+        help="Configuration of a new model: `model_type` (by default conditional_detr) and fields of its "
+        "configuration class in Transformers, or a YAML or JSON file that holds them.",
+    )
+    backbone_weights: str | None = HfArg(
+        default=None,
+        help="Pretrained weights for a new model's backbone: a folder or Hub id of the same architecture.",
     )
 
     def __post_init__(self):
@@ -54,10 +62,11 @@ class ModelArguments:
 class TeacherArguments:
     """Who teaches, and what the student takes over before it learns."""
 
-    teacher: str | None = option(None, "The teacher: a folder or Hub id of a Conditional DETR checkpoint.")
-    inherit_from_teacher: list[str] = option(
-        [],
-        "Parts that start from the teacher's weights where shapes allow: any of encoder, decoder, heads, queries.",
+    teacher: str | None = HfArg(default=None, help="The teacher: a folder or Hub id of a detector's checkpoint.")
+    inherit_from_teacher: list[str] = HfArg(
+        default_factory=list,
+        help="Parts that start from the teacher's weights where shapes allow: any of encoder, decoder, heads, "
+        "queries; of a teacher of the student's own family.",
     )
 
     def __post_init__(self):
@@ -68,8 +77,8 @@ class TeacherArguments:
             raise ValueError("inherit_from_teacher needs a 'teacher'")
 
 
-def load_detector(path: str, role: str = "model") -> D3etrConditionalDetrForObjectDetection:
-    """Load a Conditional DETR checkpoint, complete, in float32.
+def load_detector(path: str, role: str = "model") -> Detector:
+    """Load a checkpoint of one of the families, complete, in float32.
 
     Args:
         path: a folder or Hub id.
@@ -87,19 +96,15 @@ def load_detector(path: str, role: str = "model") -> D3etrConditionalDetrForObje
             f"{role} {path!r}: no model configuration could be read from there ({error}); give a folder with a "
             "config.json, or the id of a model on the Hub"
         ) from error
-    if config.model_type != "conditional_detr":
-        raise DetectorLoadError(
-            f"{role} {path!r} is a {config.model_type!r} model; only Conditional DETR ('conditional_detr') is "
-            "supported so far"
-        )
+    family = _family(config.model_type, f"{role} {path!r}")
     if not any("ForObjectDetection" in name for name in config.architectures or ()):
         raise DetectorLoadError(
             f"{role} {path!r} is no detector: its architectures are {config.architectures}, and "
-            "ConditionalDetrForObjectDetection is needed"
+            f"{family.stock_class.__name__} is needed"
         )
     _refuse_missing_timm(config, f"{role} {path!r}")
     try:
-        model, info = D3etrConditionalDetrForObjectDetection.from_pretrained(path, output_loading_info=True)
+        model, info = family.from_pretrained(path, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise DetectorLoadError(
             f"{role} {path!r}: the weights could not be read, or do not fit its config.json ({error}); copy or "
@@ -113,42 +118,36 @@ def load_detector(path: str, role: str = "model") -> D3etrConditionalDetrForObje
     return model
 
 
+def _family(model_type: str, what: str) -> type[Detector]:
+    if model_type not in FAMILIES:
+        raise DetectorLoadError(
+            f"{what} is a {model_type!r} model; the families that can be students and teachers are "
+            f"{', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
 def read_model_options(arguments: ModelArguments) -> dict | None:
     """The configuration of a new model, read from its file where `model_config` names one."""
     options = arguments.model_config
     return _read_model_config(options) if isinstance(options, str) else options
 
 
-def build_model(arguments: ModelArguments, class_names: list[str]) -> D3etrConditionalDetrForObjectDetection:
+def build_model(arguments: ModelArguments, class_names: list[str]) -> Detector:
     """The model to train: loaded, or new from its configuration with the data set's class names.
 
     Raises:
         DetectorLoadError: it cannot be loaded or built, or a loaded model's classes are not the data set's.
     """
-    id2label = dict(enumerate(class_names))
     if arguments.model is not None:
         model = load_detector(arguments.model, "model")
         _refuse_other_classes(model.config, class_names, f"model {arguments.model!r}")
         return model
     place = f"model_config {arguments.model_config!r}" if isinstance(arguments.model_config, str) else "model_config"
-    options = read_model_options(arguments)
-    check_model_options(options, place)
-    try:
-        config = ConditionalDetrConfig(
-            **options, id2label=id2label, label2id={name: index for index, name in id2label.items()}
-        )
-        _refuse_missing_timm(config, place)
-        _refuse_uneven_heads(config, place)
-        model = D3etrConditionalDetrForObjectDetection(config)
-    except DetectorLoadError:
-        raise
-    except (KeyError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
-        raise DetectorLoadError(
-            f"{place}: no model can be built from these values ({type(error).__name__}: {error})"
-        ) from error
+    model = _new_model(read_model_options(arguments), class_names, place)
     if arguments.backbone_weights is not None:
         load_backbone_weights(model, arguments.backbone_weights)
-    elif is_resnet(config):
+    elif is_resnet(model.config.backbone_config):
         logger.warning(
             "a new ResNet backbone without backbone_weights: its batch norm is frozen at the identity, as in the "
             "paper, so it will hardly train; set backbone_weights, for example microsoft/resnet-50"
@@ -156,23 +155,46 @@ def build_model(arguments: ModelArguments, class_names: list[str]) -> D3etrCondi
     return model
 
 
+def _new_model(options, class_names: list[str], place: str) -> Detector:
+    check_model_options(options, place)
+    options = dict(options)
+    model_type = options.pop("model_type", DEFAULT_FAMILY)
+    id2label = dict(enumerate(class_names))
+    try:
+        config = CONFIG_MAPPING[model_type](
+            **options, id2label=id2label, label2id={name: index for index, name in id2label.items()}
+        )
+        _refuse_missing_timm(config, place)
+        _refuse_uneven_heads(config, place)
+        return FAMILIES[model_type](config)
+    except DetectorLoadError:
+        raise
+    except (KeyError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
+        raise DetectorLoadError(
+            f"{place}: no model can be built from these values ({type(error).__name__}: {error})"
+        ) from error
+
+
 def load_image_processor(
-    path: str | None, short_side: int | None = None, long_side: int | None = None
-) -> ConditionalDetrImageProcessorPil | None:
+    path: str | None, short_side: int | None = None, long_side: int | None = None, model_type: str = DEFAULT_FAMILY
+) -> BaseImageProcessor | None:
     """The image processor saved beside a checkpoint (None if there is none), or a new one where `path` is None.
 
     Args:
         short_side, long_side: the size in pixels to resize to, instead of the saved one.
+        model_type: the family of a new one.
 
     Raises:
         DetectorLoadError: there is one, and it cannot be read.
     """
     size = {} if short_side is None else {"size": {"shortest_edge": short_side, "longest_edge": long_side}}
     if path is None:
-        return ConditionalDetrImageProcessorPil(**size)
+        import transformers
+
+        return getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["pil"])(**size)
     try:
-        return ConditionalDetrImageProcessorPil.from_pretrained(path, **size)
-    except OSError as error:
+        return AutoImageProcessor.from_pretrained(path, backend="pil", **size)
+    except (OSError, ValueError) as error:
         if (Path(path) / IMAGE_PROCESSOR_NAME).exists():
             raise DetectorLoadError(
                 f"{path}: {IMAGE_PROCESSOR_NAME} could not be read ({error}); copy or download it again"
@@ -181,52 +203,62 @@ def load_image_processor(
         return None
 
 
-@torch.no_grad()
-def keep_classes(model: D3etrConditionalDetrForObjectDetection, index: torch.Tensor, names: list[str]) -> None:
-    """Reduce a detector's class head to these classes in this order, in place.
+def inherit_from_teacher(
+    student: Detector, teacher: Detector, parts: list[str], class_index: torch.Tensor, layer_map: list[int]
+) -> tuple[list[str], list[str]]:
+    """Start parts of the student from the teacher's weights where shapes allow, in place; see `inherit`.
 
-    Args:
-        index: int64 `(C,)`, the model's class for each of `names`.
+    Raises:
+        DetectorLoadError: the two are of different families, or nothing at all could be copied.
     """
-    head = model.class_labels_classifier
-    kept = torch.nn.Linear(head.in_features, len(index), device=head.weight.device, dtype=head.weight.dtype)
-    kept.weight.copy_(head.weight[index])
-    kept.bias.copy_(head.bias[index])
-    model.class_labels_classifier = kept
-    model.config.id2label = dict(enumerate(names))
-    model.config.label2id = {name: label for label, name in enumerate(names)}
+    if type(student) is not type(teacher):
+        raise DetectorLoadError(
+            f"inherit_from_teacher={list(parts)}: the student is a {student.title}, the teacher a {teacher.title}; "
+            "leave the option empty"
+        )
+    copied, skipped = inherit(student, teacher, parts, class_index, layer_map)
+    if not copied:
+        raise DetectorLoadError(
+            f"inherit_from_teacher={list(parts)}: no tensor of the teacher fits the student (its hidden size is "
+            f"{teacher.width}, the student's {student.width}); leave the option empty"
+        )
+    logger.info(f"inherited {len(copied)} tensors from the teacher, kept {len(skipped)} of the student's own")
+    return copied, skipped
 
 
 def _read_model_config(path: str) -> dict:
     """The options in a YAML or JSON file."""
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=ConfigurationLoader)
+        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise DetectorLoadError(f"model_config {path!r} cannot be read ({error}): give a YAML or JSON file") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, YAMLError) as error:
         raise DetectorLoadError(f"model_config {path!r} is neither YAML nor JSON: {error}") from error
 
 
-def check_model_options(options: dict, place: str) -> None:
+def check_model_options(options, place: str) -> None:
     """Transformers would keep an unknown key in silence, and take timm's ResNet-50 where no backbone is given."""
     if not isinstance(options, dict):
-        raise DetectorLoadError(f"{place} must hold fields of ConditionalDetrConfig, holds {options!r}")
+        raise DetectorLoadError(f"{place} must hold fields of a model's configuration, holds {options!r}")
     if given := sorted({"id2label", "label2id", "num_labels"} & set(options)):
         raise DetectorLoadError(f"{place} holds {given}: leave them out, the classes are the data set's")
-    if unknown := sorted(set(options) - set(ConditionalDetrConfig().to_dict())):
-        raise DetectorLoadError(f"{place}: ConditionalDetrConfig has no {unknown}")
+    model_type = options.get("model_type", DEFAULT_FAMILY)
+    _family(model_type, place)
+    config_class = CONFIG_MAPPING[model_type]
+    if unknown := sorted(set(options) - set(config_class().to_dict())):
+        raise DetectorLoadError(f"{place}: {config_class.__name__} has no {unknown}")
     backbone = options.get("backbone_config")
     if not isinstance(backbone, dict) or backbone.get("model_type") not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
         raise DetectorLoadError(
             f"{place}: backbone_config is {backbone!r}; it must say which backbone, for example "
             f"{{model_type: resnet, out_features: [stage4]}}; there are {', '.join(MODEL_FOR_BACKBONE_MAPPING_NAMES)}"
         )
-    config_class = CONFIG_MAPPING[backbone["model_type"]]
-    if unknown := sorted(set(backbone) - set(config_class().to_dict()) - set(config_class.attribute_map)):
-        raise DetectorLoadError(f"{place}: backbone_config: {config_class.__name__} has no {unknown}")
+    backbone_class = CONFIG_MAPPING[backbone["model_type"]]
+    if unknown := sorted(set(backbone) - set(backbone_class().to_dict()) - set(backbone_class.attribute_map)):
+        raise DetectorLoadError(f"{place}: backbone_config: {backbone_class.__name__} has no {unknown}")
 
 
-def _refuse_uneven_heads(config: ConditionalDetrConfig, place: str) -> None:
+def _refuse_uneven_heads(config: PreTrainedConfig, place: str) -> None:
     """Transformers would build such a model and fail in its first forward pass."""
     for name in ("encoder_attention_heads", "decoder_attention_heads"):
         heads = getattr(config, name)
@@ -238,12 +270,7 @@ def _refuse_uneven_heads(config: ConditionalDetrConfig, place: str) -> None:
         raise DetectorLoadError(f"{place}: d_model {config.d_model} must be a multiple of 4, for its sine embeddings")
 
 
-def class_names_of(config: ConditionalDetrConfig) -> list[str]:
-    """A detector's class names, in the order of its outputs."""
-    return [config.id2label[index] for index in sorted(config.id2label)]
-
-
-def _refuse_other_classes(config: ConditionalDetrConfig, class_names: list[str], what: str) -> None:
+def _refuse_other_classes(config: PreTrainedConfig, class_names: list[str], what: str) -> None:
     """The outputs of a model that is loaded to go on must be the data set's classes, in their order."""
     names = class_names_of(config)
     if names == class_names:
@@ -256,7 +283,7 @@ def _refuse_other_classes(config: ConditionalDetrConfig, class_names: list[str],
             )
 
 
-def _refuse_missing_timm(config: ConditionalDetrConfig, what: str) -> None:
+def _refuse_missing_timm(config: PreTrainedConfig, what: str) -> None:
     if config.backbone_config.model_type == "timm_backbone" and importlib.util.find_spec("timm") is None:
         raise DetectorLoadError(
             f"{what} has a timm backbone ({config.backbone_config.backbone!r}) and timm is not installed: "

@@ -9,7 +9,6 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
 
-from d3etr_hf.runs.yaml_files import ConfigurationDumper
 from d3etr_hf.errors import PublishError
 from d3etr_hf.publishing import card_texts
 from d3etr_hf.publishing.citations import citations_for
@@ -18,6 +17,7 @@ from d3etr_hf.publishing.onnx_check import MODEL as ONNX_MODEL
 from d3etr_hf.publishing.onnx_check import check_in_words, onnx_snippet
 from d3etr_hf.publishing.privacy import anonymise_configuration
 from d3etr_hf.publishing.run_folder import PICTURES, is_hub_id, read_configuration, read_json
+from d3etr_hf.runs.yaml_files import ConfigurationDumper
 from d3etr_hf.training.training_arguments import option
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"

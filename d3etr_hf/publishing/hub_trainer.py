@@ -4,21 +4,9 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
-from d3etr_hf.runs.environment import describe_environment
-from d3etr_hf.runs.output_folder import (
-    CONFIGURATION,
-    ENVIRONMENT,
-    HISTORY,
-    LAUNCH,
-    RESULTS,
-    describe_launch,
-    describe_run,
-    write_json,
-)
 from d3etr_hf.errors import PublishError
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.card import CardArguments
@@ -32,12 +20,24 @@ from d3etr_hf.publishing.upload import (
     upload,
     upload_in_background,
 )
+from d3etr_hf.runs.environment import describe_environment
+from d3etr_hf.runs.output_folder import (
+    CONFIGURATION,
+    ENVIRONMENT,
+    HISTORY,
+    LAUNCH,
+    RESULTS,
+    describe_launch,
+    describe_run,
+    write_json,
+)
+from d3etr_hf.training.trainer import DistillationTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class PublishingTrainer(Trainer):
-    """`Trainer` whose `push_to_hub`, `hub_strategy` and model card are fit for a distilled detector.
+class D3etrTrainer(DistillationTrainer):
+    """`DistillationTrainer` whose `push_to_hub`, `hub_strategy` and model card are fit for a distilled detector.
 
     Transformers would upload the whole output folder, its pickled arguments and the optimizer's state among it, and
     writes a card that knows no average precision; so these methods take its place where the others call them.
@@ -80,7 +80,7 @@ class PublishingTrainer(Trainer):
         self.record_results(metrics)
 
     def _name_of_teacher(self) -> str | None:
-        return None if self.teacher is None else self.teacher.name_or_path or "teacher"
+        return None if self.teacher is None else self.teacher.name
 
     def _has_new_results(self) -> bool:
         """Whether the saved model is another than was evaluated last; the main process decides for all."""
@@ -203,7 +203,7 @@ class PublishingTrainer(Trainer):
             load_detector(self.args.output_dir, "student"),
             self.train_dataset,
             self._split_for_card(),
-            self.teacher,
+            None if self.teacher is None else self.teacher.detector,
             self._name_of_teacher(),
             self.teacher_processing_class,
         )

@@ -11,12 +11,12 @@ from pathlib import Path
 import yaml
 from transformers.image_processing_utils import BaseImageProcessor
 
-from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
-from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
 from d3etr_hf.errors import PublishError
 from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
+from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, D3etrTrainingArguments
 
 EMISSIONS = "emissions.csv"

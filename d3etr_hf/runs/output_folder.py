@@ -9,8 +9,8 @@ import yaml
 from transformers.utils import logging
 
 from d3etr_hf.cli.command_line import write_configuration
-from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from d3etr_hf.errors import OutputFolderError
+from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 logger = logging.get_logger(__name__)

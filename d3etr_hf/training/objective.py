@@ -1,33 +1,38 @@
 """The D3ETR objective: which loss is taken between which groups, with which pairs, weight and normaliser."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import ConditionalDetrConfig
 
 from d3etr_hf.losses import (
+    DetectionCriterion,
     cross_attention_distillation,
-    detection_losses,
     pair_weights,
     prediction_distillation,
     self_attention_distillation,
 )
 from d3etr_hf.matching import (
     AdaptiveMatcher,
-    FixedMatcher,
-    HungarianAssigner,
-    MixMatcher,
-    Targets,
+    MatchedPairs,
+    TaughtGroup,
+    assignment_of,
+    fixed_pairs,
     matched_foreground_share,
+    start_solving,
 )
-from d3etr_hf.models import DetectorOutput, QueryGroupOutput
-from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupOutput, Targets
+from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.teacher import TeacherOutput
 
-GROUPS = ("student", "auxiliary")
+PAIRS = "pairs"
+# what logs call the model's own group
+TITLES = {OWN: "student"}
+
+Terms = dict[str, torch.Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Shares:
     """What sums over this batch are divided by, so that processes and accumulated batches add up to one mean.
 
@@ -35,13 +40,13 @@ class Shares:
     a time: there it is the mean over batches of each one's weighted mean (exact over processes).
 
     Attributes:
-        boxes: ground-truth boxes of the whole step (all processes, all accumulated batches) / number of processes.
-        images: images of the whole step / number of processes.
+        images: images of the whole step (all processes, all accumulated batches) / number of processes.
+        detection: for each group and term of its detection loss the criterion's normaliser, counted likewise.
         average: the mean of a tensor over processes (the identity on one).
     """
 
-    boxes: torch.Tensor
     images: torch.Tensor
+    detection: Mapping[str, Mapping[str, torch.Tensor]]
     average: Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -49,47 +54,57 @@ class D3etrObjective:
     """L = L_det(student) + L_det(auxiliary) + sum over layers and groups of the distillation terms (see README).
 
     Args:
-        args: the options; which terms are on, their weights, the matcher's.
-        config: the student's configuration, which holds the detection loss's weights and costs.
-        class_index: int64 `(C,)`, the teacher's class for each of the student's.
-        layer_map: the teacher's decoder layer for each of the student's.
+        options: which terms are on, their weights, the matcher's.
+        criterion: the student's detection loss and label assignment.
+        teacher_criterion: by which the teacher assigns ground truth to its queries; None without a teacher.
+        tolerant: let a step whose costs are not finite go on (see `start_solving`).
     """
 
     def __init__(
         self,
-        args: D3etrTrainingArguments,
-        config: ConditionalDetrConfig,
-        class_index: torch.Tensor | None = None,
-        layer_map: list[int] | None = None,
+        options: Distillation,
+        criterion: DetectionCriterion,
+        teacher_criterion: DetectionCriterion | None = None,
+        tolerant: bool = False,
     ):
-        self.args, self.class_index, self.layer_map = args, class_index, layer_map
-        # read on the host, once: most teachers' classes need no gathering
-        self._classes_in_order = class_index is None or class_index.tolist() == list(range(len(class_index)))
-        groups = args.distilled_groups()
-        adaptive = AdaptiveMatcher(args.class_weight, args.l1_weight, args.giou_weight)
-        self.matcher = MixMatcher(
-            adaptive if "student" in groups else None, FixedMatcher() if "auxiliary" in groups else None
-        )
-        self.assigner = HungarianAssigner(config.class_cost, config.bbox_cost, config.giou_cost, config.focal_alpha)
-        scale = args.detection_weight / (2 if self._averages_groups else 1)
-        self.detection_weights = {
-            "class": scale * config.cls_loss_coefficient,
-            "l1": scale * config.bbox_loss_coefficient,
-            "giou": scale * config.giou_loss_coefficient,
-        }
+        self.options, self.criterion, self.tolerant = options, criterion, tolerant
+        self.teacher_criterion = teacher_criterion
+        self.matcher = AdaptiveMatcher(criterion.scores, *options.pair_weights)
+        averages = options.group_reduction == "mean" and options.auxiliary_queries != "none"
+        scale = options.detection_weight / (2 if averages else 1)
+        self.detection_weights = {term: scale * weight for term, weight in criterion.weights.items()}
 
-    @property
-    def _averages_groups(self) -> bool:
-        return self.args.group_reduction == "mean" and self.args.auxiliary_queries != "none"
+    def start_teacher_assignment(self, teacher: TeacherOutput, targets: Targets) -> Callable[[], torch.Tensor] | None:
+        """Begin to assign ground truth to the teacher's queries; to be called before the student's forward pass.
+
+        Returns:
+            A function that waits for int64 `(L, B, N_t)`, with L = 1 where its last layer decides; None where the
+            options ask for no such assignment.
+
+        Raises:
+            NonFiniteCostError: a prediction of the teacher is NaN or infinite.
+        """
+        if not self.options.teacher_assigns:
+            return None
+        group = teacher.group if self.options.auxiliary_assignment == "teacher_per_layer" else teacher.last
+        problem = self.teacher_criterion.problem(group.probabilities, group.boxes, targets, "teacher")
+        wait = start_solving({AUXILIARY: problem}, self.tolerant)
+        return lambda: assignment_of(wait()[AUXILIARY], group.boxes.shape[2])
 
     def __call__(
-        self, student: DetectorOutput, teacher: DetectorOutput | None, targets: Targets, shares: Shares
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        self,
+        student: DetectorOutput,
+        teacher: TeacherOutput | None,
+        targets: Targets,
+        shares: Shares,
+        teacher_assignment: Callable[[], torch.Tensor] | None = None,
+    ) -> tuple[Terms, Terms]:
         """Every weighted loss term of one batch, and what is worth knowing of the matching.
 
         Args:
-            student: groups "student" and, if there is one, "auxiliary", in this order.
-            teacher: its only group; None where the options need none.
+            student: its own group and, if there is one, the auxiliary.
+            teacher: None where the options need none.
+            teacher_assignment: from `start_teacher_assignment`.
 
         Returns:
             Terms named "group/term", `(L,)` each, whose sum is the loss; and statistics, scalars without gradient.
@@ -97,114 +112,123 @@ class D3etrObjective:
         Raises:
             NonFiniteCostError: a prediction is NaN or infinite.
         """
-        groups = dict(zip(GROUPS[: len(student.groups)], student.groups, strict=True))
-        teacher_group = None if teacher is None else self._aligned(teacher.groups[0], self.layer_map)
-        terms, statistics, pending = {}, {}, {}
-        if teacher is not None and self.args.distilled_groups():
-            pending = self.matcher.start(teacher_group, groups["student"], groups.get("auxiliary"))
-        # threads assign teacher to student queries while what needs no such pairs is computed
-        if self.args.detection_weight > 0:
-            terms |= self._detection_terms(groups, teacher_group, teacher, targets, shares)
-        pairs = {}
-        for name, matched in pending.items():
-            pairs[name] = matched()
-            memory_masks = teacher.memory_mask, student.memory_mask
-            terms |= self._attention_terms(name, teacher_group, groups[name], pairs[name], memory_masks, shares)
-        if pairs and self.args.prediction_weight > 0:
-            terms |= self._prediction_terms(teacher_group, groups, pairs, shares)
-        if "student" in pairs:
-            statistics["matched_foreground"] = matched_foreground_share(teacher_group.logits, pairs["student"])
+        options, groups = self.options, student.groups
+        if unknown := set(groups) - {OWN, AUXILIARY}:
+            raise ValueError(f"the student has query groups {sorted(unknown)} that no term is of")
+        problems, chosen = self._problems(student, teacher, targets)
+        wait = start_solving(problems, self.tolerant) if problems else dict
+        terms, statistics, pairs = {}, {}, {}
+        # threads assign while what needs no such assignment is computed
+        if AUXILIARY in options.distilled_groups:
+            pairs[AUXILIARY] = fixed_pairs(teacher.group, groups[AUXILIARY])
+            terms |= self._attention_terms(AUXILIARY, teacher, student, pairs[AUXILIARY], shares)
+        solutions = wait()
+        if OWN in options.distilled_groups:
+            pairs[OWN] = self.matcher.pairs(solutions.pop(PAIRS), chosen)
+            terms |= self._attention_terms(OWN, teacher, student, pairs[OWN], shares)
+            statistics["matched_foreground"] = matched_foreground_share(teacher.group.probabilities, pairs[OWN])
+        if options.detection_weight > 0:
+            assignments = {
+                name: assignment_of(found, problems[name].cost.shape[2]) for name, found in solutions.items()
+            }
+            if teacher_assignment is not None:
+                assignments[AUXILIARY] = self._given(
+                    assignments.get(AUXILIARY), teacher_assignment(), groups[AUXILIARY]
+                )
+            terms |= self._detection_terms(student, targets, assignments, shares)
+        if pairs and options.prediction_weight > 0:
+            terms |= self._prediction_terms(teacher.group, groups, pairs, shares)
         return terms, statistics
 
-    def _attention_terms(self, name, teacher_group, group, pairs, memory_masks, shares: Shares):
-        args, terms = self.args, {}
-        if args.self_attention_weight > 0:
-            terms[f"{name}/self_attention"] = args.self_attention_weight * self_attention_distillation(
-                teacher_group.self_attention,
-                group.self_attention,
-                pairs,
-                shares.images,
-                args.attention_divergence,
+    def _problems(self, student: DetectorOutput, teacher: TeacherOutput | None, targets: Targets):
+        """What is to be assigned for this batch, by name, and the teacher's queries that adaptive matching chose."""
+        problems, chosen = {}, None
+        if OWN in self.options.distilled_groups:
+            problems[PAIRS], chosen = self.matcher.problem(teacher.group, student.groups[OWN])
+        if self.options.detection_weight == 0:
+            return problems, chosen
+        asked = {name: group for name, group in student.groups.items() if self._assigns_itself(name)}
+        asked |= {name: part.group for name, part in (student.supervised or {}).items() if part.assignment is None}
+        for name, group in asked.items():
+            logits, boxes = group.logits, group.boxes
+            if name == AUXILIARY and self.options.teacher_assigns:
+                logits, boxes = logits[:-1], boxes[:-1]  # of the last layer the teacher decides
+            probabilities = self.criterion.scores.probabilities(logits)
+            problems[name] = self.criterion.problem(probabilities, boxes, targets, TITLES.get(name, name))
+        return problems, chosen
+
+    def _assigns_itself(self, group: str) -> bool:
+        """Whether ground truth is assigned to a group's own predictions, in some layers at least."""
+        given = group == AUXILIARY and self.options.teacher_assigns
+        return not given or self.options.auxiliary_assignment == "teacher_last_layer"
+
+    def _given(self, own: torch.Tensor | None, teachers: torch.Tensor, group: GroupOutput) -> torch.Tensor:
+        """The auxiliary group's assignment `(L, B, N)`: the teacher's, after its own of the earlier layers."""
+        if own is not None:
+            return torch.cat([own, teachers])
+        return teachers.expand(len(group.boxes), -1, -1)
+
+    def _detection_terms(self, student: DetectorOutput, targets: Targets, assignments, shares: Shares) -> Terms:
+        terms = {}
+
+        def add(name: str, group: GroupOutput, assignment: torch.Tensor, counted_as: str, repeats: int = 1) -> None:
+            for term, value in self.criterion.losses(group, targets, assignment).items():
+                normaliser = shares.detection[counted_as][term] * repeats
+                terms[f"{TITLES.get(name, name)}/{term}"] = self.detection_weights[term] * value / normaliser
+
+        for name, group in student.groups.items():
+            add(name, group, assignments[name], name)
+        for name, part in (student.supervised or {}).items():
+            assignment = assignments[name] if part.assignment is None else part.assignment
+            add(name, part.group, assignment, OWN, part.repeats or 1)
+        return terms
+
+    def _attention_terms(
+        self, name: str, teacher: TeacherOutput, student: DetectorOutput, pairs: MatchedPairs, shares: Shares
+    ) -> Terms:
+        options, group, title, terms = self.options, student.groups[name], TITLES.get(name, name), {}
+        if options.self_attention_weight > 0:
+            terms[f"{title}/self_attention"] = options.self_attention_weight * self_attention_distillation(
+                teacher.group.self_attention, group.self_attention, pairs, shares.images, options.attention_divergence
             )
-        if args.cross_attention_weight > 0:
-            terms[f"{name}/cross_attention"] = args.cross_attention_weight * cross_attention_distillation(
-                teacher_group.cross_attention,
+        if options.cross_attention_weight > 0:
+            terms[f"{title}/cross_attention"] = options.cross_attention_weight * cross_attention_distillation(
+                teacher.group.cross_attention,
                 group.cross_attention,
                 pairs,
-                *memory_masks,
+                teacher.memory_mask,
+                student.memory_mask,
                 shares.images,
-                args.attention_divergence,
+                options.attention_divergence,
             )
         return terms
 
-    def _prediction_terms(self, teacher_group, groups, pairs, shares: Shares):
-        weights = self._prediction_weights(teacher_group, pairs, shares)
-        costs = self.args.class_weight, self.args.l1_weight, self.args.giou_weight
+    def _prediction_terms(
+        self, teacher: TaughtGroup, groups: Mapping[str, GroupOutput], pairs: dict[str, MatchedPairs], shares: Shares
+    ) -> Terms:
+        weights, totals = self._prediction_weights(teacher, pairs, shares)
         return {
-            f"{name}/prediction": self.args.prediction_weight
-            * prediction_distillation(teacher_group, groups[name], matched, *weights[name], *costs)
+            f"{TITLES.get(name, name)}/prediction": self.options.prediction_weight
+            * prediction_distillation(
+                teacher,
+                groups[name],
+                matched,
+                self.criterion.scores,
+                weights[name],
+                totals[name],
+                self.options.pair_weights,
+            )
             for name, matched in pairs.items()
         }
 
-    def _aligned(self, teacher: QueryGroupOutput, layers: list[int], maps: bool = True) -> QueryGroupOutput:
-        """The teacher's outputs in these of its layers, for the student's classes; no gradient reaches the teacher."""
-
-        def chosen(values):
-            return None if values is None else tuple(values[layer].detach() for layer in layers)
-
-        logits = torch.stack(chosen(teacher.logits))
-        self.class_index = self.class_index.to(logits.device)
-        return QueryGroupOutput(
-            logits=logits[..., : len(self.class_index)] if self._classes_in_order else logits[..., self.class_index],
-            boxes=torch.stack(chosen(teacher.boxes)),
-            self_attention=chosen(teacher.self_attention) if maps else None,
-            cross_attention=chosen(teacher.cross_attention) if maps else None,
-        )
-
-    def _detection_terms(self, groups, teacher_group, teacher, targets: Targets, shares: Shares):
-        terms = {}
-        for name, group in groups.items():
-            assignment = self._assignment(name, group, teacher_group, teacher, targets)
-            losses = detection_losses(
-                group, targets, assignment, shares.boxes, self.assigner.focal_alpha, self.assigner.focal_gamma
-            )
-            terms |= {f"{name}/{term}": self.detection_weights[term] * value for term, value in losses.items()}
-        return terms
-
-    def _assignment(
-        self,
-        name: str,
-        group: QueryGroupOutput,
-        teacher_group: QueryGroupOutput | None,
-        teacher: DetectorOutput | None,
-        targets: Targets,
-    ) -> torch.Tensor:
-        """Which object each query answers for, `(L, B, N)`; in the auxiliary group the teacher may decide.
-
-        Args:
-            teacher_group: the teacher's outputs in the layers that the student's follow.
-            teacher: all of its outputs, of which the last layer decides under most policies.
-        """
-        policy = self.args.auxiliary_assignment
-        if name == "student" or self.args.auxiliary_queries != "teacher" or policy == "own":
-            return self.assigner(group, targets, name)
-        if policy == "teacher_per_layer":
-            return self.assigner(teacher_group, targets, "teacher")
-        last = self.assigner(self._aligned(teacher.groups[0], [-1], maps=False), targets, "teacher (last layer)")
-        if policy == "teacher_last_layer_everywhere":
-            return last.expand(len(group.logits), -1, -1)
-        earlier = self.assigner(QueryGroupOutput(logits=group.logits[:-1], boxes=group.boxes[:-1]), targets, name)
-        return torch.cat([earlier, last])
-
-    def _prediction_weights(self, teacher: QueryGroupOutput, pairs, shares: Shares):
+    def _prediction_weights(self, teacher: TaughtGroup, pairs: dict[str, MatchedPairs], shares: Shares):
         """Per group, the weight of each pair and what their sum is divided by, global over processes."""
-        weights = {name: pair_weights(teacher.logits, p, self.args.prediction_normaliser) for name, p in pairs.items()}
-        if self.args.prediction_normaliser == "pairs":
-            return {name: (w, shares.images * w.shape[-1]) for name, w in weights.items()}
+        normaliser = self.options.prediction_normaliser
+        weights = {name: pair_weights(teacher.probabilities, p, normaliser) for name, p in pairs.items()}
+        if normaliser == "pairs":
+            return weights, {name: shares.images * weight.shape[-1] for name, weight in weights.items()}
         # a weight's sum is known per batch only: scale by this batch's part of the images of the whole step
-        totals = torch.stack([w.sum(dim=(1, 2)) for w in weights.values()])
-        images = totals.new_full((1, totals.shape[1]), teacher.logits.shape[1])
+        totals = torch.stack([weight.sum(dim=(1, 2)) for weight in weights.values()])
+        images = totals.new_full((1, totals.shape[1]), teacher.boxes.shape[1])
         *totals, images = shares.average(torch.cat([totals, images])).unbind()
-        return {
-            name: (w, total * shares.images / images) for (name, w), total in zip(weights.items(), totals, strict=True)
-        }
+        return weights, {name: total * shares.images / images for name, total in zip(weights, totals, strict=True)}

@@ -1,9 +1,11 @@
 """What a user of the trainer can set, beside Transformers' own training arguments."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
+
+from d3etr_hf.training.distillation import Distillation
 
 # fields of the training arguments that plain training has no use for
 DISTILLATION_OPTIONS = (
@@ -16,13 +18,20 @@ DISTILLATION_OPTIONS = (
     "self_attention_weight",
     "cross_attention_weight",
     "prediction_weight",
-    "class_weight",
-    "l1_weight",
-    "giou_weight",
+    "distillation_class_weight",
+    "distillation_l1_weight",
+    "distillation_giou_weight",
     "attention_divergence",
     "prediction_normaliser",
     "layer_map",
 )
+
+# names of earlier versions, which could be taken for weights of the detection loss
+RENAMED_OPTIONS = {
+    "class_weight": "distillation_class_weight",
+    "l1_weight": "distillation_l1_weight",
+    "giou_weight": "distillation_giou_weight",
+}
 
 
 def option(default, help: str):
@@ -34,7 +43,7 @@ def option(default, help: str):
 
 @dataclass
 class D3etrTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with Conditional DETR's recipe as defaults, and D3ETR's options.
+    """`TrainingArguments` with the recipe of Conditional DETR's authors as defaults, and D3ETR's options.
 
     Raises:
         ValueError: an option is out of its range, or two contradict each other; the message names them.
@@ -82,9 +91,15 @@ class D3etrTrainingArguments(TrainingArguments):
     cross_attention_weight: float = option(1.0, "Weight of cross-attention distillation; 0 switches it off.")
     prediction_weight: float = option(1.0, "Weight of prediction distillation; 0 switches it off.")
     detection_weight: float = option(1.0, "Weight of the detection loss of both groups; 0 switches it off.")
-    class_weight: float = option(1.0, "Weight of the class term in the adaptive matching cost and prediction loss.")
-    l1_weight: float = option(5.0, "Weight of the L1 box term in the adaptive matching cost and prediction loss.")
-    giou_weight: float = option(2.0, "Weight of the GIoU term in the adaptive matching cost and prediction loss.")
+    distillation_class_weight: float = option(
+        1.0, "Weight of the class term in the adaptive matching cost and in prediction distillation."
+    )
+    distillation_l1_weight: float = option(
+        5.0, "Weight of the L1 box term in the adaptive matching cost and in prediction distillation."
+    )
+    distillation_giou_weight: float = option(
+        2.0, "Weight of the GIoU term in the adaptive matching cost and in prediction distillation."
+    )
     attention_divergence: Literal["kl", "mse"] = option(
         "kl", "How attention maps are compared: KL(teacher || student), or the mean squared difference."
     )
@@ -112,6 +127,11 @@ class D3etrTrainingArguments(TrainingArguments):
     )
     logging_nan_inf_filter: bool = option(False, "Training stops on NaN instead of hiding it.")
 
+    def __new__(cls, *args, **kwargs):
+        for name in RENAMED_OPTIONS.keys() & kwargs.keys():
+            raise TypeError(f"{name!r} is called {RENAMED_OPTIONS[name]!r} now: use that name")
+        return super().__new__(cls)
+
     def __post_init__(self):
         needs_metric = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
         if self.metric_for_best_model is None and needs_metric:
@@ -122,33 +142,34 @@ class D3etrTrainingArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # without detection and prediction losses the heads get no gradient, and processes would wait for it
             self.ddp_find_unused_parameters = self.detection_weight == self.prediction_weight == 0
-        if self.detection_weight == 0 and not self.distilled_groups():
+        self._check_weights()
+        self._check_inherited_options()
+
+    def _check_weights(self) -> None:
+        weights = [name for name in fields_of(Distillation) if name.endswith("_weight")]
+        for name in ("backbone_learning_rate", *weights):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
+        if self.detection_weight == 0 and not self.distillation.distilled_groups:
             raise ValueError("every loss is off: set detection_weight, or a distillation weight and a matching")
+        if not any(self.distillation.pair_weights):
+            raise ValueError(
+                "distillation_class_weight, distillation_l1_weight and distillation_giou_weight are all 0: at least "
+                "one must be positive"
+            )
+
+    def _check_inherited_options(self) -> None:
+        """Options of Transformers that a detector's trainer cannot honour, or only in some ranges."""
         if self.log_gradient_norms and self.logging_strategy != "steps":
             raise ValueError("log_gradient_norms needs logging_strategy='steps'")
         if self.label_smoothing_factor != 0:
-            raise ValueError("label_smoothing_factor has no meaning for a focal loss: leave it at 0")
+            raise ValueError("label_smoothing_factor has no meaning for a detection loss: leave it at 0")
         if not self.eval_do_concat_batches:
             raise ValueError("eval_do_concat_batches=False loses the shape of the detections: leave it on")
-        non_negative = (
-            "backbone_learning_rate",
-            "self_attention_weight",
-            "cross_attention_weight",
-            "prediction_weight",
-            "detection_weight",
-            "class_weight",
-            "l1_weight",
-            "giou_weight",
-        )
-        for name in non_negative:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.learning_rate_drop is not None and not 0 < self.learning_rate_drop < 1:
             raise ValueError(f"learning_rate_drop={self.learning_rate_drop}: must lie between 0 and 1, or be left out")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the boxes: leave it off")
-        if self.class_weight == self.l1_weight == self.giou_weight == 0:
-            raise ValueError("class_weight, l1_weight and giou_weight are all 0: at least one must be positive")
 
     def _check_choices(self) -> None:
         """Values outside a field's choices are refused here too, where the command line is not there to do it."""
@@ -161,24 +182,11 @@ class D3etrTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={value!r}: must be true or false")
 
     @property
-    def uses_attention(self) -> bool:
-        """Whether any loss reads attention maps."""
-        return self.self_attention_weight > 0 or self.cross_attention_weight > 0
+    def distillation(self) -> Distillation:
+        """The options that the objective takes."""
+        return Distillation(**{name: getattr(self, name) for name in fields_of(Distillation)})
 
-    def distilled_groups(self) -> tuple[str, ...]:
-        """Names of the groups that learn from the teacher, as far as terms are on at all."""
-        if not (self.uses_attention or self.prediction_weight > 0):
-            return ()
-        fixed = self.fixed_matching and self.auxiliary_queries == "teacher"
-        return ("student",) * self.adaptive_matching + ("auxiliary",) * fixed
 
-    @property
-    def reads_teacher_outputs(self) -> bool:
-        """Whether a step runs the teacher: for distillation, or for its assignment of ground truth."""
-        assigns = self.auxiliary_queries == "teacher" and self.auxiliary_assignment != "own"
-        return bool(self.distilled_groups()) or (assigns and self.detection_weight > 0)
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether this run reads a teacher at all: its queries or its outputs."""
-        return self.auxiliary_queries == "teacher" or self.reads_teacher_outputs
+def fields_of(dataclass_type: type) -> list[str]:
+    """Names of a dataclass's fields."""
+    return [field.name for field in fields(dataclass_type)]

@@ -21,9 +21,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from d3etr_hf.errors import PictureError
 from d3etr_hf.matching import AdaptiveMatcher
-from d3etr_hf.models import D3etrConditionalDetrForObjectDetection, DetectorOutput, QueryGroupOutput
+from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.loading import class_names_of
-from d3etr_hf.training.compatibility import check_image_processors, class_index_by_name
+from d3etr_hf.outputs import DetectorOutput, GroupOutput
+from d3etr_hf.training.teacher import check_image_processors, class_index_by_name
 from d3etr_hf.visualization.pictures import DOTS_PER_INCH, draw_detections
 from d3etr_hf.visualization.visualisation import common_classes, prepare_batch
 
@@ -131,8 +132,8 @@ def partner_queries(
     """
     of_teacher, of_student = teacher.groups[0], student.groups[0]
     pairs = matcher(
-        QueryGroupOutput(logits=of_teacher.logits[-1:, :, :, class_index], boxes=of_teacher.boxes[-1:]),
-        QueryGroupOutput(logits=of_student.logits[-1:], boxes=of_student.boxes[-1:]),
+        GroupOutput(logits=of_teacher.logits[-1:, :, :, class_index], boxes=of_teacher.boxes[-1:]),
+        GroupOutput(logits=of_student.logits[-1:], boxes=of_student.boxes[-1:]),
     )
     return dict(zip(pairs.student[0, 0].tolist(), pairs.teacher[0, 0].tolist(), strict=True))
 

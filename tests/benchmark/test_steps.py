@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from d3etr_hf.training.trainer import D3etrTrainer
+from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from scripts.benchmarking import steps
 from scripts.benchmarking.sizes import SIZES, make_batch, make_detector, on_gpu, stock_twin
 

@@ -23,7 +23,7 @@ from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import CommandLineError, DatasetError, DetectorLoadError, OutputFolderError
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments, load_image_processor
-from d3etr_hf.training.trainer import D3etrTrainer
+from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.tiny import tiny_config, tiny_model
 

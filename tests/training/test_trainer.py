@@ -232,7 +232,7 @@ def test_logged_learning_rate_is_not_the_backbones(shapes, tmp_path):
 
 
 def test_given_optimizer_class_is_used(shapes, tmp_path):
-    from d3etr_hf.training.trainer import D3etrTrainer
+    from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 
     trainer = shapes_trainer(shapes, tmp_path)
     trainer = D3etrTrainer(
@@ -354,7 +354,7 @@ def test_incompatible_models_are_refused_before_the_first_step(shapes, tmp_path,
 
 
 def test_image_processors_must_scale_pixels_alike(shapes, tmp_path):
-    from d3etr_hf.training.trainer import D3etrTrainer
+    from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 
     trainer = shapes_trainer(shapes, tmp_path)
     other = load_image_processor(None, SIDE, SIDE)

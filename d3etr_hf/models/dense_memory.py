@@ -1,0 +1,179 @@
+"""What the families with one dense memory share: DETR and its direct heirs in Transformers have the same encoder."""
+
+from collections.abc import Callable, Iterable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES, Detector
+from d3etr_hf.models.group_attention import GroupAttention, route_attention
+from d3etr_hf.models.initialisation import freeze_backbone_as_detr
+from d3etr_hf.outputs import DetectorOutput, GroupOutput, GroupRequest, Queries, wide
+
+
+class Memory(NamedTuple):
+    """The encoder's output for a batch.
+
+    Attributes:
+        tokens: `(B, H*W, d)`.
+        position: their position embeddings, `(B, H*W, d)`.
+        mask: bool `(B, H, W)`, true on the image.
+    """
+
+    tokens: torch.Tensor
+    position: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """bool `(B, 1, 1, H*W)`, for every head and query. Made here: the stock one reads the mask on the host."""
+        return self.mask.flatten(1)[:, None, None]
+
+
+def encode(model: PreTrainedModel, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> Memory:
+    """Backbone and encoder of a model whose base model is `model.model`, as its stock forward pass runs them."""
+    base = model.model
+    if pixel_mask is None:
+        pixel_mask = torch.ones_like(pixel_values[:, 0], dtype=torch.int64)
+    features, mask = base.backbone(pixel_values, pixel_mask)[-1]
+    position = base.position_embedding(
+        shape=features.shape, device=features.device, dtype=pixel_values.dtype, mask=mask
+    )
+    memory = Memory(base.input_projection(features).flatten(2).transpose(1, 2), position.flatten(2).mT, mask)
+    # scaled-dot-product attention takes the mask as it is; any other implementation makes one of its own kind
+    fused = base.encoder.config._attn_implementation == "sdpa"
+    encoded = base.encoder(
+        inputs_embeds=memory.tokens,
+        attention_mask=memory.attention_mask if fused else mask.flatten(1),
+        spatial_position_embeddings=memory.position,
+    )
+    return memory._replace(tokens=encoded.last_hidden_state)
+
+
+def start_groups(queries: dict[str, Queries], request: GroupRequest) -> GroupAttention:
+    """How these groups share one decoder pass."""
+    sizes = {name: len(group) for name, group in queries.items()}
+    return GroupAttention(sizes, request.self_attention, request.cross_attention)
+
+
+def join(parts: Iterable[torch.Tensor], batch: int) -> torch.Tensor:
+    """Queries of several groups, `(N, d)` or `(B, N, d)` each, as one `(B, sum of N, d)`."""
+    return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
+
+
+def collect_groups(
+    logits: torch.Tensor, boxes: torch.Tensor, groups: GroupAttention, own: Queries, memory: Memory
+) -> DetectorOutput:
+    """Predictions of all groups `(L, B, sum of N, ·)` and their maps as one output."""
+    groups.open = False
+    logits_of, boxes_of = groups.split(wide(logits), 2), groups.split(wide(boxes), 2)
+    outputs = {
+        name: GroupOutput(logits=logits_of[name], boxes=boxes_of[name], **groups.maps_of(name))
+        for name in groups.sizes
+    }
+    return DetectorOutput(groups=outputs, queries=own, memory_mask=memory.mask)
+
+
+def without_autocast(tensor: torch.Tensor):
+    """The context in which heads run: half precision would round a small object's box by a tenth of its size."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+class DenseMemoryDetector(Detector):
+    """A family whose decoder reads one dense memory and whose queries are learned position embeddings."""
+
+    parts = {
+        BACKBONE: ("model.backbone.",),
+        ENCODER: ("model.encoder.", "model.input_projection."),
+        DECODER: ("model.decoder.",),
+        HEADS: ("class_labels_classifier.", "bbox_predictor."),
+        QUERIES: ("model.query_position_embeddings.",),
+    }
+    eager_attention: ClassVar[Callable]
+
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    @property
+    def width(self) -> int:
+        return self.config.d_model
+
+    @property
+    def query_count(self) -> int:
+        return self.config.num_queries
+
+    @property
+    def decoder_depth(self) -> int:
+        return self.config.decoder_layers
+
+    @property
+    def skips_layers(self) -> bool:
+        return self.config.decoder_layerdrop > 0
+
+    def prepare_attention(self) -> None:
+        layers = self.model.decoder.layers
+        self_attention = [layer.self_attn for layer in layers]
+        route_attention(
+            self.config, self_attention, [layer.encoder_attn for layer in layers], type(self).eager_attention
+        )
+
+    def new_queries(self, count: int) -> Queries:
+        return Queries(position=torch.randn(count, self.width))
+
+    @torch.no_grad()
+    def initialise(self, names: Iterable[str] | None = None) -> None:
+        """Every matrix of encoder and decoder Xavier-uniform, object queries N(0, 1), heads and the input projection
+        as PyTorch initialises them."""
+        chosen = set(dict(self.named_parameters()) if names is None else names)
+        for part in ("model.encoder", "model.decoder"):
+            for name, value in self.get_submodule(part).named_parameters(part):
+                if name not in chosen:
+                    continue
+                if value.dim() > 1:
+                    nn.init.xavier_uniform_(value)
+                elif name.endswith("bias"):
+                    nn.init.zeros_(value)
+                else:
+                    nn.init.ones_(value)  # the weight of a layer norm
+        if "model.query_position_embeddings.weight" in chosen:
+            nn.init.normal_(self.model.query_position_embeddings.weight)
+        for name in ("model.input_projection", "class_labels_classifier", *self.box_layers):
+            if self._is_new(name, chosen):
+                self.get_submodule(name).reset_parameters()
+
+    @property
+    def box_layers(self) -> list[str]:
+        """Names of the box head's layers."""
+        return [f"bbox_predictor.layers.{index}" for index in range(len(self.bbox_predictor.layers))]
+
+    def _is_new(self, layer: str, chosen: set[str]) -> bool:
+        return any(f"{layer}.{leaf}" in chosen for leaf, _ in self.get_submodule(layer).named_parameters())
+
+    def freeze(self) -> None:
+        """All train but a ResNet's stem and first stage, and backbone stages after the last that is read."""
+        freeze_backbone_as_detr(self, self.model.backbone.model, self.config.backbone_config)
+
+    def source_of(self, name: str, layer_map: list[int]) -> str:
+        prefix = "model.decoder.layers."
+        if not name.startswith(prefix):
+            return name
+        layer, rest = name.removeprefix(prefix).split(".", 1)
+        return f"{prefix}{layer_map[int(layer)]}.{rest}"
+
+    def _keep_outputs(self, index: torch.Tensor, names: list[str]) -> None:
+        """Leave these outputs of the class head, in this order, and name the classes."""
+        head = self.class_labels_classifier
+        kept = nn.Linear(head.in_features, len(index), device=head.weight.device, dtype=head.weight.dtype)
+        with torch.no_grad():
+            kept.weight.copy_(head.weight[index])
+            kept.bias.copy_(head.bias[index])
+        self.class_labels_classifier = kept
+        self.config.id2label = dict(enumerate(names))
+        self.config.label2id = {name: label for label, name in enumerate(names)}
+
+    @staticmethod
+    def position_of(queries: Queries) -> torch.Tensor:
+        """Position embeddings of any family's queries: learned content serves where there is no position."""
+        return queries.content if queries.position is None else queries.position

@@ -1,0 +1,270 @@
+"""The contract of every detector family: what a student and a teacher can be asked, whatever model they are.
+
+A family is one file: a class that inherits `Detector` and the stock class of Transformers, and fills in what is
+abstract here (CONTRIBUTING.md, "Add a family"). Nothing outside `models/` knows more of a detector than this.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from d3etr_hf.losses import DetectionCriterion
+from d3etr_hf.outputs import OWN, DetectorOutput, GroupRequest, Queries
+
+logger = logging.get_logger(__name__)
+
+ADAPTERS = "query_adapters"
+BACKBONE, ENCODER, DECODER, HEADS, QUERIES = ROLES = ("backbone", "encoder", "decoder", "heads", "queries")
+
+
+class Detector(ABC):
+    """A DETR of Transformers with further query groups and attention maps on demand.
+
+    Computes what the stock class computes unless a `request` is passed; saves a plain stock checkpoint. A model built
+    from a configuration starts as its authors start it; built or loaded, what trains is what they train. Checkpoints
+    load in float32 unless `dtype` is given.
+
+    Attributes:
+        stock_class: the class of Transformers that the saved model is of.
+        title: what people call the family.
+        tag: the family's tag on the Hub.
+        parts: for each of `ROLES` the prefixes of its parameters' names.
+        anchor_size: numbers of an anchor that a group may bring with its queries; 0 where the family takes none.
+        citation: BibTeX of the family's paper.
+    """
+
+    stock_class: ClassVar[type[PreTrainedModel]]
+    title: ClassVar[str]
+    tag: ClassVar[str]
+    parts: ClassVar[Mapping[str, tuple[str, ...]]]
+    anchor_size: ClassVar[int]
+    citation: ClassVar[str]
+
+    # what a family says
+
+    @abstractmethod
+    def forward_groups(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, request: GroupRequest
+    ) -> DetectorOutput:
+        """One pass over the model's own queries and the request's further groups, which cannot see each other.
+
+        Logits and boxes leave autocast in float32 or wider.
+        """
+
+    @abstractmethod
+    def criterion(self) -> DetectionCriterion:
+        """The family's detection loss and label assignment, as this model's configuration weighs them."""
+
+    @abstractmethod
+    def static_queries(self) -> Queries | None:
+        """The queries of the model's own group without a forward pass; None where they depend on the image."""
+
+    @abstractmethod
+    def new_queries(self, count: int) -> Queries:
+        """Freshly drawn queries for a further group, as the family's authors draw their own."""
+
+    @abstractmethod
+    def prepare_attention(self) -> None:
+        """Make the decoder's attention aware of groups; called once, when the model has been built."""
+
+    @abstractmethod
+    def initialise(self, names: Iterable[str] | None = None) -> None:
+        """Set parameters to the start values of the family's authors, in place; the backbone is left as it is.
+
+        Args:
+            names: the parameters to set (as `named_parameters` calls them); all of them by default.
+        """
+
+    @abstractmethod
+    def freeze(self) -> None:
+        """Set `requires_grad` of every parameter as the family's authors do."""
+
+    @abstractmethod
+    def keep_classes(self, index: torch.Tensor, names: list[str]) -> None:
+        """Reduce the class heads to these classes in this order, in place.
+
+        Args:
+            index: int64 `(C,)`, the model's class for each of `names`.
+        """
+
+    @abstractmethod
+    def source_of(self, name: str, layer_map: list[int]) -> str:
+        """The teacher's tensor that a student of the same family inherits as `name`.
+
+        Args:
+            layer_map: the teacher's decoder layer (from 0) for each of the student's.
+        """
+
+    # what of its configuration others may ask
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Hidden size of the decoder's queries."""
+
+    @property
+    @abstractmethod
+    def query_count(self) -> int:
+        """Number of object queries of the model's own group at inference."""
+
+    @property
+    @abstractmethod
+    def decoder_depth(self) -> int:
+        """Number of decoder layers whose predictions are returned."""
+
+    @property
+    def skips_layers(self) -> bool:
+        """Whether training skips decoder layers at random, which leaves nothing to match."""
+        return False
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names in the order of the model's outputs."""
+        return class_names_of(self.config)
+
+    # what all families share
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.query_adapters = nn.ModuleDict()
+        self.prepare_attention()
+        if self.device.type != "meta":
+            self.initialise()
+            self.settle()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """As in Transformers, in float32 by default; what the checkpoint lacks starts as in the paper."""
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        new = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+        if new:
+            logger.warning(f"{len(new)} tensors are not in {pretrained_model_name_or_path} and start afresh: {new}")
+            model.initialise(new)
+        model.settle()
+        return (model, info) if output_loading_info else model
+
+    def forward(self, pixel_values=None, pixel_mask=None, *args, request: GroupRequest | None = None, **kwargs):
+        """The stock forward pass, or with a `request` one pass over every query group.
+
+        Args:
+            pixel_values: `(B, 3, height, width)` float, normalised.
+            pixel_mask: `(B, height, width)`, 1 on the image, 0 on padding; None means no padding.
+            args, kwargs: for the stock forward pass only.
+            request: further query groups and maps.
+
+        Returns:
+            What the stock class returns, or with a request a `DetectorOutput`.
+        """
+        if request is None:
+            return super().forward(pixel_values, pixel_mask, *args, **kwargs)
+        return self.forward_groups(pixel_values, pixel_mask, request)
+
+    def queries_of_groups(self, own: Queries, request: GroupRequest) -> dict[str, Queries]:
+        """The model's own queries and those of the request, carried into its width, by the group's name."""
+        further = {
+            name: self.query_adapters[name](queries) if name in self.query_adapters else queries
+            for name, queries in request.queries.items()
+        }
+        return {OWN: own} | further
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """As in Transformers, but only non-reentrant: reentrant checkpointing would cut the maps off the gradient."""
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant", False):
+            raise ValueError(
+                "activation_checkpointing_kwargs: use_reentrant=True leaves attention maps without a gradient; "
+                "use {'use_reentrant': False}"
+            )
+        chosen = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        super().activation_checkpointing_enable(chosen, **kwargs)
+
+    def role_of(self, name: str) -> str | None:
+        """Which of `ROLES` a parameter plays, by its name; None for a query adapter's."""
+        return next((role for role, prefixes in self.parts.items() if name.startswith(prefixes)), None)
+
+    def freeze_part(self, role: str) -> None:
+        """Let no parameter of a part train."""
+        for name, parameter in self.named_parameters():
+            if self.role_of(name) == role:
+                parameter.requires_grad_(False)
+
+    def settle(self) -> None:
+        """Let what the authors train train, and say how much that is."""
+        self.freeze()
+        counts = {True: [0, 0], False: [0, 0]}
+        for parameter in self.parameters():
+            counts[parameter.requires_grad][0] += 1
+            counts[parameter.requires_grad][1] += parameter.numel()
+        logger.info(
+            f"{counts[True][1]:,} parameters in {counts[True][0]} tensors train, "
+            f"{counts[False][1]:,} in {counts[False][0]} are frozen"
+        )
+
+    def to_stock(self) -> PreTrainedModel:
+        """The same detector as a plain Transformers model sharing this one's tensors, without query adapters."""
+        return self._stock_model(self.state_dict())
+
+    def _stock_model(self, state_dict: dict[str, torch.Tensor]) -> PreTrainedModel:
+        own = {name: value for name, value in state_dict.items() if not name.startswith(f"{ADAPTERS}.")}
+        config = type(self.config).from_dict(self.config.to_dict())  # a copy that asks for no attention implementation
+        with torch.device("meta"):
+            stock = self.stock_class(config)
+        stock.load_state_dict(own, strict=True, assign=True)
+        for name, buffer in self.named_buffers():  # those that no state dict holds, such as a Swin's index tables
+            if name not in own and not name.startswith(f"{ADAPTERS}."):
+                module, _, leaf = name.rpartition(".")
+                setattr(stock.get_submodule(module), leaf, buffer)
+        return stock.eval()
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> None:
+        """Write a plain stock checkpoint: no query adapter, no code of ours."""
+        stock = self._stock_model(self.state_dict() if state_dict is None else state_dict)
+        stock.save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+
+def class_names_of(config) -> list[str]:
+    """A detector's class names, in the order of its outputs."""
+    return [config.id2label[index] for index in sorted(config.id2label)]
+
+
+def inherit(student: Detector, teacher: Detector, roles: Iterable[str], class_index, layer_map: list[int]):
+    """Copy the teacher's weights into the student where shapes allow, in place.
+
+    Args:
+        student, teacher: of one family.
+        roles: which parts, of `ROLES`.
+        class_index: int64 `(C,)`, the teacher's class for each of the student's.
+        layer_map: the teacher's decoder layer (from 0) for each of the student's.
+
+    Returns:
+        The names of the tensors copied and of those left as they were, for their shapes or depth.
+    """
+    teacher = copy.deepcopy(teacher)
+    teacher.keep_classes(class_index, student.class_names)
+    source, copied, skipped = teacher.state_dict(), [], []
+    with torch.no_grad():
+        for name, value in student.state_dict().items():
+            if student.role_of(name) not in roles:
+                continue
+            tensor = source.get(student.source_of(name, layer_map))
+            if tensor is None or tensor.shape != value.shape:
+                skipped.append(name)
+                continue
+            value.copy_(tensor)
+            copied.append(name)
+    return copied, skipped

@@ -1,0 +1,97 @@
+"""DETR (Carion et al., ECCV 2020)."""
+
+import torch
+from transformers import DetrForObjectDetection
+from transformers.models.detr.modeling_detr import eager_attention_forward
+
+from d3etr_hf.losses import CrossEntropyCriterion, DetectionCriterion
+from d3etr_hf.models.dense_memory import (
+    DenseMemoryDetector,
+    Memory,
+    collect_groups,
+    encode,
+    join,
+    start_groups,
+    without_autocast,
+)
+from d3etr_hf.models.group_attention import GroupAttention
+from d3etr_hf.outputs import DetectorOutput, GroupRequest, Queries
+
+
+class D3etrDetrForObjectDetection(DenseMemoryDetector, DetrForObjectDetection):
+    """`DetrForObjectDetection` with further query groups and attention maps on demand; see `Detector`."""
+
+    stock_class = DetrForObjectDetection
+    title = "DETR"
+    tag = "detr"
+    anchor_size = 0
+    citation = """@inproceedings{carion2020end,
+  title={End-to-End Object Detection with Transformers},
+  author={Carion, Nicolas and Massa, Francisco and Synnaeve, Gabriel and Usunier, Nicolas and Kirillov, Alexander and
+    Zagoruyko, Sergey},
+  booktitle={European Conference on Computer Vision},
+  year={2020}
+}"""
+
+    eager_attention = staticmethod(eager_attention_forward)
+
+    def static_queries(self) -> Queries:
+        return Queries(position=self.model.query_position_embeddings.weight)
+
+    def forward_groups(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, request: GroupRequest
+    ) -> DetectorOutput:
+        memory = encode(self, pixel_values, pixel_mask)
+        with without_autocast(memory.tokens):
+            own = self.static_queries()
+            queries = self.queries_of_groups(own, request)
+        position = join((self.position_of(group) for group in queries.values()), len(memory.tokens))
+        groups = start_groups(queries, request)
+        hidden_states = self._decode(memory, position, groups)
+        with without_autocast(memory.tokens):
+            hidden_states = hidden_states.to(position.dtype)
+            logits = self.class_labels_classifier(hidden_states)
+            boxes = self.bbox_predictor(hidden_states).sigmoid()
+        return collect_groups(logits, boxes, groups, own, memory)
+
+    def _decode(self, memory: Memory, position: torch.Tensor, groups: GroupAttention) -> torch.Tensor:
+        """Run the decoder's own layers over all groups; the normed hidden states of each layer `(L, B, sum of N, d)`.
+
+        The original records norm(output) on the side. A configuration with `auxiliary_loss` means a checkpoint that
+        was trained as Transformers computes it then: the norm feeds the next layer, and the last one is normed twice.
+        """
+        decoder, normed_between = self.model.decoder, self.config.auxiliary_loss
+        hidden_states, per_layer = torch.zeros_like(position), []
+        for layer in decoder.layers:
+            hidden_states = layer(
+                hidden_states,
+                None,
+                memory.position,
+                position,
+                memory.tokens,
+                encoder_attention_mask=memory.attention_mask,
+                groups=groups,
+            )
+            per_layer.append(decoder.layernorm(hidden_states))
+            if normed_between:
+                hidden_states = per_layer[-1]
+        if normed_between:
+            per_layer[-1] = decoder.layernorm(hidden_states)
+        return torch.stack(per_layer)
+
+    def criterion(self) -> DetectionCriterion:
+        config = self.config
+        return CrossEntropyCriterion(
+            class_cost=config.class_cost,
+            l1_cost=config.bbox_cost,
+            giou_cost=config.giou_cost,
+            class_weight=1.0,
+            l1_weight=config.bbox_loss_coefficient,
+            giou_weight=config.giou_loss_coefficient,
+            no_object_weight=config.eos_coefficient,
+        )
+
+    def keep_classes(self, index: torch.Tensor, names: list[str]) -> None:
+        """Also keeps no object, last. What the head gave to other classes is shared out among those that stay."""
+        no_object = torch.tensor([self.class_labels_classifier.out_features - 1], device=index.device)
+        self._keep_outputs(torch.cat([index, no_object]), names)

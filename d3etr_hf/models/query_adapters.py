@@ -1,0 +1,51 @@
+"""The modules through which further query groups reach a student's decoder while it trains."""
+
+import math
+
+import torch
+from torch import nn
+
+from d3etr_hf.outputs import Queries
+
+
+class LearnedQueries(nn.Module):
+    """Queries of the student's own for a further group (the teacherless control).
+
+    Args:
+        queries: the start values, one image's worth; those that are there are learned.
+    """
+
+    def __init__(self, queries: Queries):
+        super().__init__()
+        self.content = None if queries.content is None else nn.Parameter(queries.content.detach().clone())
+        self.position = None if queries.position is None else nn.Parameter(queries.position.detach().clone())
+
+    def forward(self, queries: None) -> Queries:
+        """The queries; nothing is handed over."""
+        return Queries(self.content, self.position)
+
+
+class QueryAdapter(nn.Module):
+    """Carries another model's queries into the student's width; anchors go over as they are.
+
+    Where the widths are equal nothing is learned and nothing changes. Else a linear map carries content and position,
+    initialised with orthonormal rows or columns so that N(0, 1) queries stay N(0, 1).
+
+    Args:
+        their_width, width: hidden size of the queries' own model and of the student.
+    """
+
+    def __init__(self, their_width: int, width: int):
+        super().__init__()
+        self.projection: nn.Module = nn.Identity() if their_width == width else nn.Linear(their_width, width)
+        if isinstance(self.projection, nn.Linear):
+            nn.init.orthogonal_(self.projection.weight, gain=math.sqrt(max(1.0, width / their_width)))
+            nn.init.zeros_(self.projection.bias)
+
+    def forward(self, queries: Queries) -> Queries:
+        """The queries in the student's width."""
+
+        def carried(part: torch.Tensor | None) -> torch.Tensor | None:
+            return None if part is None else self.projection(part)
+
+        return Queries(carried(queries.content), carried(queries.position), queries.anchors)

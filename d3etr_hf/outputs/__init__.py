@@ -1,0 +1,32 @@
+"""What passes between models, matching and losses: queries, predictions, attention, ground truth."""
+
+from d3etr_hf.outputs.attention_maps import AttentionMap, SampledAttention
+from d3etr_hf.outputs.groups import (
+    AUXILIARY,
+    OWN,
+    DetectorOutput,
+    GroupOutput,
+    GroupRequest,
+    Queries,
+    Supervised,
+)
+from d3etr_hf.outputs.scores import Scores, SigmoidScores, SoftmaxScores, wide
+from d3etr_hf.outputs.targets import NO_OBJECT, Targets
+
+__all__ = [
+    "AUXILIARY",
+    "NO_OBJECT",
+    "OWN",
+    "AttentionMap",
+    "DetectorOutput",
+    "GroupOutput",
+    "GroupRequest",
+    "Queries",
+    "SampledAttention",
+    "Scores",
+    "SigmoidScores",
+    "SoftmaxScores",
+    "Supervised",
+    "Targets",
+    "wide",
+]

@@ -1,0 +1,104 @@
+"""What every detector family hands to matching and losses: one type, whatever the model behind it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers.utils import ModelOutput
+
+from d3etr_hf.outputs.attention_maps import AttentionMap, SampledAttention
+from d3etr_hf.outputs.targets import Targets
+
+OWN, AUXILIARY = "own", "auxiliary"
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The object queries of one group, as a decoder takes them. What a family does not have is None.
+
+    Attributes:
+        content: `(N, d)`, the same for every image, or `(B, N, d)`, those of one batch.
+        position: `(N, d)` or `(B, N, d)`.
+        anchors: `(N, A)` or `(B, N, A)`, in 0..1 of the unpadded image: centre x and y (A = 2), or cxcywh (A = 4).
+    """
+
+    content: torch.Tensor | None = None
+    position: torch.Tensor | None = None
+    anchors: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        """N, the number of queries."""
+        return next(part.shape[-2] for part in (self.content, self.position, self.anchors) if part is not None)
+
+    def detach(self) -> "Queries":
+        """The same values without gradient."""
+        parts = self.content, self.position, self.anchors
+        return Queries(*(None if part is None else part.detach() for part in parts))
+
+
+class GroupRequest(NamedTuple):
+    """What a forward pass shall run and return beside the predictions of the model's own queries.
+
+    Attributes:
+        queries: further groups by name; None for a group whose queries the model holds itself.
+        self_attention, cross_attention: whether to return these maps.
+        targets: the ground truth, for families that make queries of it while they train (denoising).
+    """
+
+    queries: Mapping[str, Queries | None] = {}
+    self_attention: bool = False
+    cross_attention: bool = False
+    targets: Targets | None = None
+
+
+@dataclass
+class GroupOutput(ModelOutput):
+    """Predictions and attention of one query group, for L decoder layers.
+
+    Attributes:
+        logits: `(L, B, N, ·)` class logits, float32 or wider; the model's `scores` read them.
+        boxes: `(L, B, N, 4)` boxes, cxcywh in 0..1 of the unpadded image, float32 or wider.
+        self_attention: L maps over the N queries of the group itself; None unless they were asked for.
+        cross_attention: per layer the attention to the memory, dense or sampled; None unless it was asked for.
+        box_distribution: `(L, B, N, 4, bins)` logits over the distances of each edge, where boxes come from such.
+    """
+
+    logits: torch.Tensor | None = None
+    boxes: torch.Tensor | None = None
+    self_attention: tuple[AttentionMap, ...] | None = None
+    cross_attention: tuple[AttentionMap, ...] | tuple[SampledAttention, ...] | None = None
+    box_distribution: torch.Tensor | None = None
+
+
+@dataclass
+class Supervised(ModelOutput):
+    """Predictions that only ground truth supervises: an encoder's proposals, denoising queries.
+
+    Attributes:
+        group: logits and boxes.
+        assignment: int64 `(L, B, N)`, the object of each query or `NO_OBJECT`; None: the criterion assigns.
+        repeats: how often every object is asked for (None: once); the loss is divided by so many times the objects.
+    """
+
+    group: GroupOutput | None = None
+    assignment: torch.Tensor | None = None
+    repeats: int | None = None
+
+
+@dataclass
+class DetectorOutput(ModelOutput):
+    """What one forward pass gives for all query groups.
+
+    Attributes:
+        groups: outputs by the group's name; `OWN` is the model's own object queries.
+        queries: those of the model's own group, as they could be given to another decoder.
+        memory_mask: bool `(B, H, W)` on the memory's grid, true where a token belongs to the image, false on padding;
+            of a memory of several levels that of one grid on which sampled attention can be compared.
+        supervised: predictions by name that only ground truth supervises; None where there are none.
+    """
+
+    groups: dict[str, GroupOutput] | None = None
+    queries: Queries | None = None
+    memory_mask: torch.Tensor | None = None
+    supervised: dict[str, Supervised] | None = None

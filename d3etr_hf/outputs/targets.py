@@ -1,0 +1,46 @@
+"""The ground truth of a batch as tensors of one shape."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+NO_OBJECT = -1
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The ground truth of a batch, padded to the image with most objects.
+
+    Attributes:
+        class_labels: int64 `(B, T)`, 0 where there is no object.
+        boxes: `(B, T, 4)`, cxcywh in 0..1 of the unpadded image; the whole image where there is no object.
+        counts: objects per image.
+    """
+
+    class_labels: torch.Tensor
+    boxes: torch.Tensor
+    counts: list[int]
+
+    @classmethod
+    def from_packed(cls, packed: torch.Tensor, counts: Sequence[int]) -> "Targets":
+        """From what `pack` made, wherever it has been moved since."""
+        return cls(packed[..., 0].long(), packed[..., 1:], list(counts))
+
+
+def pack(labels: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """One tensor for the ground truth of a batch, so that it moves to a device in one copy.
+
+    Args:
+        labels: per image `class_labels` int64 `(n,)` and `boxes` `(n, 4)` cxcywh in 0..1.
+
+    Returns:
+        float32 `(B, T, 5)`: class label and box; class 0 and the whole image where there is no object.
+    """
+    most = max(len(label["class_labels"]) for label in labels)
+    packed = torch.tensor([0, 0.5, 0.5, 1, 1]).repeat(len(labels), most, 1)
+    for row, label in zip(packed, labels, strict=True):
+        count = len(label["class_labels"])
+        row[:count, 0] = label["class_labels"]
+        row[:count, 1:] = label["boxes"]
+    return packed

@@ -1,0 +1,70 @@
+"""The options of the distillation as one small frozen object, which the objective takes."""
+
+from dataclasses import dataclass
+
+from d3etr_hf.outputs import AUXILIARY, OWN
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What is learned from whom, and how it weighs; the fields are documented in `D3etrTrainingArguments`."""
+
+    auxiliary_queries: str = "teacher"
+    auxiliary_reference_points: str = "student"
+    auxiliary_assignment: str = "teacher_last_layer"
+    group_reduction: str = "sum"
+    adaptive_matching: bool = True
+    fixed_matching: bool = True
+    self_attention_weight: float = 1.0
+    cross_attention_weight: float = 1.0
+    prediction_weight: float = 1.0
+    detection_weight: float = 1.0
+    distillation_class_weight: float = 1.0
+    distillation_l1_weight: float = 5.0
+    distillation_giou_weight: float = 2.0
+    attention_divergence: str = "kl"
+    prediction_normaliser: str = "pairs"
+
+    @property
+    def pair_weights(self) -> tuple[float, float, float]:
+        """Weights of class, L1 and GIoU between a teacher's prediction and a student's."""
+        return self.distillation_class_weight, self.distillation_l1_weight, self.distillation_giou_weight
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether any distillation term is on."""
+        return self.self_attention_weight > 0 or self.cross_attention_weight > 0 or self.prediction_weight > 0
+
+    @property
+    def distilled_groups(self) -> tuple[str, ...]:
+        """Names of the groups that learn from the teacher, as far as terms are on at all."""
+        if not self.has_terms:
+            return ()
+        fixed = self.fixed_matching and self.auxiliary_queries == "teacher"
+        return (OWN,) * self.adaptive_matching + (AUXILIARY,) * fixed
+
+    @property
+    def teacher_assigns(self) -> bool:
+        """Whether the auxiliary group takes objects from the teacher's assignment of ground truth."""
+        assigns = self.auxiliary_queries == "teacher" and self.auxiliary_assignment != "own"
+        return assigns and self.detection_weight > 0
+
+    @property
+    def reads_teacher_outputs(self) -> bool:
+        """Whether a step runs the teacher: for distillation, or for its assignment of ground truth."""
+        return bool(self.distilled_groups) or self.teacher_assigns
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether this run reads a teacher at all: its queries or its outputs."""
+        return self.auxiliary_queries == "teacher" or self.reads_teacher_outputs
+
+    @property
+    def reads_self_attention(self) -> bool:
+        """Whether a step compares self-attention maps."""
+        return self.self_attention_weight > 0 and bool(self.distilled_groups)
+
+    @property
+    def reads_cross_attention(self) -> bool:
+        """Whether a step compares cross-attention maps."""
+        return self.cross_attention_weight > 0 and bool(self.distilled_groups)

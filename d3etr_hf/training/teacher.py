@@ -1,0 +1,192 @@
+"""The teacher: loaded, checked, aligned with a student, and asked."""
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from transformers.image_processing_utils import BaseImageProcessor
+
+from d3etr_hf.errors import IncompatibleTeacherError
+from d3etr_hf.losses import DetectionCriterion
+from d3etr_hf.matching import TaughtGroup
+from d3etr_hf.models.detector import Detector
+from d3etr_hf.outputs import OWN, GroupOutput, GroupRequest, Queries
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What a teacher says of a batch, in the student's classes.
+
+    Attributes:
+        group: its predictions and maps in the layers that the student's follow.
+        last: its predictions in its own last layer, with L = 1.
+        queries: its queries of this batch.
+        memory_mask: bool `(B, H, W)`, of its memory.
+    """
+
+    group: TaughtGroup
+    last: TaughtGroup
+    queries: Queries
+    memory_mask: torch.Tensor
+
+
+class Teacher:
+    """A frozen detector in eval mode, on the device, in autocast, with its class index and layer map.
+
+    Args:
+        detector: the teacher's model; it is moved and frozen.
+        class_names: the student's classes, in order.
+        student_depth: the number of the student's decoder layers.
+        layer_map: the teacher's decoder layer for each of the student's; None spreads them evenly, last to last.
+
+    Attributes:
+        detector: the model.
+        name: the folder or Hub id that it was loaded from.
+        class_index: int64 `(C,)`, the teacher's class for each of the student's.
+        layer_map: the teacher's decoder layer for each of the student's.
+        criterion: by which it assigns ground truth to its own queries.
+
+    Raises:
+        IncompatibleTeacherError: it lacks a class or a layer.
+    """
+
+    def __init__(
+        self, detector: Detector, class_names: list[str], student_depth: int, layer_map: list[int] | None = None
+    ):
+        self.class_index = class_index_by_name(detector, class_names)
+        # read on the host, once: most teachers' classes need no gathering
+        self._classes_in_order = self.class_index.tolist() == list(range(len(class_names)))
+        self.layer_map = spread_layers(detector.decoder_depth, student_depth, layer_map)
+        self.detector = detector.eval().requires_grad_(False)
+        self.name = detector.name_or_path or "teacher"
+        self.criterion: DetectionCriterion = detector.criterion()
+
+    def to(self, device: torch.device) -> "Teacher":
+        """Move the teacher."""
+        self.detector.to(device)
+        self.class_index = self.class_index.to(device)
+        return self
+
+    def queries(self) -> Queries | None:
+        """Its queries without a forward pass; None where they depend on the image."""
+        queries = self.detector.static_queries()
+        return None if queries is None else queries.detach()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        pixels: Mapping[str, torch.Tensor],
+        request: GroupRequest,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> TeacherOutput:
+        """Run the teacher.
+
+        Args:
+            pixels: `pixel_values` `(B, 3, H, W)` and `pixel_mask` `(B, H, W)`.
+            request: which maps to return.
+            autocast: makes the context of mixed precision; outside the model's own pass there is none but this.
+        """
+        with autocast():
+            output = self.detector(**pixels, request=request)
+        group = output.groups[OWN]
+        last = replace(self._aligned(group, [-1]), self_attention=None, cross_attention=None)
+        return TeacherOutput(self._aligned(group, self.layer_map), last, output.queries, output.memory_mask)
+
+    def _aligned(self, group: GroupOutput, layers: list[int]) -> TaughtGroup:
+        """The outputs in these of its layers, for the student's classes; no gradient reaches the teacher."""
+
+        def chosen(values) -> tuple | None:
+            return None if values is None else tuple(values[layer].detach() for layer in layers)
+
+        probabilities = self.criterion.scores.probabilities(torch.stack(chosen(group.logits)))
+        classes = len(self.class_index)
+        in_order = self._classes_in_order
+        return TaughtGroup(
+            probabilities=probabilities[..., :classes] if in_order else probabilities[..., self.class_index],
+            boxes=torch.stack(chosen(group.boxes)),
+            self_attention=chosen(group.self_attention),
+            cross_attention=chosen(group.cross_attention),
+        )
+
+
+def class_index_by_name(detector: Detector, names: list[str], role: str = "teacher") -> torch.Tensor:
+    """The detector's class for each of these class names (case and surrounding space aside).
+
+    Args:
+        role: what the errors call the model.
+
+    Returns:
+        int64 `(C,)`.
+
+    Raises:
+        IncompatibleTeacherError: the teacher lacks a class of the student, or has it twice; the names are listed.
+    """
+
+    def key(name) -> str:
+        return str(name).strip().casefold()
+
+    id2label, places = detector.config.id2label, {}
+    for index, name in id2label.items():
+        places.setdefault(key(name), []).append(int(index))
+    missing = [name for name in names if key(name) not in places]
+    if missing:
+        raise IncompatibleTeacherError(
+            f"the {role} has no class named {missing[:5]}{' ...' if len(missing) > 5 else ''} ({len(missing)} of "
+            f"{len(names)}); its classes are {list(id2label.values())[:8]} ...: set id2label in its "
+            "config.json to the names of the data set, or train a teacher on this data with scripts/train.py"
+        )
+    twice = [name for name in names if len(places[key(name)]) > 1]
+    if twice:
+        raise IncompatibleTeacherError(
+            f"the {role} has more than one class named {twice[:5]}: make the names in its config.json unique"
+        )
+    return torch.tensor([places[key(name)][0] for name in names])
+
+
+def with_classes_of(detector: Detector, names: list[str], role: str) -> Detector:
+    """The detector, or where it has other classes, or another order, a copy with its head reduced to these, by name.
+
+    Raises:
+        IncompatibleTeacherError: it lacks one of the classes, or has one twice.
+    """
+    if detector.class_names == names:
+        return detector
+    index = class_index_by_name(detector, names, role)
+    detector = copy.deepcopy(detector)
+    detector.keep_classes(index, names)
+    return detector
+
+
+def spread_layers(teacher_layers: int, student_layers: int, layer_map: list[int] | None = None) -> list[int]:
+    """The teacher's decoder layer (from 0) that each student layer follows; by default evenly spread, last to last.
+
+    Raises:
+        IncompatibleTeacherError: a given `layer_map` has another length, or names a layer the teacher lacks.
+    """
+    if layer_map is None:
+        return [-(-(layer + 1) * teacher_layers // student_layers) - 1 for layer in range(student_layers)]
+    if len(layer_map) != student_layers or not all(0 <= layer < teacher_layers for layer in layer_map):
+        raise IncompatibleTeacherError(
+            f"layer_map={layer_map}: it needs one of the teacher's layers 0..{teacher_layers - 1} for each of the "
+            f"student's {student_layers} layers"
+        )
+    return list(layer_map)
+
+
+def check_image_processors(student: BaseImageProcessor | None, teacher: BaseImageProcessor | None) -> None:
+    """Both models see the same pixels, so they must agree on how pixels are scaled.
+
+    Raises:
+        IncompatibleTeacherError: they do not; the message names the setting and both values.
+    """
+    if student is None or teacher is None:
+        return
+    for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            raise IncompatibleTeacherError(
+                f"the image processors differ in {name}: the student's is {ours}, the teacher's {theirs}; give the "
+                "student the teacher's image processor"
+            )

@@ -1,0 +1,39 @@
+"""Means of loss terms between two log entries, exact over processes and accumulated batches."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+PARTS = "parts"
+
+
+class TermLog:
+    """Sums on the device, in a fixed order, reduced when they are read.
+
+    Args:
+        average: the mean of a tensor over processes.
+    """
+
+    def __init__(self, average: Callable[[torch.Tensor], torch.Tensor]):
+        self.average = average
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, values: Mapping[str, torch.Tensor], part: torch.Tensor) -> None:
+        """Add one batch's values.
+
+        Args:
+            part: the batch's part of its step; over processes' mean and accumulated batches parts add up to one.
+        """
+        for name, value in {**values, PARTS: part}.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def read(self) -> dict[str, float]:
+        """The mean over steps of every value since the last reading, the same on all processes; starts afresh."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        values = self.average(torch.stack([self.sums[name].float() for name in names])).tolist()
+        means = dict(zip(names, values, strict=True))
+        steps = means.pop(PARTS)
+        self.sums = {}
+        return {name: value / steps for name, value in means.items()}
