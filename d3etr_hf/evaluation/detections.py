@@ -81,8 +81,9 @@ def select_detections(
     width_height = original_sizes.to(boxes.device).flip(1).float().unsqueeze(1)
     top_left = (centre - size / 2) * width_height
 
+    labels = pair_indices % class_count
     rows = torch.cat(
-        [top_left, size * width_height, probabilities.unsqueeze(-1), (pair_indices % class_count).unsqueeze(-1)],
+        [top_left, size * width_height, probabilities.unsqueeze(-1), labels.unsqueeze(-1)],
         dim=-1,
     )
     empty = rows.new_tensor([0, 0, 0, 0, EMPTY_ROW_SCORE, 0])
