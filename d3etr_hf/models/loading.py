@@ -6,7 +6,6 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -18,7 +17,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from d3etr_hf.runs.yaml_files import ConfigurationLoader
+from d3etr_hf.configurations import find_configuration, read_yaml
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
@@ -200,10 +199,10 @@ def keep_classes(model: D3etrConditionalDetrForObjectDetection, index: torch.Ten
 def _read_model_config(path: str) -> dict:
     """The options in a YAML or JSON file."""
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=ConfigurationLoader)
+        return read_yaml(find_configuration(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise DetectorLoadError(f"model_config {path!r} cannot be read ({error}): give a YAML or JSON file") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise DetectorLoadError(f"model_config {path!r} is neither YAML nor JSON: {error}") from error
 
 

@@ -8,17 +8,6 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
-from d3etr_hf.runs.environment import describe_environment
-from d3etr_hf.runs.output_folder import (
-    CONFIGURATION,
-    ENVIRONMENT,
-    HISTORY,
-    LAUNCH,
-    RESULTS,
-    describe_launch,
-    describe_run,
-    write_json,
-)
 from d3etr_hf.errors import PublishError
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.card import CardArguments
@@ -31,6 +20,17 @@ from d3etr_hf.publishing.upload import (
     explain,
     upload,
     upload_in_background,
+)
+from d3etr_hf.runs.description import describe_run
+from d3etr_hf.runs.environment import describe_environment
+from d3etr_hf.runs.output_folder import (
+    CONFIGURATION,
+    ENVIRONMENT,
+    HISTORY,
+    LAUNCH,
+    RESULTS,
+    describe_launch,
+    write_json,
 )
 
 logger = logging.get_logger(__name__)

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-from d3etr_hf.runs.environment import describe_environment
-from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, RESULTS, write_json
 from d3etr_hf.data import DetectionDataset, DetectionTransform
 from d3etr_hf.errors import PublishError
 from d3etr_hf.evaluation import average_precision_of, predict_detections
@@ -26,6 +24,8 @@ from d3etr_hf.publishing.run_folder import (
     read_json,
     remove_pictures,
 )
+from d3etr_hf.runs.environment import describe_environment
+from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, RESULTS, write_json
 from d3etr_hf.training.compatibility import with_classes_of
 
 METRICS = "metrics.json"

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from d3etr_hf.data import DetectionCollator
 from d3etr_hf.errors import NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
-from d3etr_hf.evaluation import CocoAveragePrecision, select_detections, to_coco_detections
+from d3etr_hf.evaluation import coco_average_precision, select_detections, to_coco_detections
 from d3etr_hf.matching import Targets
 from d3etr_hf.models import AuxiliaryQueries, D3etrConditionalDetrForObjectDetection, DetectorOutput
 from d3etr_hf.models.loading import class_names_of
@@ -261,11 +261,7 @@ class D3etrTrainer(PublishingTrainer):
                 detections = to_coco_detections(prediction.predictions, prediction.label_ids, dataset.category_ids)
             except ValueError as error:
                 raise NonFiniteLossError(f"evaluation after step {self.state.global_step}: {error}") from error
-            metrics = [
-                CocoAveragePrecision(keep_in_memory=True).compute(
-                    predictions=detections, ground_truth=dataset.ground_truth
-                )
-            ]
+            metrics = [coco_average_precision(dataset.ground_truth, detections)]
         return broadcast_object_list(metrics)[0]
 
     # checkpoints: the student is saved as a stock model, in Transformers' published tensor names

@@ -25,6 +25,14 @@ DISTILLATION_OPTIONS = (
 )
 
 
+# old name → new name: these once looked like weights of the detection loss
+RENAMED_OPTIONS = {
+    "class_weight": "distillation_class_weight",
+    "l1_weight": "distillation_l1_weight",
+    "giou_weight": "distillation_giou_weight",
+}
+
+
 def option(default, help: str):
     """A dataclass field with its documentation."""
     if isinstance(default, list | dict):

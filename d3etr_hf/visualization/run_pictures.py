@@ -4,11 +4,11 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from d3etr_hf.runs.output_folder import HISTORY
 from d3etr_hf.data import DetectionDataset
 from d3etr_hf.errors import PictureError
 from d3etr_hf.evaluation import predict_detections
 from d3etr_hf.publishing.run_folder import PublishedRun, read_json
+from d3etr_hf.runs.output_folder import HISTORY
 from d3etr_hf.training.compatibility import with_classes_of
 from d3etr_hf.visualization.attention_pictures import draw_attention_of
 from d3etr_hf.visualization.pictures import draw_detection_grid, draw_training_curves
