@@ -148,7 +148,8 @@ MUTATIONS = [
      f"{TRAINER_TESTS}::test_logged_learning_rate_is_not_the_backbones"),
     ("model: attention set in the backbone", MODEL, "attention.config._attn_implementation_internal =",
      "attention.config._attn_implementation =", f"{MODEL_TESTS}::test_backbone_with_attention_of_its_own"),
-    ("scripts: evaluate.py hides evaluate", "scripts/train.py", "sys.path[:] = [", "_ = [", "tests/test_readme.py"),
+    ("imports: evaluate, which scripts/evaluate.py hides", TRAINER, "import coco_average_precision, select",
+     "import CocoAveragePrecision, coco_average_precision, select", "tests/test_imports.py"),
     # HF_NOTES 21: what leaves for the Hub
     ("note 21: whole folder pushed", HUB, "allow_patterns=allowed, ", "",
      f"{HUB_TESTS}::test_only_the_allow_list_arrives_byte_by_byte"),
@@ -163,7 +164,7 @@ MUTATIONS = [
      "trainer.save_model(_internal_call=True)", "trainer.save_model()",
      "tests/publishing/test_hub_trainer.py::test_hub_that_fails_at_the_end"),
     ("publishing: paths of this machine", "d3etr_hf/publishing/card.py",
-     "yaml.dump(anonymise_configuration(configuration)", "yaml.dump((configuration)",
+     "write_yaml(anonymise_configuration(configuration)", "write_yaml((configuration)",
      "tests/publishing/test_card.py::test_training_yaml_builds_the_run_again"),
     ("publishing: stale figures", "d3etr_hf/publishing/measurements.py",
      'known is None or known["weights"] != hash_of_weights(folder)', "known is None",

@@ -7,10 +7,10 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 from transformers import ConditionalDetrForObjectDetection
 
+from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments, DetectionCollator, load_splits
 from d3etr_hf.errors import OnnxExportError
 from d3etr_hf.evaluation.timing import seconds_of
@@ -19,7 +19,6 @@ from d3etr_hf.outputs.boxes import centre_to_corners
 from d3etr_hf.publishing.onnx_export import AXES, NEEDED, OPSET, describe_for_onnx, export_onnx, require_packages
 from d3etr_hf.publishing.run_folder import hash_of_weights, merged_data_arguments
 from d3etr_hf.runs.output_folder import CONFIGURATION, write_json
-from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from d3etr_hf.training.training_arguments import option
 
 MODEL, CHECK = "model.onnx", "onnx_check.json"
@@ -198,7 +197,7 @@ def _data_of_run(folder: Path) -> DataArguments:
     for place in places:
         if (place / CONFIGURATION).exists():
             text = (place / CONFIGURATION).read_text(encoding="utf-8")
-            return merged_data_arguments(yaml.load(text, Loader=ConfigurationLoader) or {}, DataArguments())
+            return merged_data_arguments(read_yaml(text) or {}, DataArguments())
     raise OnnxExportError(
         f"{folder} holds no {CONFIGURATION} that says where its validation images are, which the export is checked "
         "on: give --data_folder (or another of the data options)"

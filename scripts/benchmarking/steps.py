@@ -10,8 +10,8 @@ from transformers import Trainer
 from d3etr_hf.evaluation.timing import seconds_of
 from d3etr_hf.matching import AdaptiveMatcher, HungarianAssigner, label_assignment, mix_matcher
 from d3etr_hf.models import group_attention as attention
-from d3etr_hf.training import objective
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
+from d3etr_hf.training import objective
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 from .sizes import Size, make_batch, make_detector, stock_twin

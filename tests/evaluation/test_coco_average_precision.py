@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from d3etr_hf.evaluation import CocoAveragePrecision, coco_average_precision
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-METRIC_FILE = REPOSITORY / "d3etr_hf" / "evaluation" / "coco_average_precision.py"
+METRIC_FILE = REPOSITORY / "d3etr_hf" / "evaluation" / "coco_metric.py"
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
 
 

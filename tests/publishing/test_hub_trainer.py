@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -13,12 +12,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tests.cli.test_training_run import arguments
 
+from d3etr_hf.cli import publish as publish_command
 from d3etr_hf.cli.training_run import train_detector
 from d3etr_hf.errors import HubError
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.publish import PublishArguments, publish
+from tests.cli.test_training_run import arguments
 from tests.shapes_fixture import shapes_trainer
 from tests.tiny import tiny_model
 
@@ -156,22 +156,21 @@ def test_push_in_half_precision_evaluation(finished_runs, hub, tmp_path):
 def test_publish_script(finished_runs, hub, tmp_path, monkeypatch, capsys):
     """As the README calls it; and what a failure prints is, pasted into a shell, the same call."""
     folder = shutil.copytree(finished_runs / "distilled", tmp_path / "it's a run")
-    main = runpy.run_path(str(REPOSITORY / "scripts" / "publish.py"))["main"]
     alone = f"student alone={finished_runs / 'alone'}"
     words = [str(folder), "--repo_id", "user/student", "--private", "--revision", "main", "--license", "mit"]
     words += ["--compare", alone]
     monkeypatch.setattr(sys, "argv", ["publish.py", *words, "--dry_run"])
-    main()
+    publish_command.main()
     assert "10 files" in capsys.readouterr().out and not hub.requests
     hub.fail("commit", 403)
     monkeypatch.setattr(sys, "argv", ["publish.py", *words])
     with pytest.raises(HubError) as error:
-        main()
+        publish_command.main()
     command = shlex.split(str(error.value).splitlines()[-1])
     assert command == ["python", "scripts/publish.py", *words]
     hub.recover()
     monkeypatch.setattr(sys, "argv", command[1:])
-    main()
+    publish_command.main()
     assert "/user/student/commit/" in capsys.readouterr().out
     assert hub.repositories["user/student"].private and len(hub.files("user/student")) == 10
 

@@ -93,12 +93,7 @@ def test_gradient_norms_are_of_the_scaled_loss(shapes, tmp_path):
     for scaled in (False, True):
         trainer = shapes_trainer(shapes, tmp_path / str(scaled), max_steps=1, log_gradient_norms=True)
         trainer = with_scaler(trainer) if scaled else trainer
-        scales = []
-        original = torch.autograd.grad
-        if scaled:
-            trainer._scaler.get_scale = lambda original=trainer._scaler.get_scale: (scales.append(1), original())[1]
         trainer.train()
-        assert original is torch.autograd.grad and bool(scales) == scaled
         entries.append(next(entry for entry in trainer.state.log_history if "loss" in entry))
     names = [name for name in entries[0] if name.startswith("gradient_norm/")]
     assert len(names) == 12
