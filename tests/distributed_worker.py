@@ -1,9 +1,11 @@
-"""What the two-process tests run: `torchrun distributed_worker.py FOLDER OUTPUT.pt`.
+"""What the two-process tests run: `python distributed_worker.py FOLDER OUTPUT.pt`.
 
 Takes one training step per case, all in one process group, from the checkpoint in the folder; the main process writes
-gradients, log and, of the first case, metrics. Without torchrun `run_cases` does the same in the calling process.
+gradients, log and, of the first case, metrics. `run_cases(FOLDER, 1)` does the same in the calling process.
 """
 
+import os
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,12 +102,24 @@ def run_cases(folder: Path, processes: int) -> dict[str, dict]:
     return {name: run_case(case, folder, folder / f"{name} on {processes}", processes) for name, case in CASES.items()}
 
 
-def main() -> None:
-    folder, output = (Path(argument) for argument in sys.argv[1:])
+def one_process(rank: int, folder: Path, output: Path, port: int) -> None:
+    """What one of the two does; the variables are those that `accelerate launch` sets."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     results = run_cases(folder, 2)
-    if torch.distributed.get_rank() == 0:
+    if rank == 0:
         torch.save(results, output)
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    """Two forks of this process: what is imported is imported once."""
+    folder, output = (Path(argument) for argument in sys.argv[1:])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(one_process, (folder, output, port), nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,7 @@ def both(tmp_path_factory):
     make_shapes(folder / "sparse", 4, 1, image_size=SIDE, progress=False)
     keep_objects(folder / "sparse", "train", [0, 0, 1, 0])
     tiny_model(seed=2).save_pretrained(folder / "checkpoint")
-    # what `accelerate launch` starts under configs/accelerate/cpu_two_processes.yaml
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command = [*launch, "--standalone", str(WORKER), str(folder), str(folder / "two.pt")]
+    command = [sys.executable, str(WORKER), str(folder), str(folder / "two.pt")]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     return run_cases(folder, 1), torch.load(folder / "two.pt")
 

@@ -34,12 +34,8 @@ def test_example(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["train", "distill", "evaluate", "demo", "make_shapes", "publish", "visualize", "export"]
 )
-def test_script_starts_from_its_own_folder(name):
+def test_script_starts_from_its_own_folder(fresh_processes, name):
     """scripts/evaluate.py would hide the evaluate package from every script beside it."""
-    import subprocess
-    import sys
-
-    command = [sys.executable, str(REPOSITORY / "scripts" / f"{name}.py"), "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    result = fresh_processes.script(REPOSITORY / "scripts" / f"{name}.py", "--help")
     assert result.returncode == 0, result.stderr
     assert "--" in result.stdout

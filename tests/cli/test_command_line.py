@@ -1,6 +1,4 @@
 import dataclasses
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ from transformers.trainer_utils import SchedulerType
 from d3etr_hf.cli.command_line import parse_arguments, run, write_configuration
 from d3etr_hf.errors import CommandLineError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -233,14 +231,12 @@ def test_run_turns_the_named_errors_into_exit_code_2(capsys):
         run(lambda: fail(ValueError("a fault")), errors=(BadFolder,))
 
 
-def test_a_script_reads_its_file_and_flags_and_reports_errors(configuration, tmp_path):
+def test_a_script_reads_its_file_and_flags_and_reports_errors(configuration, tmp_path, fresh_processes):
     """Guards the whole way from the shell: a configuration file, a flag, and a mistake."""
     path = configuration("folder: shapes\ntrain_images: 2\nval_images: 5")
 
     def call(*argv):
-        command = [sys.executable, str(REPOSITORY / "scripts" / "make_shapes.py"), path, *argv]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        return fresh_processes.script(REPOSITORY / "scripts" / "make_shapes.py", path, *argv, cwd=tmp_path)
 
     done = call("--val_images", "1")
     assert done.returncode == 0, done.stderr

@@ -44,7 +44,7 @@ from d3etr_hf.visualization.visualisation import (
 )
 from tests.tiny import perturb, tiny_config, tiny_model
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE = {"shortest_edge": 48, "longest_edge": 80}
 CLASSES = {"id2label": {0: "cat", 1: "dog", 2: "bird"}, "label2id": {"cat": 0, "dog": 1, "bird": 2}}
 
