@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
 from d3etr_hf.cli import publish as publish_command
@@ -18,6 +19,7 @@ from d3etr_hf.cli.training_run import train_detector
 from d3etr_hf.errors import HubError
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.publish import PublishArguments, publish
+from d3etr_hf.visualization import run_pictures
 from tests.cli.test_training_run import arguments
 from tests.shapes_fixture import shapes_trainer
 from tests.tiny import tiny_model
@@ -29,6 +31,23 @@ PICTURES = {"curves.png", "detections.png", "attention.png"}
 OPTIONS = {"push_to_hub": True, "hub_model_id": "user/student"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+DRAWN_IN_EARNEST = ("test_run_with_push_to_hub", "test_secrets_reach_no_pushed_byte")
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(request, monkeypatch):
+    """Drawing takes most of the time of a push; pictures are tested where they are drawn, and in two tests here."""
+    if request.function.__name__ in DRAWN_IN_EARNEST:
+        return
+
+    def draw(*arguments):
+        path = next(argument for argument in arguments if isinstance(argument, Path))
+        Image.new("RGB", (1, 1)).save(path)
+
+    for name in ("draw_training_curves", "draw_detection_grid", "draw_attention_of"):
+        monkeypatch.setattr(run_pictures, name, draw)
 
 
 def run_arguments(runs, output, **options) -> tuple:
