@@ -4,15 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from d3etr_hf.runs.yaml_files import ConfigurationLoader
-from transformers import ConditionalDetrConfig
+from ruamel.yaml import YAML
+from transformers import CONFIG_MAPPING
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.data import DataArguments
-from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
-from d3etr_hf.models.loading import ModelArguments, TeacherArguments, check_model_options
+from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.loading import (
+    DEFAULT_FAMILY,
+    FAMILIES,
+    ModelArguments,
+    TeacherArguments,
+    check_model_options,
+)
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -30,6 +35,11 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(CONFIGS))
 
 
+def read(path: Path) -> dict:
+    """A configuration as the scripts read it."""
+    return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+
+
 def script_of(recipe: Path) -> str:
     """The script that the recipe's own header names."""
     header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
@@ -45,11 +55,12 @@ def parse(recipe: Path) -> dict:
     return dict(zip(types, parse_arguments(types, [str(recipe)]), strict=True))
 
 
-def build_on_meta(path: Path, classes: int = 80) -> D3etrConditionalDetrForObjectDetection:
-    options = yaml.load(path.read_text(), Loader=ConfigurationLoader)
+def build_on_meta(path: Path, classes: int = 80) -> Detector:
+    options = read(path)
     check_model_options(options, str(path))
     with torch.device("meta"):
-        return D3etrConditionalDetrForObjectDetection(ConditionalDetrConfig(**options, num_labels=classes))
+        model_type = options.pop("model_type", DEFAULT_FAMILY)
+        return FAMILIES[model_type](CONFIG_MAPPING[model_type](**options, num_labels=classes))
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +77,7 @@ def test_recipe_is_understood_by_its_script(recipe):
     assert model.model_config is None or Path(model.model_config) in {path.relative_to(REPOSITORY) for path in MODELS}
     assert not training.fp16 and not training.bf16  # precision belongs to configs/accelerate
     if script_of(recipe) == "scripts/distill.py":
-        assert training.needs_teacher == (parsed[TeacherArguments].teacher is not None)
+        assert training.distillation.needs_teacher == (parsed[TeacherArguments].teacher is not None)
 
 
 def test_no_two_recipes_share_an_output_folder():
@@ -99,7 +110,7 @@ def test_coco_runs_that_are_compared_differ_in_what_they_compare():
     """Distilled, teacherless, inherited and alone share data, model and schedule."""
 
     def values(name):
-        return yaml.load((CONFIGS / "coco" / f"{name}.yaml").read_text(), Loader=ConfigurationLoader)
+        return read(CONFIGS / "coco" / f"{name}.yaml")
 
     alone = values("r50_student_12")
     for name in ("r101_r50_12", "r101_r50_12_teacherless", "r101_r50_12_inherit"):
