@@ -6,8 +6,11 @@ import torch
 from d3etr_hf.losses import cross_attention_distillation, self_attention_distillation
 from d3etr_hf.losses.grids import resample_map
 from d3etr_hf.matching import AdaptiveMatcher, MatchedPairs
-from d3etr_hf.models import AttentionMap
+from d3etr_hf.outputs import AttentionMap, SigmoidScores
 from tests import slow_reference
+from tests.slow_reference import taught
+
+MATCHER = AdaptiveMatcher(SigmoidScores())
 
 LAYERS, BATCH = 2, 3
 
@@ -37,7 +40,7 @@ def case(name):
     masks = mask_of(*t_grid, padded), mask_of(*s_grid, padded)
     teacher = slow_reference.random_group(LAYERS, BATCH, t_queries, 3, t_heads, masks[0], seed=1)
     student = slow_reference.random_group(LAYERS, BATCH, s_queries, 3, s_heads, masks[1], seed=2)
-    return teacher, student, masks, AdaptiveMatcher()(teacher, student)
+    return teacher, student, masks, MATCHER(taught(teacher), student)
 
 
 @pytest.mark.parametrize("divergence", ["kl", "mse"])
@@ -82,7 +85,7 @@ def test_padding_gives_no_nan_gradient(divergence):
     lowest = torch.finfo(scores.dtype).min
     log = scores.masked_fill(~mask.flatten(1)[:, None, None], lowest).log_softmax(-1)
     student = slow_reference.random_group(1, BATCH, 4, 3, 2, mask, seed=2)
-    pairs = AdaptiveMatcher()(teacher, student)
+    pairs = MATCHER(taught(teacher), student)
     cross_attention_distillation(
         teacher.cross_attention, [AttentionMap(log, log.exp())], pairs, mask, mask, BATCH, divergence
     ).sum().backward()
