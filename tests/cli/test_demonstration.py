@@ -63,10 +63,12 @@ def test_whole_demonstration(tmp_path, monkeypatch, capsys, fresh_processes):
     assert "student_alone_equal_time" in format_table(rows)
 
 
-def test_failed_run_names_its_log(tmp_path, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    with pytest.raises(DemoError, match=r"'teacher' failed.*logs/teacher.log(.|\n)*no such configuration file"):
-        train_one("teacher", ["scripts/train.py", "missing.yaml"], tmp_path)
+def test_failed_run_names_its_log(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nsys.exit(f'no such configuration file: {sys.argv[1:]}')")
+    told = r"'teacher' failed.*logs/teacher.log(.|\n)*no such configuration file: \['missing.yaml', '--output_dir', '"
+    with pytest.raises(DemoError, match=told):
+        train_one("teacher", [str(script), "missing.yaml"], tmp_path)
 
 
 def test_progress_follows_the_training_bar(tmp_path):
