@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments, load_splits
 from d3etr_hf.models.loading import load_detector, load_image_processor
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.runs.output_folder import refuse_split_launch, write_json
 from d3etr_hf.training.teacher import with_classes_of
-from d3etr_hf.training.training_arguments import D3etrTrainingArguments, option
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 
 @dataclass

@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 
 from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PictureError
 from d3etr_hf.models.loading import load_detector
-from d3etr_hf.training.training_arguments import option
 from d3etr_hf.visualization.attention_pictures import draw_attention_of
 from d3etr_hf.visualization.visualisation import (
     choose_images,
