@@ -79,6 +79,7 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         self.teacher_processing_class = teacher_processing_class
+        self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, args)
         self.criterion = model.criterion()
         self.objective = D3etrObjective(
             args.distillation,
@@ -157,7 +158,7 @@ class DistillationTrainer(Trainer):
         options = self.args.distillation
         maps = {"self_attention": options.reads_self_attention, "cross_attention": options.reads_cross_attention}
         teacher = assignment = None
-        if self.teacher is not None and options.reads_teacher_outputs:
+        if self._runs_teacher:
             teacher = self.teacher(pixels, GroupRequest(**maps), self.accelerator.autocast)
             # threads assign while the student's forward pass runs
             assignment = self.objective.start_teacher_assignment(teacher, targets)
@@ -172,7 +173,8 @@ class DistillationTrainer(Trainer):
         if self.args.auxiliary_queries == "learned":
             return {AUXILIARY: None}
         queries = self.teacher.queries() if teacher is None else teacher.queries.detach()
-        if self.args.auxiliary_reference_points == "student":
+        both_make_anchors = self.model.makes_anchors and self.teacher.detector.makes_anchors
+        if self.args.auxiliary_reference_points == "student" and both_make_anchors:
             queries = Queries(queries.content, queries.position)
         return {AUXILIARY: queries}
 
@@ -333,13 +335,19 @@ class DistillationTrainer(Trainer):
 
 
 def attach_query_adapter(student: Detector, teacher: Teacher | None, args: D3etrTrainingArguments) -> None:
-    """Give the student what its auxiliary group needs, as `args.auxiliary_queries` says, instead of any from before."""
+    """Give the student what its auxiliary group needs, instead of anything from before."""
     student.query_adapters = torch.nn.ModuleDict()
     if args.auxiliary_queries == "learned":
         student.query_adapters[AUXILIARY] = LearnedQueries(student.new_queries(student.query_count))
     elif args.auxiliary_queries == "teacher":
         student.query_adapters[AUXILIARY] = QueryAdapter(teacher.detector.width, student.width)
     student.query_adapters.to(student.device)
+
+
+def runs_teacher(teacher: Teacher, args: D3etrTrainingArguments) -> bool:
+    """Whether a step runs the teacher: for its outputs, or for queries that depend on the image."""
+    reads_queries = args.auxiliary_queries == "teacher" and teacher.queries() is None
+    return reads_queries or args.distillation.reads_teacher_outputs
 
 
 def _image_ids(labels: list[dict]) -> list[int]:
