@@ -11,8 +11,9 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from d3etr_hf.models import D3etrConditionalDetrForObjectDetection  # noqa: E402
+from d3etr_hf.models.loading import load_detector  # noqa: E402
 from tests.shapes_fixture import shapes_trainer  # noqa: E402
+from tests.tiny import tiny_model  # noqa: E402
 
 
 class KeepGradients(TrainerCallback):
@@ -33,11 +34,12 @@ def main() -> None:
     output, shapes, run, batch_size, checkpoint, *normaliser = sys.argv[1:]
     torch.set_num_threads(1)
     keeper = KeepGradients()
-    student = D3etrConditionalDetrForObjectDetection.from_pretrained(checkpoint)
+    student = load_detector(checkpoint, "student")
     trainer = shapes_trainer(
         Path(shapes),
         run,
         student=student,
+        teacher=tiny_model(1, student.config.model_type),
         callbacks=[keeper],
         max_steps=1,
         max_grad_norm=0.0,

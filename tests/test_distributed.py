@@ -33,14 +33,19 @@ def run_worker(processes: int, output: Path, *arguments) -> dict:
     return torch.load(output)
 
 
-@pytest.fixture(scope="module", params=["pairs", "boxes"])
+@pytest.fixture(
+    scope="module",
+    params=[("conditional_detr", "pairs"), ("conditional_detr", "boxes"), ("detr", "pairs")],
+    ids=["pairs", "boxes", "DETR"],
+)
 def both(request, tmp_path_factory):
     """The same four images: in one process, and in two of two images each."""
     folder = tmp_path_factory.mktemp("distributed")
     shapes = make_shapes(folder / "shapes", 12, 11, image_size=SIDE, progress=False)
-    tiny_model(seed=2).save_pretrained(folder / "checkpoint")
-    one = run_worker(1, folder / "one.pt", shapes, folder / "run1", 4, folder / "checkpoint", request.param)
-    two = run_worker(2, folder / "two.pt", shapes, folder / "run2", 2, folder / "checkpoint", request.param)
+    model_type, normaliser = request.param
+    tiny_model(2, model_type).save_pretrained(folder / "checkpoint")
+    one = run_worker(1, folder / "one.pt", shapes, folder / "run1", 4, folder / "checkpoint", normaliser)
+    two = run_worker(2, folder / "two.pt", shapes, folder / "run2", 2, folder / "checkpoint", normaliser)
     assert (one["world"], two["world"]) == (1, 2)
     return one, two
 
