@@ -42,6 +42,8 @@ class Detector(StockModel, ABC):
         tag: the family's tag on the Hub.
         parts: for each of `ROLES` the prefixes of its parameters' names.
         anchor_size: numbers of an anchor that a group may bring with its queries; 0 where the family takes none.
+        makes_anchors: whether a head of the decoder makes anchors of queries, so that those of another model's queries
+            can be made afresh; false where they belong to the queries, as proposals of an image do.
         citation: BibTeX of the family's paper.
     """
 
@@ -50,6 +52,7 @@ class Detector(StockModel, ABC):
     tag: ClassVar[str]
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
     anchor_size: ClassVar[int]
+    makes_anchors: ClassVar[bool]
     citation: ClassVar[str]
 
     # what a family says

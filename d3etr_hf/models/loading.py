@@ -280,8 +280,9 @@ def _refuse_other_classes(config: PreTrainedConfig, class_names: list[str], what
 
 
 def _refuse_missing_timm(config: PreTrainedConfig, what: str) -> None:
-    if config.backbone_config.model_type == "timm_backbone" and importlib.util.find_spec("timm") is None:
+    backbone = getattr(config, "backbone_config", None)
+    if backbone is not None and backbone.model_type == "timm_backbone" and importlib.util.find_spec("timm") is None:
         raise DetectorLoadError(
-            f"{what} has a timm backbone ({config.backbone_config.backbone!r}) and timm is not installed: "
+            f"{what} has a timm backbone ({backbone.backbone!r}) and timm is not installed: "
             "pip install 'd3etr_hf[timm]'"
         )

@@ -86,6 +86,7 @@ class DistillationTrainer(Trainer):
         # after Trainer has set the seed: learned queries are drawn
         attach_query_adapter(model, self.teacher, args)
         self._prepare_objective()
+        self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, args)
         self.skipped_steps = SkippedSteps(self.accelerator)
         self.add_callback(self.skipped_steps)
         self._term_log, self._norm_log = TermLog(self._average), TermLog(self._average)
@@ -163,7 +164,7 @@ class DistillationTrainer(Trainer):
         options = self.args.distillation
         maps = options.reads_self_attention, options.reads_cross_attention
         teacher = assignment = None
-        if self.teacher is not None and options.reads_teacher_outputs:
+        if self._runs_teacher:
             teacher = self.teacher(pixels, GroupRequest({}, *maps), self.accelerator.autocast)
             # threads assign while the student's forward pass runs
             assignment = self.objective.start_teacher_assignment(teacher, targets)
@@ -178,7 +179,8 @@ class DistillationTrainer(Trainer):
         if self.args.auxiliary_queries == "learned":
             return {AUXILIARY: None}
         queries = self.teacher.queries() if teacher is None else teacher.queries.detach()
-        if self.args.auxiliary_reference_points == "student":
+        both_make_anchors = self.model.makes_anchors and self.teacher.detector.makes_anchors
+        if self.args.auxiliary_reference_points == "student" and both_make_anchors:
             queries = Queries(queries.content, queries.position)
         return {AUXILIARY: queries}
 
@@ -340,13 +342,19 @@ class DistillationTrainer(Trainer):
 
 
 def attach_query_adapter(student: Detector, teacher: Teacher | None, args: D3etrTrainingArguments) -> None:
-    """Give the student what its auxiliary group needs, as the options say, instead of anything from before."""
+    """Give the student what its auxiliary group needs, instead of anything from before."""
     student.query_adapters = torch.nn.ModuleDict()
     if args.auxiliary_queries == "learned":
         student.query_adapters[AUXILIARY] = LearnedQueries(student.new_queries(student.query_count))
     elif args.auxiliary_queries == "teacher":
         student.query_adapters[AUXILIARY] = QueryAdapter(teacher.detector.width, student.width)
     student.query_adapters.to(student.device)
+
+
+def runs_teacher(teacher: Teacher, args: D3etrTrainingArguments) -> bool:
+    """Whether a step runs the teacher: for its outputs, or for queries that depend on the image."""
+    reads_queries = args.auxiliary_queries == "teacher" and teacher.queries() is None
+    return reads_queries or args.distillation.reads_teacher_outputs
 
 
 def _image_ids(labels: list[dict]) -> list[int]:

@@ -29,8 +29,9 @@ def sampled(spread: float, seed: int = 0, dtype=torch.float64) -> SampledAttenti
 
 
 def slow_grid(places, weights, rows: int, columns: int) -> list[float]:
-    """One query's map over HEIGHT x WIDTH, cell by cell: the tent around each place, in cells of the image."""
-    grid = [[0.0] * WIDTH for _ in range(HEIGHT)]
+    """One query's map over HEIGHT x WIDTH, cell by cell: the tent around each place, and a little everywhere."""
+    evenly = 0.01 / (rows * columns)
+    grid = [[evenly * (row < rows and column < columns) for column in range(WIDTH)] for row in range(HEIGHT)]
     for (x, y), weight in zip(places, weights, strict=True):
         for row in range(rows):
             for column in range(columns):
@@ -83,14 +84,28 @@ def test_a_query_that_looks_at_nothing_of_the_image_looks_everywhere():
         torch.testing.assert_close(lost.probability[image, 0, 0], expected)
 
 
-def test_a_place_at_a_cells_centre_is_that_cell_alone():
+def test_a_place_at_a_cells_centre_is_that_cell_but_for_a_hundredth():
     mask = padded_mask()
     places = torch.empty(BATCH, 1, 1, 1, 2, dtype=torch.float64)
     for image, (rows, columns) in enumerate(zip(*valid_sizes(mask), strict=True)):
         places[image, 0, 0, 0] = torch.tensor([2.5 / columns, 1.5 / rows])
     found = SampledAttention(places, torch.ones(BATCH, 1, 1, 1, dtype=torch.float64)).on_grid(mask).probability
     assert found.flatten(1).argmax(-1).tolist() == [1 * WIDTH + 2] * BATCH
-    torch.testing.assert_close(found.amax(-1), torch.ones(BATCH, 1, 1, dtype=torch.float64))
+    cells = mask.flatten(1).sum(1).double()
+    torch.testing.assert_close(found.amax(-1).flatten(), (1 + 0.01 / cells) / 1.01)
+
+
+def test_divergence_of_a_dense_map_is_bounded_and_so_is_its_gradient():
+    """Of an even map from one place: with the smallest number instead of a hundredth it would be about 87."""
+    mask = padded_mask()
+    places = torch.full((BATCH, 1, 1, 1, 2), 0.43, dtype=torch.float64, requires_grad=True)
+    student = SampledAttention(places, torch.ones(BATCH, 1, 1, 1, dtype=torch.float64)).on_grid(mask)
+    teacher = mask.flatten(1).double()[:, None, None]
+    teacher = teacher / teacher.sum(-1, keepdim=True)
+    divergence = torch.where(teacher > 0, teacher * (teacher.clamp(min=1e-9).log() - student.log), 0).sum(-1)
+    assert 2 < divergence.min() and divergence.max() < 6
+    divergence.sum().backward()
+    assert 0 < places.grad.abs().max() < 100
 
 
 def test_gradient_reaches_places_and_weights_and_equals_differences():
