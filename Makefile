@@ -5,7 +5,7 @@ SHELL := bash
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: help venv lint format test demo clean
+.PHONY: help venv lint format test wheel demo clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -20,9 +20,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 		| grep --line-buffered -oE '^(Collecting [^ ]+|Installing collected packages|Successfully installed)'
 	@touch $@
 
-lint: venv ## Check style and format
+lint: venv ## Check style, format, which room imports which, and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	.venv/bin/lint-imports --no-logo
+	$(PYTHON) -m mypy
 
 format: venv ## Put the code into the house format
 	$(PYTHON) -m ruff check --fix .
@@ -32,9 +34,12 @@ format: venv ## Put the code into the house format
 test: venv ## Run the tests, in two processes
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 
+wheel: ## Build the wheel and run every command from it, in a fresh environment outside the repository
+	bash tests/wheel_walkthrough.sh
+
 demo: venv ## Distil a small student on synthetic data, from start to finish
-	$(PYTHON) scripts/demo.py
+	.venv/bin/d3etr demo
 
 clean: ## Remove .venv and all caches; runs/ and data/ stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

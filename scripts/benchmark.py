@@ -11,20 +11,17 @@ layers and images, the wait for real images, and COCO evaluation. Nothing else s
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-# scripts/evaluate.py would hide the evaluate package
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 import torch
 from benchmarking.growth import draw_growth, format_growth, growth_curves
 from benchmarking.report import format_report, measure
 from benchmarking.sizes import SIZES, on_gpu
 
-from d3etr_hf.cli.command_line import parse_arguments, run
+from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.cli.main import run
 from d3etr_hf.training.training_arguments import option
 
 
@@ -64,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, ())
+    run(main)

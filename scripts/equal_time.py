@@ -7,18 +7,13 @@ Makes the data, trains the strong teacher (25 minutes) and both students of ever
 Each result is written as it arrives; called again it goes on where it was.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from d3etr_hf.errors import DemoError
-
-# scripts/evaluate.py would hide the evaluate package
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-
 from benchmarking.equal_time import draw_budgets, format_budgets, run_budgets, summarise
 
-from d3etr_hf.cli.command_line import parse_arguments, run
+from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.cli.main import run
 from d3etr_hf.training.training_arguments import option
 
 
@@ -52,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, (DemoError,))
+    run(main)

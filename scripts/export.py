@@ -1,31 +1,6 @@
-"""Export a trained detector to ONNX, for images and batches of any size, and check it against PyTorch.
+"""`d3etr export` as a file: accelerate launch scripts/export.py ..."""
 
-    python scripts/export.py runs/demo/distilled
-    python scripts/export.py user/student --output student.onnx --data_folder data/shapes
-
-Needs `pip install 'd3etr_hf[onnx]'`. Writes model.onnx and onnx_check.json into the folder. The check uses validation
-images, from where the run had its data unless told otherwise; a file that computes something else is not kept.
-"""
-
-import sys
-from pathlib import Path
-
-from d3etr_hf.errors import OnnxExportError
-
-# scripts/evaluate.py would hide the evaluate package
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-
-from d3etr_hf.cli.command_line import parse_arguments, run
-from d3etr_hf.cli.training_run import USER_ERRORS
-from d3etr_hf.data import DataArguments
-from d3etr_hf.publishing.onnx_check import ExportArguments, check_in_words, export_and_check
-
-
-def main() -> None:
-    arguments, data = parse_arguments((ExportArguments, DataArguments), description=__doc__, first_argument="folder")
-    given = None if data == DataArguments() else data
-    print(check_in_words(export_and_check(**vars(arguments), data_arguments=given)))
-
+from d3etr_hf.cli.main import run_command
 
 if __name__ == "__main__":
-    run(main, (*USER_ERRORS, OnnxExportError))
+    run_command("export")

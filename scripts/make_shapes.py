@@ -1,41 +1,6 @@
-"""Makes the synthetic shapes data set (circles, rectangles, triangles) as a COCO-format folder.
+"""`d3etr make-shapes` as a file: accelerate launch scripts/make_shapes.py ..."""
 
-python scripts/make_shapes.py --folder data/shapes
-python scripts/make_shapes.py --folder data/shapes_small --train_images 200 --val_images 50
-"""
-
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from d3etr_hf.errors import ShapesError
-
-# scripts/evaluate.py would hide the evaluate package
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-
-
-from d3etr_hf.cli.command_line import parse_arguments, run
-from d3etr_hf.data.shapes import make_shapes
-
-
-@dataclass
-class ShapesArguments:
-    """What to make, and where."""
-
-    folder: str = field(metadata={"help": "The folder to make; left alone where it already holds this data set."})
-    train_images: int = field(default=4000, metadata={"help": "Number of training images, at least 1."})
-    val_images: int = field(default=200, metadata={"help": "Number of validation images, at least 1."})
-    image_size: int = field(default=96, metadata={"help": "Width and height of an image in pixels, at least 44."})
-    seed: int = field(default=0, metadata={"help": "Seed of all random choices, at least 0."})
-
-
-def main() -> None:
-    (arguments,) = parse_arguments([ShapesArguments], description=__doc__)
-    folder = make_shapes(
-        arguments.folder, arguments.train_images, arguments.val_images, arguments.image_size, arguments.seed
-    )
-    print(f"{folder}: {arguments.train_images} training and {arguments.val_images} validation images")
-
+from d3etr_hf.cli.main import run_command
 
 if __name__ == "__main__":
-    run(main, errors=(ShapesError,))
+    run_command("make-shapes")

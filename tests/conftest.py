@@ -29,6 +29,15 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session")
+def fresh_processes():
+    """Processes that have imported nothing of this package; see tests/fresh_process.py."""
+    from tests.fresh_process import FreshProcesses
+
+    with FreshProcesses() as processes:
+        yield processes
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real images beside the repository, described in its own README."""
     folder = REPOSITORY / ".." / "shared" / "data"

@@ -1,9 +1,13 @@
-"""What the two-process tests run: `python distributed_worker.py OUTPUT.pt SHAPES RUN BATCH_SIZE CHECKPOINT`.
+"""What the two-process tests run: `python distributed_worker.py FOLDER OUTPUT.pt`.
 
-Evaluates a checkpoint, then takes one training step from it; the main process writes metrics, gradients and log.
+Takes one training step per case, all in one process group, from the checkpoint in the folder; the main process writes
+gradients, log and, of the first case, metrics. `run_cases(FOLDER, 1)` does the same in the calling process.
 """
 
+import os
+import socket
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,7 +16,44 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from d3etr_hf.models import D3etrConditionalDetrForObjectDetection  # noqa: E402
-from tests.shapes_fixture import shapes_trainer  # noqa: E402
+from tests.shapes_fixture import load_shapes, shapes_trainer  # noqa: E402
+from tests.tiny import tiny_model  # noqa: E402
+
+
+@dataclass
+class Case:
+    """One step on the same images however many processes share them.
+
+    Attributes:
+        images: of the whole step; each process takes its part at once, or in `accumulated` batches.
+        options: training arguments.
+        split_options: more of them, that only several processes are given.
+        teacher: changes of the tiny teacher's configuration.
+        data: the data set's folder within the working folder.
+        rows: rows of the training split, by default all.
+        evaluates: whether the checkpoint is evaluated before the step.
+    """
+
+    images: int = 4
+    options: dict = field(default_factory=dict)
+    accumulated: int = 1
+    split_options: dict = field(default_factory=dict)
+    teacher: dict = field(default_factory=dict)
+    data: str = "shapes"
+    rows: list[int] | None = None
+    evaluates: bool = False
+
+
+CASES = {
+    "pairs": Case(evaluates=True),
+    "boxes": Case(options={"prediction_normaliser": "boxes"}),
+    "accumulated batches": Case(accumulated=2),
+    "gradient checkpointing": Case(split_options={"gradient_checkpointing": True}),
+    "learned queries": Case(options={"auxiliary_queries": "learned"}),
+    "projected queries": Case(teacher={"d_model": 48}),
+    "no object": Case(images=2, data="sparse", rows=[0, 1]),
+    "one object": Case(images=2, data="sparse", rows=[2, 3]),
+}
 
 
 class KeepGradients(TrainerCallback):
@@ -29,28 +70,56 @@ class KeepGradients(TrainerCallback):
             }
 
 
-def main() -> None:
-    output, shapes, run, batch_size, checkpoint, *normaliser = sys.argv[1:]
-    torch.set_num_threads(1)
+def run_case(case: Case, folder: Path, run: Path, processes: int) -> dict:
+    """One step of one case."""
     keeper = KeepGradients()
-    student = D3etrConditionalDetrForObjectDetection.from_pretrained(checkpoint)
+    accumulated = case.accumulated if processes > 1 else 1
+    options = case.options | (case.split_options if processes > 1 else {})
+    train = None if case.rows is None else load_shapes(folder / case.data, "train").select(case.rows)
     trainer = shapes_trainer(
-        Path(shapes),
+        folder / case.data,
         run,
-        student=student,
+        student=D3etrConditionalDetrForObjectDetection.from_pretrained(folder / "checkpoint"),
+        teacher=tiny_model(seed=1, **case.teacher),
+        train=train,
         callbacks=[keeper],
         max_steps=1,
         max_grad_norm=0.0,
-        per_device_train_batch_size=int(batch_size),
+        per_device_train_batch_size=case.images // processes // accumulated,
         per_device_eval_batch_size=3,
-        prediction_normaliser=normaliser[0],
+        gradient_accumulation_steps=accumulated,
+        **options,
     )
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate() if case.evaluates else {}
     trainer.train()
-    if trainer.is_world_process_zero():
-        log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-        world = trainer.accelerator.num_processes
-        torch.save({"metrics": metrics, "gradients": keeper.gradients, "log": log, "world": world}, output)
+    assert trainer.accelerator.num_processes == processes
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    return {"metrics": metrics, "gradients": keeper.gradients, "log": log}
+
+
+def run_cases(folder: Path, processes: int) -> dict[str, dict]:
+    """All cases, one after the other."""
+    return {name: run_case(case, folder, folder / f"{name} on {processes}", processes) for name, case in CASES.items()}
+
+
+def one_process(rank: int, folder: Path, output: Path, port: int) -> None:
+    """What one of the two does; the variables are those that `accelerate launch` sets."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    results = run_cases(folder, 2)
+    if rank == 0:
+        torch.save(results, output)
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    """Two forks of this process: what is imported is imported once."""
+    folder, output = (Path(argument) for argument in sys.argv[1:])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(one_process, (folder, output, port), nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tests/mutations.py [WORD ...]
 
-The notes are those of the project on what its stack does silently. Without words all mutations are tried (about ten
+The notes are those of the project on what its stack does silently. Without words all mutations are tried (about twenty
 minutes on one core), else those whose name holds one of them. Exits with 1 if a test still passes. Each line of the
 table: what is guarded, file, what is taken out, what is put there, the test that must fail.
 """
@@ -21,6 +21,7 @@ COSTS, LOSSES = "d3etr_hf/matching/solver.py", "d3etr_hf/losses"
 MODEL_TESTS, TRAINER_TESTS = "tests/models/test_conditional_detr.py", "tests/training/test_trainer.py"
 ATTENTION_TESTS = "tests/models/test_group_attention.py"
 HUB, HUB_TESTS = "d3etr_hf/publishing/upload.py", "tests/publishing/test_upload.py"
+EVERY_TERM = "tests/training/test_every_term.py"
 INITIALISATION_TESTS, OBJECTIVE_TESTS = "tests/models/test_initialisation.py", "tests/training/test_objective.py"
 
 MUTATIONS = [
@@ -80,8 +81,8 @@ MUTATIONS = [
     ("note 12: NaN matched in silence", COSTS, "if not np.isfinite(host).all():", "if False:",
      "tests/matching/test_mix_matcher.py::test_non_finite_prediction_is_refused_with_its_place"),
     ("note 12: boxes without area", "d3etr_hf/matching/boxes.py", "tiny = 1e-9", "tiny = 0.0",
-     f"tests/{LOSSES.split('/')[1]}/test_detection.py::test_identical_boxes_without_area_give_no_nan"),
-    ("note 12: no box in a batch", f"{LOSSES}/detection.py", "targets.class_labels.shape[1] == 0", "False",
+     "tests/losses/test_detection_loss.py::test_identical_boxes_without_area_give_no_nan"),
+    ("note 12: no box in a batch", f"{LOSSES}/detection_loss.py", "targets.class_labels.shape[1] == 0", "False",
      "tests/losses/test_detection_loss.py::test_batch_without_any_box_still_learns_background"),
     # HF_NOTES 13: evaluation
     ("note 13: default evaluation loop", TRAINER, "def prediction_step(", "def _unused_prediction_step(",
@@ -127,10 +128,12 @@ MUTATIONS = [
      "tests/test_distributed.py::test_first_gradients_are_the_same_on_two_processes"),
     ("matching: foreground chosen first", "d3etr_hf/matching/mix_matcher.py", "teacher_logits.amax(-1).topk(",
      "(-teacher_logits.amax(-1)).topk(", "tests/matching/test_mix_matcher.py"),
-    ("attention: renormalised rows", f"{LOSSES}/attention.py", "_block(attention.log, index).log_softmax(-1)",
+    ("attention: renormalised rows", f"{LOSSES}/attention_distillation.py",
+     "_block(attention.log, index).log_softmax(-1)",
      "_block(attention.log, index)",
      "tests/losses/test_attention_distillation.py"),
-    ("attention: one float32 sum for whole maps", f"{LOSSES}/attention.py", "DOT_PIECE = 2**19", "DOT_PIECE = 2**40",
+    ("attention: one float32 sum for whole maps", f"{LOSSES}/attention_distillation.py",
+     "DOT_PIECE = 2**19", "DOT_PIECE = 2**40",
      "tests/losses/test_attention_distillation.py::test_small_divergence_of_large_maps_in_float32"),
     ("attention: the softmax's gradient", ATTENTION, "return scores_gradient.addcmul_(probability, total, value=-1)",
      "return scores_gradient", f"{ATTENTION_TESTS}::test_gradient_of_both_forms"),
@@ -148,7 +151,8 @@ MUTATIONS = [
      f"{TRAINER_TESTS}::test_logged_learning_rate_is_not_the_backbones"),
     ("model: attention set in the backbone", MODEL, "attention.config._attn_implementation_internal =",
      "attention.config._attn_implementation =", f"{MODEL_TESTS}::test_backbone_with_attention_of_its_own"),
-    ("scripts: evaluate.py hides evaluate", "scripts/train.py", "sys.path[:] = [", "_ = [", "tests/test_readme.py"),
+    ("imports: evaluate, which scripts/evaluate.py hides", TRAINER, "import coco_average_precision, select",
+     "import CocoAveragePrecision, coco_average_precision, select", "tests/test_imports.py"),
     # HF_NOTES 21: what leaves for the Hub
     ("note 21: whole folder pushed", HUB, "allow_patterns=allowed, ", "",
      f"{HUB_TESTS}::test_only_the_allow_list_arrives_byte_by_byte"),
@@ -163,7 +167,7 @@ MUTATIONS = [
      "trainer.save_model(_internal_call=True)", "trainer.save_model()",
      "tests/publishing/test_hub_trainer.py::test_hub_that_fails_at_the_end"),
     ("publishing: paths of this machine", "d3etr_hf/publishing/card.py",
-     "yaml.dump(anonymise_configuration(configuration)", "yaml.dump((configuration)",
+     "write_yaml(anonymise_configuration(configuration)", "write_yaml((configuration)",
      "tests/publishing/test_card.py::test_training_yaml_builds_the_run_again"),
     ("publishing: stale figures", "d3etr_hf/publishing/measurements.py",
      'known is None or known["weights"] != hash_of_weights(folder)', "known is None",
@@ -171,6 +175,47 @@ MUTATIONS = [
     ("publishing: results of an earlier training", "d3etr_hf/publishing/hub_trainer.py",
      'results.get("weights") == hash_of_weights(folder)', "True",
      "tests/publishing/test_hub_trainer.py::test_push_after_another_training"),
+    # what the code computes at all: faults that no comparison of the code with itself can see
+    ("terms: self-attention divided by boxes instead of images", OBJECTIVE,
+     "group.self_attention,\n                pairs,\n                shares.images",
+     "group.self_attention,\n                pairs,\n                shares.boxes", EVERY_TERM),
+    ("terms: cross-attention divided by boxes instead of images", OBJECTIVE,
+     "*memory_masks,\n                shares.images", "*memory_masks,\n                shares.boxes", EVERY_TERM),
+    ("terms: prediction divided by boxes", OBJECTIVE, "(w, shares.images * w.shape[-1])",
+     "(w, shares.boxes * w.shape[-1])", EVERY_TERM),
+    ("terms: L1 and GIoU weights swapped in the adaptive matcher", OBJECTIVE,
+     "AdaptiveMatcher(args.class_weight, args.l1_weight, args.giou_weight)",
+     "AdaptiveMatcher(args.class_weight, args.giou_weight, args.l1_weight)", EVERY_TERM),
+    ("terms: L1 and GIoU weights swapped in the prediction loss", OBJECTIVE,
+     "costs = self.args.class_weight, self.args.l1_weight, self.args.giou_weight",
+     "costs = self.args.class_weight, self.args.giou_weight, self.args.l1_weight", EVERY_TERM),
+    ("terms: L1 and GIoU weights swapped in the detection loss", OBJECTIVE,
+     '"l1": scale * config.bbox_loss_coefficient,\n            "giou": scale * config.giou_loss_coefficient',
+     '"giou": scale * config.bbox_loss_coefficient,\n            "l1": scale * config.giou_loss_coefficient',
+     EVERY_TERM),
+    ("terms: L1 and GIoU costs swapped in the label assignment", OBJECTIVE, "config.bbox_cost, config.giou_cost",
+     "config.giou_cost, config.bbox_cost", EVERY_TERM),
+    ("terms: the teacher's first layers taken whatever layer_map says", OBJECTIVE,
+     "self._aligned(teacher.groups[0], self.layer_map)",
+     "self._aligned(teacher.groups[0], list(range(len(self.layer_map))))", EVERY_TERM),
+    ("terms: teacher's labels by layer_map instead of its last layer", OBJECTIVE,
+     "self._aligned(teacher.groups[0], [-1], maps=False)",
+     "self._aligned(teacher.groups[0], self.layer_map[-1:], maps=False)", EVERY_TERM),
+    ("terms: pixel_mask left out of training, student and teacher", TRAINER,
+     'for name in ("pixel_values", "pixel_mask")', 'for name in ("pixel_values",)', EVERY_TERM),
+    ("terms: pixel_mask left out of training, teacher alone", TRAINER,
+     "self.teacher(**pixels,", 'self.teacher(pixels["pixel_values"],', EVERY_TERM),
+    ("terms: pixel_mask left out of training, student alone", TRAINER,
+     "model(**pixels,", 'model(pixels["pixel_values"],', EVERY_TERM),
+    ("terms: auxiliary_reference_points ignored", TRAINER, 'if args.auxiliary_reference_points == "teacher":',
+     "if False:", EVERY_TERM),
+    ("terms: no box in a batch divides by zero", TRAINER, "boxes.clamp(min=1)", "boxes", EVERY_TERM),
+    ("evaluation: pixel_mask left out", TRAINER, 'pixel_values=pixel_values, pixel_mask=inputs["pixel_mask"]',
+     "pixel_values=pixel_values", f"{TRAINER_TESTS}::test_evaluation_equals_cocoeval_image_by_image"),
+    ("schedule: warmup removed under learning_rate_drop", TRAINER, "min(1.0, (step + 1) / max(1, warmup)) * ", "",
+     f"{TRAINER_TESTS}::test_learning_rate_drops_once_to_a_tenth"),
+    # the number of boxes clamped to 1 after, not before, it is averaged over processes: the fault is in the code, and
+    # tests/test_distributed.py is red for it; its row comes with its mend
 ]  # fmt: skip
 
 

@@ -1,6 +1,10 @@
 """A tiny shapes data set and trainers over it."""
 
+import json
+from pathlib import Path
+
 import torch
+from PIL import Image
 
 from d3etr_hf.data import Augmentation, DetectionDataset, DetectionTransform, find_coco_split, load_coco_split
 from d3etr_hf.models.loading import load_image_processor
@@ -51,3 +55,35 @@ def shapes_trainer(
 def weights_of(model) -> torch.Tensor:
     """All parameters in one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def keep_objects(folder, split: str, counts: list[int]) -> None:
+    """Leave only the first objects of each image in a shapes folder's annotations: as many as `counts` says."""
+    path = Path(folder) / "annotations" / f"{split}.json"
+    content, kept = json.loads(path.read_text()), []
+    for image, count in zip(content["images"], counts, strict=True):
+        kept += [region for region in content["annotations"] if region["image_id"] == image["id"]][:count]
+    path.write_text(json.dumps(content | {"annotations": kept}))
+
+
+def crop_every_other(folder, split: str, width: int, height: int) -> None:
+    """Make every second image of a shapes folder smaller, and cut its boxes to what is left of it.
+
+    The sizes then differ within a batch, which must be padded.
+    """
+    path = Path(folder) / "annotations" / f"{split}.json"
+    content = json.loads(path.read_text())
+    smaller = content["images"][1::2]
+    for image in smaller:
+        place = Path(folder) / split / image["file_name"]
+        Image.open(place).crop((0, 0, width, height)).save(place)
+        image |= {"width": width, "height": height}
+    cut, kept = {image["id"] for image in smaller}, []
+    for region in content["annotations"]:
+        if region["image_id"] in cut:
+            x, y, w, h = region["bbox"]
+            w, h = min(x + w, width) - x, min(y + h, height) - y
+            region |= {"bbox": [x, y, w, h], "area": w * h}
+        if min(region["bbox"][2:]) > 0:
+            kept.append(region)
+    path.write_text(json.dumps(content | {"annotations": kept}))

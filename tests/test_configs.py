@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from transformers import ConditionalDetrConfig
 
 from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments, check_model_options
@@ -46,7 +45,7 @@ def parse(recipe: Path) -> dict:
 
 
 def build_on_meta(path: Path, classes: int = 80) -> D3etrConditionalDetrForObjectDetection:
-    options = yaml.load(path.read_text(), Loader=ConfigurationLoader)
+    options = read_yaml(path.read_text())
     check_model_options(options, str(path))
     with torch.device("meta"):
         return D3etrConditionalDetrForObjectDetection(ConditionalDetrConfig(**options, num_labels=classes))
@@ -99,7 +98,7 @@ def test_coco_runs_that_are_compared_differ_in_what_they_compare():
     """Distilled, teacherless, inherited and alone share data, model and schedule."""
 
     def values(name):
-        return yaml.load((CONFIGS / "coco" / f"{name}.yaml").read_text(), Loader=ConfigurationLoader)
+        return read_yaml((CONFIGS / "coco" / f"{name}.yaml").read_text())
 
     alone = values("r50_student_12")
     for name in ("r101_r50_12", "r101_r50_12_teacherless", "r101_r50_12_inherit"):

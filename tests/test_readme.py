@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
 import torch
 
 from d3etr_hf.data.shapes import make_shapes
@@ -29,17 +28,3 @@ def test_example(tmp_path, monkeypatch):
     from transformers import AutoModelForObjectDetection
 
     assert len(AutoModelForObjectDetection.from_pretrained("runs/student").config.id2label) == 3
-
-
-@pytest.mark.parametrize(
-    "name", ["train", "distill", "evaluate", "demo", "make_shapes", "publish", "visualize", "export"]
-)
-def test_script_starts_from_its_own_folder(name):
-    """scripts/evaluate.py would hide the evaluate package from every script beside it."""
-    import subprocess
-    import sys
-
-    command = [sys.executable, str(REPOSITORY / "scripts" / f"{name}.py"), "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
-    assert result.returncode == 0, result.stderr
-    assert "--" in result.stdout

@@ -1,4 +1,4 @@
-"""The command line of every script: `script.py [configuration.yaml] [--field value ...]`.
+"""The arguments of every command: `[configuration.yaml] [--field value ...]`.
 
 Flags override the YAML file, the YAML file overrides the defaults of the dataclasses. Whatever is not understood is
 refused, with the file and the key or flag named.
@@ -7,36 +7,20 @@ refused, with the file and the key or flag named.
 import dataclasses
 import difflib
 import json
-import logging
-import os
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
-from enum import Enum
-from pathlib import Path
+from collections.abc import Sequence
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers import HfArgumentParser
 
+from d3etr_hf.configurations import find_configuration, read_yaml
 from d3etr_hf.errors import CommandLineError
-from d3etr_hf.runs.yaml_files import ConfigurationDumper, ConfigurationLoader
+from d3etr_hf.training.training_arguments import RENAMED_OPTIONS
 
-SECRET_ENDINGS = ("token", "secret", "password", "api_key")
 NOT_GIVEN = object()
-
-# What TrainingArguments.__post_init__ makes of its own defaults: such a value is no choice of the user's.
-NORMALISED_DEFAULTS = {
-    "accelerator_config": AcceleratorConfig(),
-    "activation_checkpointing": False,
-    "debug": [],
-    "disable_tqdm": False,
-    "gradient_checkpointing": False,
-    "report_to": [],
-}
 
 
 def parse_arguments(
@@ -47,13 +31,14 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Reads `[configuration.yaml] [--field value ...]` into one instance of each dataclass, in their order.
 
-    Fields that hold a dictionary take a YAML mapping in the file and a JSON object on the command line; `null` takes
-    back what the file says of a text that may be left out. Paths stay as
-    they are given. `--help` prints every field and ends the program.
+    The file is looked for in the working directory, then beside the configurations that come with the package. Fields
+    that hold a dictionary take a YAML mapping in the file and a JSON object on the command line; `null` takes back
+    what the file says of a text that may be left out. Paths stay as they are given. `--help` prints every field and
+    ends the program.
 
     Args:
         dataclass_types: dataclasses with no field name in common; `metadata["help"]` documents a field.
-        argv: the arguments after the script's name; `sys.argv[1:]` where None.
+        argv: the arguments after the command's name; `sys.argv[1:]` where None.
         description: printed as it is at the top of `--help`.
         first_argument: a field whose value may be given first, in the place of the configuration file.
 
@@ -71,63 +56,8 @@ def parse_arguments(
     if configuration_file is not None:
         values = {**_read_configuration_file(configuration_file, fields), **values}
 
-    instances = []
-    for dataclass_type in dataclass_types:
-        own_fields = [field for field in dataclasses.fields(dataclass_type) if field.init]
-        for field in own_fields:
-            if field.name not in values and not _has_default(field):
-                raise CommandLineError(
-                    f"'{field.name}' is required: set it in the configuration file or with --{field.name}"
-                )
-        own_values = {field.name: values[field.name] for field in own_fields if field.name in values}
-        try:
-            instances.append(dataclass_type(**own_values))
-        except ValueError as error:
-            raise CommandLineError(f"{configuration_file or 'command line'}: {error}") from error
-    return tuple(instances)
-
-
-def write_configuration(path: str | Path, *instances: Any) -> None:
-    """Writes a YAML file that makes `parse_arguments` build `instances` again.
-
-    Only the values that differ from the defaults are written, and no token, secret, password or API key.
-    """
-    values = {}
-    for instance in instances:
-        for field in dataclasses.fields(instance):
-            value = getattr(instance, field.name)
-            if field.init and not field.name.endswith(SECRET_ENDINGS) and not _is_default(instance, field, value):
-                values[field.name] = _plain(value)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.dump(values, Dumper=ConfigurationDumper, sort_keys=False) if values else "")
-
-
-def run(main: Callable[[], None], errors: tuple[type[Exception], ...] = ()) -> None:
-    """Calls `main`, with this package's own news shown on the main process.
-
-    A CommandLineError, or one of `errors`, ends the program with its message and exit code 2; an interruption, 130.
-
-    Args:
-        main: a script's entry.
-        errors: those of the package's own errors that the user can put right; all others keep their traceback.
-    """
-    script = Path(sys.argv[0]).name
-    if os.environ.get("RANK", "0") == "0":
-        news = logging.getLogger("d3etr_hf")
-        news.setLevel(logging.INFO)
-        news.addHandler(logging.StreamHandler())
-        news.propagate = False
-    try:
-        main()
-    except (CommandLineError, *errors) as error:
-        # an error in a data loader's worker comes with the worker's traceback; its last line is the message
-        message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else error
-        print(f"{script}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted; call it again with the same arguments to go on", file=sys.stderr)
-        sys.exit(130)
+    source = configuration_file or "command line"
+    return tuple(_build(dataclass_type, values, source) for dataclass_type in dataclass_types)
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -152,7 +82,7 @@ class _FlagParser(HfArgumentParser):
 
 
 def _read_flags(
-    dataclass_types: Sequence[type], argv: list[str], fields: dict[str, Any], description: str, first_argument: str
+    dataclass_types: Sequence[Any], argv: list[str], fields: dict[str, Any], description: str, first_argument: str
 ) -> dict[str, Any]:
     """The values of the flags in `argv`, by field name; the fields that no flag names are left out."""
     parser = _FlagParser(
@@ -187,16 +117,32 @@ def _read_flags(
     return values
 
 
+def _build(dataclass_type: type, values: dict[str, Any], source: str) -> Any:
+    """An instance with those of the values that are its own."""
+    own_fields = [field for field in dataclasses.fields(dataclass_type) if field.init]
+    for field in own_fields:
+        if field.name not in values and not _has_default(field):
+            raise CommandLineError(
+                f"'{field.name}' is required: set it in the configuration file or with --{field.name}"
+            )
+    try:
+        return dataclass_type(**{field.name: values[field.name] for field in own_fields if field.name in values})
+    except ValueError as error:
+        raise CommandLineError(f"{source}: {error}") from error
+
+
 def _read_configuration_file(path: str, fields: dict[str, Any]) -> dict[str, Any]:
     """The values in a YAML file, by field name, converted to the types of the fields."""
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=ConfigurationLoader)
-    except FileNotFoundError:
-        raise CommandLineError(f"{path}: no such configuration file") from None
+        text = find_configuration(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CommandLineError(f"{path}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CommandLineError(f"{path}: cannot be read as a configuration file ({error})") from None
-    except yaml.YAMLError as error:
-        raise CommandLineError(f"{path}: not valid YAML: {error}") from None
+    try:
+        content = read_yaml(text)
+    except ValueError as error:
+        raise CommandLineError(f"{path}: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -235,39 +181,11 @@ def _admits_dictionary(hint: Any) -> bool:
 
 
 def _suggestion(unknown: str, known: list[str], prefix: str = "") -> str:
+    if RENAMED_OPTIONS.get(unknown) in known:
+        return f": it is called '{prefix}{RENAMED_OPTIONS[unknown]}' now"
     nearest = difflib.get_close_matches(unknown, known, n=1)
     return f"; did you mean '{prefix}{nearest[0]}'?" if nearest else "; --help lists those there are"
 
 
 def _has_default(field: dataclasses.Field) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-def _is_default(instance: Any, field: dataclasses.Field, value: Any) -> bool:
-    """Whether the field's default leads to `value`."""
-    if value == _default(field):
-        return True
-    if not isinstance(instance, TrainingArguments) or field.name not in NORMALISED_DEFAULTS:
-        return False
-    # Not so where a subclass has set a default of its own.
-    inherited = TrainingArguments.__dataclass_fields__[field.name]
-    return _default(field) == _default(inherited) and value == NORMALISED_DEFAULTS[field.name]
-
-
-def _plain(value: Any) -> Any:
-    """`value` in terms of what YAML can write."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Path):
-        return str(value)
-    if dataclasses.is_dataclass(value):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {key: _plain(member) for key, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(member) for member in value]
-    return value

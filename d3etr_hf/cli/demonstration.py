@@ -1,6 +1,6 @@
 """The demonstration: a teacher, three students and a picture, on synthetic data, in one command.
 
-Every model is trained by the same scripts a user calls, each in a process of its own with one thread, two at a time.
+Every model is trained by the same commands a user calls, each in a process of its own with one thread, two at a time.
 """
 
 import json
@@ -14,9 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
 from tqdm.auto import tqdm
 
+from d3etr_hf.configurations import read_yaml, shipped_configurations
 from d3etr_hf.data import load_coco_split
 from d3etr_hf.data.coco import find_coco_split
 from d3etr_hf.data.shapes import make_shapes
@@ -30,7 +30,7 @@ from d3etr_hf.runs.output_folder import CONFIGURATION, HISTORY, RESULTS, SECONDS
 from d3etr_hf.visualization.run_pictures import draw_detections_of
 from d3etr_hf.visualization.training_curves import draw_training_curves
 
-CONFIGURATIONS = Path("configs") / "shapes"
+CONFIGURATIONS = shipped_configurations() / "shapes"
 CONTROLS = {
     "student_alone": "student alone",
     "student_alone_equal_time": "student alone, equal time",
@@ -82,9 +82,9 @@ def run_demo(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) -> 
 def train_all(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) -> dict[str, dict]:
     """Train the five models, two at a time, each one going on where it was; results by name."""
     data = ["--data_folder", str(data_folder), *overrides]
-    distil = ["scripts/distill.py", str(CONFIGURATIONS / "distill.yaml"), "--teacher", str(folder / "teacher"), *data]
-    control = ["scripts/distill.py", str(CONFIGURATIONS / "teacherless.yaml"), *data]
-    alone = ["scripts/train.py", str(CONFIGURATIONS / "student.yaml"), *data]
+    distil = ["distill", str(CONFIGURATIONS / "distill.yaml"), "--teacher", str(folder / "teacher"), *data]
+    control = ["distill", str(CONFIGURATIONS / "teacherless.yaml"), *data]
+    alone = ["train", str(CONFIGURATIONS / "student.yaml"), *data]
 
     with ThreadPoolExecutor(max_workers=2) as pool, stopping(pool):
 
@@ -92,7 +92,7 @@ def train_all(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) ->
             return pool.submit(train_one, name, command, folder)
 
         first = {
-            "teacher": start("teacher", ["scripts/train.py", str(CONFIGURATIONS / "teacher.yaml"), *data]),
+            "teacher": start("teacher", ["train", str(CONFIGURATIONS / "teacher.yaml"), *data]),
             "student_alone": start("student_alone", alone),
             "teacherless": start("teacherless", control),
         }
@@ -115,7 +115,7 @@ def equal_time_steps(folder: Path, student_alone: dict, distilled: Future) -> in
     """
     started, spent = folder / "student_alone_equal_time" / CONFIGURATION, folder / "distilled" / SECONDS
     if started.exists():
-        return yaml.safe_load(started.read_text())["max_steps"]
+        return read_yaml(started.read_text())["max_steps"]
     while not (spent.exists() or distilled.done()):
         time.sleep(1)
     if distilled.done():
@@ -138,7 +138,7 @@ def stopping(pool: ThreadPoolExecutor) -> Iterator[None]:
 
 
 def train_one(name: str, command: list[str], folder: Path) -> dict:
-    """Run one training script to its end, showing how far it is; its results."""
+    """Run one training command of `d3etr` to its end, showing how far it is; its results."""
     log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
@@ -148,6 +148,8 @@ def train_one(name: str, command: list[str], folder: Path) -> dict:
         "--dynamo_backend",
         "no",
         "--quiet",
+        "--module",
+        "d3etr_hf.cli.main",
         *command,
         "--output_dir",
         str(folder / name),

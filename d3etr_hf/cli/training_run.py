@@ -5,23 +5,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from d3etr_hf.data import DataArguments, load_splits
-from d3etr_hf.errors import (
-    CommandLineError,
-    DatasetError,
-    DetectorLoadError,
-    HubError,
-    IncompatibleDataError,
-    IncompatibleTeacherError,
-    NonFiniteLossError,
-    OutputFolderError,
-    PrivacyError,
-    PublishError,
-    UnsupportedOptionError,
-)
 from d3etr_hf.models.loading import (
     ModelArguments,
     TeacherArguments,
@@ -35,6 +22,7 @@ from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.publishing.publish import resume_command
 from d3etr_hf.publishing.run_folder import links_to_hub
+from d3etr_hf.runs.description import describe_run
 from d3etr_hf.runs.environment import describe_environment
 from d3etr_hf.runs.output_folder import (
     CONFIGURATION,
@@ -44,12 +32,11 @@ from d3etr_hf.runs.output_folder import (
     SECONDS,
     check_output_folder,
     describe_launch,
-    describe_run,
     refuse_split_launch,
     write_json,
 )
-from d3etr_hf.training.teacher import class_index_by_name, spread_layers, with_classes_of
-from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, D3etrTrainingArguments
+from d3etr_hf.training.teacher import class_index_by_name, spread_layers
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -84,44 +71,10 @@ def train_detector(
     launch = describe_launch(training_arguments)
     checkpoint = check_output_folder(output, configuration, launch)
     if (output / RESULTS).exists():
-        repo_id = training_arguments.hub_model_id or output.resolve().name
-        private, revision = training_arguments.hub_private_repo, training_arguments.hub_revision
-        publish = resume_command(output, repo_id, card_arguments, private, revision)
-        hint = f"; to publish it:\n{publish}" if training_arguments.push_to_hub else ""
-        logger.warning(f"{output} holds this run already, finished: nothing to do{hint}")
-        return json.loads((output / RESULTS).read_text())
+        return finished_results(output, training_arguments, card_arguments)
     if training_arguments.push_to_hub:
         card_arguments.check_places()
-    set_seed(training_arguments.seed)
-    source = model_arguments.model or teacher_arguments.teacher
-    processor = load_image_processor(source) or load_image_processor(None)
-    train, val = load_splits(data_arguments, processor)
-    model = build_model(model_arguments, train.class_names)
-    teacher = teacher_processor = None
-    if teacher_arguments.teacher and not (
-        training_arguments.distillation.needs_teacher or teacher_arguments.inherit_from_teacher
-    ):
-        logger.warning(f"the teacher {teacher_arguments.teacher!r} is not used: these options need none")
-    if teacher_arguments.teacher is not None:
-        teacher = load_detector(teacher_arguments.teacher, "teacher")
-        teacher_processor = load_image_processor(teacher_arguments.teacher)
-    if teacher_arguments.inherit_from_teacher:
-        inherit_from_teacher(
-            model,
-            teacher,
-            teacher_arguments.inherit_from_teacher,
-            class_index_by_name(teacher, train.class_names),
-            spread_layers(teacher.decoder_depth, model.decoder_depth, training_arguments.layer_map),
-        )
-    trainer = D3etrTrainer(
-        model=model,
-        args=training_arguments,
-        teacher=teacher,
-        teacher_processing_class=teacher_processor,
-        train_dataset=train,
-        eval_dataset=val,
-        processing_class=processor,
-    )
+    trainer = build_trainer(model_arguments, teacher_arguments, data_arguments, training_arguments)
     stopwatch = Stopwatch(output)
     trainer.add_callback(stopwatch)
     if trainer.is_world_process_zero():
@@ -135,80 +88,72 @@ def train_detector(
         )
         write_json(output / ENVIRONMENT, describe_environment() | {"links": links})
     trainer.train(resume_from_checkpoint=checkpoint)
+    return finish(trainer, stopwatch.seconds, card_arguments)
+
+
+def finished_results(output: Path, training_arguments: D3etrTrainingArguments, card_arguments: CardArguments) -> dict:
+    """The results of a run that is finished already, which is said, with how to publish it if asked for."""
+    repo_id = training_arguments.hub_model_id or output.resolve().name
+    private, revision = training_arguments.hub_private_repo, training_arguments.hub_revision
+    publish = resume_command(output, repo_id, card_arguments, private, revision)
+    hint = f"; to publish it:\n{publish}" if training_arguments.push_to_hub else ""
+    logger.warning(f"{output} holds this run already, finished: nothing to do{hint}")
+    return json.loads((output / RESULTS).read_text())
+
+
+def build_trainer(
+    model_arguments: ModelArguments,
+    teacher_arguments: TeacherArguments,
+    data_arguments: DataArguments,
+    training_arguments: D3etrTrainingArguments,
+) -> D3etrTrainer:
+    """The trainer of a run from its seed on: data, student, teacher, and what the student inherits."""
+    set_seed(training_arguments.seed)
+    source = model_arguments.model or teacher_arguments.teacher
+    processor = load_image_processor(source) or load_image_processor(None)
+    train, val = load_splits(data_arguments, processor)
+    model = build_model(model_arguments, train.class_names)
+    teacher = teacher_processor = None
+    reads_teacher = training_arguments.distillation.needs_teacher or teacher_arguments.inherit_from_teacher
+    if teacher_arguments.teacher and not reads_teacher:
+        logger.warning(f"the teacher {teacher_arguments.teacher!r} is not used: these options need none")
+    if teacher_arguments.teacher is not None:
+        teacher = load_detector(teacher_arguments.teacher, "teacher")
+        teacher_processor = load_image_processor(teacher_arguments.teacher)
+    if teacher is not None and teacher_arguments.inherit_from_teacher:
+        inherit_from_teacher(
+            model,
+            teacher,
+            teacher_arguments.inherit_from_teacher,
+            class_index_by_name(teacher, train.class_names),
+            spread_layers(teacher.decoder_depth, model.decoder_depth, training_arguments.layer_map),
+        )
+    return D3etrTrainer(
+        model=model,
+        args=training_arguments,
+        teacher=teacher,
+        teacher_processing_class=teacher_processor,
+        train_dataset=train,
+        eval_dataset=val,
+        processing_class=processor,
+    )
+
+
+def finish(trainer: D3etrTrainer, seconds: float, card_arguments: CardArguments) -> dict:
+    """Evaluate, save, record and, if asked for, publish what a trainer has trained; the results."""
     metrics = trainer.evaluate()
     # not `save_model()`, which pushes: the Hub may fail, and all that was found out must be on disk by then
     trainer.save_model(_internal_call=True)
-    results = trainer.record_results(metrics, stopwatch.seconds)
-    report(results, training_arguments)
-    if training_arguments.push_to_hub:
+    results = trainer.record_results(metrics, seconds)
+    report(results, trainer.args)
+    if trainer.args.push_to_hub:
         address = trainer.push_to_hub(**card_arguments.for_trainer())
         if trainer.is_world_process_zero():
             print(f"published: {address}")
     return results
 
 
-def evaluate_detector(
-    data_arguments: DataArguments, model: str, output_dir: str, batch_size: int = 8, workers: int = 0, use_cpu=False
-) -> dict[str, float]:
-    """COCO metrics (0..1) of a saved detector on the validation split, also written to `evaluation.json`.
-
-    The detector's own image processor scales the pixels, to its own size unless the data arguments give another.
-
-    Raises:
-        DetectorLoadError, DatasetError, IncompatibleTeacherError: the model or the data cannot be read.
-    """
-    training_arguments = D3etrTrainingArguments(
-        output_dir=output_dir,
-        per_device_eval_batch_size=batch_size,
-        dataloader_num_workers=workers,
-        use_cpu=use_cpu,
-        auxiliary_queries="none",
-        adaptive_matching=False,
-        report_to="none",
-    )
-    refuse_split_launch(training_arguments)
-    detector = load_detector(model)
-    processor = load_image_processor(model) or load_image_processor(None)
-    _, val = load_splits(data_arguments, processor)
-    detector = with_classes_of(detector, val.class_names, "model")
-    trainer = D3etrTrainer(model=detector, args=training_arguments, eval_dataset=val, processing_class=processor)
-    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    metrics = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
-    if trainer.is_world_process_zero():
-        size = {"short_side": processor.size["shortest_edge"], "long_side": processor.size["longest_edge"]}
-        write_json(Path(output_dir) / "evaluation.json", {"model": model, "data": val.name, **size, **metrics})
-    return metrics
-
-
-# what the user can put right: shown by the scripts without a traceback
-USER_ERRORS = (
-    DatasetError,
-    UnsupportedOptionError,
-    IncompatibleDataError,
-    IncompatibleTeacherError,
-    DetectorLoadError,
-    OutputFolderError,
-    NonFiniteLossError,
-    PublishError,
-    HubError,
-    PrivacyError,
-)
-
-
-def without_distillation(training_arguments: D3etrTrainingArguments) -> None:
-    """Set the options to plain training, in place.
-
-    Raises:
-        CommandLineError: an option of the distillation was given, which plain training would pass over in silence.
-    """
-    fields = D3etrTrainingArguments.__dataclass_fields__
-    given = [name for name in DISTILLATION_OPTIONS if getattr(training_arguments, name) != fields[name].default]
-    if given:
-        raise CommandLineError(f"{given} belong to distillation, which plain training does not do: scripts/distill.py")
-    training_arguments.auxiliary_queries, training_arguments.adaptive_matching = "none", False
-
-
-def report(results: dict, training_arguments: D3etrTrainingArguments) -> None:
+def report(results: dict, training_arguments: TrainingArguments) -> None:
     """Say on the main process what a run came to."""
     if training_arguments.process_index == 0:
         scores = [f"{name} {results[name]:.3f}" for name in ("AP", "AP50") if name in results]

@@ -1,8 +1,13 @@
 """Detections and their COCO average precision, right for one process and for many."""
 
-from d3etr_hf.evaluation.coco_average_precision import CocoAveragePrecision, coco_average_precision
+from typing import TYPE_CHECKING, Any
+
+from d3etr_hf.evaluation.coco_average_precision import coco_average_precision
 from d3etr_hf.evaluation.detections import detect, select_detections, to_coco_detections
 from d3etr_hf.evaluation.prediction import average_precision_of, predict_detections
+
+if TYPE_CHECKING:
+    from d3etr_hf.evaluation.coco_metric import CocoAveragePrecision
 
 __all__ = [
     "CocoAveragePrecision",
@@ -13,3 +18,12 @@ __all__ = [
     "select_detections",
     "to_coco_detections",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`CocoAveragePrecision` only when it is asked for: it imports `evaluate`, which nothing else needs."""
+    if name == "CocoAveragePrecision":
+        from d3etr_hf.evaluation.coco_metric import CocoAveragePrecision
+
+        return CocoAveragePrecision
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,51 +1,17 @@
-"""COCO average precision of boxes, as a local `evaluate` metric over pycocotools.
-
-    metric = CocoAveragePrecision()
-    metric.compute(predictions=detections, ground_truth="annotations/val.json")
-
-or, with this file's path, `evaluate.load(path, keep_in_memory=True)`. `evaluate` copies the file alone into its cache,
-so nothing of this package is imported here.
-"""
+"""COCO average precision of boxes, computed by pycocotools."""
 
 import contextlib
 import io
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
-import datasets
-import evaluate
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 # The places of these in COCOeval.stats; 9..11 are the average recalls by size.
 STATISTICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
-
-DESCRIPTION = """\
-COCO average precision and recall of boxes, over IoU thresholds 0.50:0.95, computed by pycocotools on the original
-ground truth: crowd regions are ignored, object sizes come from the annotated areas."""
-
-INPUTS_DESCRIPTION = """
-Args:
-    predictions: detections in COCO's result format: {"image_id", "category_id", "bbox": [x, y, width, height]
-        in pixels, "score"}.
-    ground_truth: the COCO detection dictionary, or the path of its JSON file.
-    image_ids: evaluate these images only; None for all images of the ground truth.
-Returns:
-    AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10, AR_100 and "AP/<class name>", floats in 0..1.
-"""
-
-CITATION = """\
-@inproceedings{lin2014microsoft,
-  title={Microsoft {COCO}: Common Objects in Context},
-  author={Lin, Tsung-Yi and Maire, Michael and Belongie, Serge and Hays, James and Perona, Pietro and Ramanan, Deva and
-    Doll{\\'a}r, Piotr and Zitnick, C. Lawrence},
-  booktitle={European Conference on Computer Vision},
-  year={2014}
-}"""
 
 
 def coco_average_precision(
@@ -71,14 +37,9 @@ def coco_average_precision(
             image, category or class name that occurs twice, or no image to evaluate.
     """
     names = _category_names(ground_truth)
-    known_images = {image["id"] for image in ground_truth["images"]}
-    if len(known_images) < len(ground_truth["images"]):
-        counts = Counter(image["id"] for image in ground_truth["images"])
-        raise ValueError(f"image id {counts.most_common(1)[0][0]} occurs twice in the ground truth's `images`.")
+    known_images = _image_ids(ground_truth)
     _check_predictions(predictions, known_images, names)
-    evaluated = sorted(known_images if image_ids is None else _checked_image_ids(image_ids, known_images))
-    if not evaluated:
-        raise ValueError("There is no image to evaluate: the ground truth's `images`, or `image_ids`, are empty.")
+    evaluated = _evaluated_images(image_ids, known_images)
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress by print
         evaluation = COCOeval(
@@ -105,40 +66,6 @@ def coco_average_precision(
     return {name: float(value) for name, value in values.items() if value >= 0}
 
 
-class CocoAveragePrecision(evaluate.Metric):
-    """`coco_average_precision` as an `evaluate` metric; see there for what it returns and raises.
-
-    In a distributed run gather the predictions and call `compute` on the main process alone, with `num_process` left
-    at 1. Predictions stay in memory; without `keep_in_memory` they pass through a file in the user's cache, for which
-    processes wait on each other's lock. `evaluate.load` sets it to False unless told otherwise.
-    """
-
-    def __init__(self, config_name: str | None = None, keep_in_memory: bool = True, **options):
-        super().__init__(config_name=config_name, keep_in_memory=keep_in_memory, **options)
-
-    def _info(self) -> evaluate.MetricInfo:
-        detection = {
-            "image_id": datasets.Value("int64"),
-            "category_id": datasets.Value("int64"),
-            "bbox": datasets.List(datasets.Value("float64")),
-            "score": datasets.Value("float64"),
-        }
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": detection}),
-            reference_urls=["https://cocodataset.org/#detection-eval"],
-        )
-
-    def _compute(
-        self, *, predictions: list[dict], ground_truth: dict | str | Path, image_ids: Iterable[int] | None = None
-    ) -> dict[str, float]:
-        if not isinstance(ground_truth, dict):
-            ground_truth = json.loads(Path(ground_truth).read_text(encoding="utf-8"))
-        return coco_average_precision(ground_truth, predictions, image_ids)
-
-
 def _category_names(ground_truth: dict) -> dict[int, str]:
     """The class name of each category id; each id and each name must be there once."""
     if not ground_truth["categories"]:
@@ -153,15 +80,26 @@ def _category_names(ground_truth: dict) -> dict[int, str]:
     return {category["id"]: category["name"] for category in ground_truth["categories"]}
 
 
-def _checked_image_ids(image_ids: Iterable[int], known_images: set[int]) -> set[int]:
-    image_ids = {int(image_id) for image_id in image_ids}
-    unknown = sorted(image_ids - known_images)
+def _image_ids(ground_truth: dict) -> set[int]:
+    """The ids of the images; each must be there once."""
+    counts = Counter(image["id"] for image in ground_truth["images"])
+    if len(counts) < len(ground_truth["images"]):
+        raise ValueError(f"image id {counts.most_common(1)[0][0]} occurs twice in the ground truth's `images`.")
+    return set(counts)
+
+
+def _evaluated_images(image_ids: Iterable[int] | None, known_images: set[int]) -> list[int]:
+    """Those of the known images that are to be evaluated, at least one, in order."""
+    evaluated = known_images if image_ids is None else {int(image_id) for image_id in image_ids}
+    unknown = sorted(evaluated - known_images)
     if unknown:
         raise ValueError(
             f"{len(unknown)} of the `image_ids` are not in the ground truth's `images` (first: {unknown[0]}): "
             "pass the annotation file of these images."
         )
-    return image_ids
+    if not evaluated:
+        raise ValueError("There is no image to evaluate: the ground truth's `images`, or `image_ids`, are empty.")
+    return sorted(evaluated)
 
 
 def _check_predictions(predictions: list[dict], known_images: set[int], names: dict[int, str]) -> None:
@@ -186,7 +124,8 @@ def _check_predictions(predictions: list[dict], known_images: set[int], names: d
 
 def _ground_truth_regions(ground_truth: dict, names: dict[int, str], known_images: set[int]) -> list[dict]:
     """Copies of the annotations with what pycocotools needs."""
-    regions, skipped = [], []
+    regions: list[dict] = []
+    skipped = []
     for annotation in ground_truth["annotations"]:
         if annotation["image_id"] not in known_images or annotation["category_id"] not in names:
             skipped.append(annotation.get("id"))

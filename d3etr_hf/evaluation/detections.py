@@ -54,20 +54,8 @@ def select_detections(
     Raises:
         ValueError: shapes that do not belong together, or `top_k` below 1.
     """
+    _check_shapes(logits, boxes, original_sizes, top_k)
     batch_size, query_count = logits.shape[:2]
-    if boxes.shape != (batch_size, query_count, 4):
-        raise ValueError(
-            f"boxes have shape {tuple(boxes.shape)}, logits {tuple(logits.shape)}: pass boxes of shape "
-            f"({batch_size}, {query_count}, 4), one per query of the same images."
-        )
-    if original_sizes.shape != (batch_size, 2):
-        raise ValueError(
-            f"original_sizes have shape {tuple(original_sizes.shape)} for {batch_size} images: pass "
-            f"({batch_size}, 2), the (height, width) of each original image in pixels."
-        )
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}: pass the number of detections to keep per image, at least 1.")
-
     # Ranked by what does not saturate: the sigmoid of large logits would tie unequal ones.
     ranking = scores.ranking(logits.float())
     class_count = ranking.shape[-1]
@@ -81,8 +69,9 @@ def select_detections(
     width_height = original_sizes.to(boxes.device).flip(1).float().unsqueeze(1)
     top_left = (centre - size / 2) * width_height
 
+    labels = pair_indices % class_count
     rows = torch.cat(
-        [top_left, size * width_height, probabilities.unsqueeze(-1), (pair_indices % class_count).unsqueeze(-1)],
+        [top_left, size * width_height, probabilities.unsqueeze(-1), labels.unsqueeze(-1)],
         dim=-1,
     )
     empty = rows.new_tensor([0, 0, 0, 0, EMPTY_ROW_SCORE, 0])
@@ -90,6 +79,22 @@ def select_detections(
     # a class that its query does not count for ranks at minus infinity
     detections[:, :kept] = torch.where((best == -torch.inf).unsqueeze(-1), empty, rows)
     return detections
+
+
+def _check_shapes(logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int) -> None:
+    batch_size, query_count, _ = logits.shape
+    if boxes.shape != (batch_size, query_count, 4):
+        raise ValueError(
+            f"boxes have shape {tuple(boxes.shape)}, logits {tuple(logits.shape)}: pass boxes of shape "
+            f"({batch_size}, {query_count}, 4), one per query of the same images."
+        )
+    if original_sizes.shape != (batch_size, 2):
+        raise ValueError(
+            f"original_sizes have shape {tuple(original_sizes.shape)} for {batch_size} images: pass "
+            f"({batch_size}, 2), the (height, width) of each original image in pixels."
+        )
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}: pass the number of detections to keep per image, at least 1.")
 
 
 def to_coco_detections(
@@ -123,7 +128,7 @@ def to_coco_detections(
             "positives. Drop the images that a distributed sampler repeats to fill its last batch."
         )
 
-    results = []
+    results: list[dict] = []
     for image_id, rows in zip(image_ids, detections, strict=True):
         if not np.isfinite(rows).all():
             raise ValueError(

@@ -1,10 +1,13 @@
 """What the families with one dense memory share: DETR and its direct heirs in Transformers have the same encoder."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES, Detector
@@ -32,6 +35,19 @@ class Memory(NamedTuple):
         return self.mask.flatten(1)[:, None, None]
 
 
+class _AssumeFinite(TorchFunctionMode):
+    """Answers `torch.isfinite(...).all()` by yes.
+
+    Stock encoder layers ask it in training, and the host waits for the device once a layer. The trainer looks once a
+    step whether the loss is finite; that is enough.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.isfinite:
+            return np.True_  # has `all`, too
+        return func(*args, **(kwargs or {}))
+
+
 def encode(model: PreTrainedModel, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> Memory:
     """Backbone and encoder of a model whose base model is `model.model`, as its stock forward pass runs them."""
     base = model.model
@@ -44,11 +60,12 @@ def encode(model: PreTrainedModel, pixel_values: torch.Tensor, pixel_mask: torch
     memory = Memory(base.input_projection(features).flatten(2).transpose(1, 2), position.flatten(2).mT, mask)
     # scaled-dot-product attention takes the mask as it is; any other implementation makes one of its own kind
     fused = base.encoder.config._attn_implementation == "sdpa"
-    encoded = base.encoder(
-        inputs_embeds=memory.tokens,
-        attention_mask=memory.attention_mask if fused else mask.flatten(1),
-        spatial_position_embeddings=memory.position,
-    )
+    with nullcontext() if torch.compiler.is_compiling() else _AssumeFinite():
+        encoded = base.encoder(
+            inputs_embeds=memory.tokens,
+            attention_mask=memory.attention_mask if fused else mask.flatten(1),
+            spatial_position_embeddings=memory.position,
+        )
     return memory._replace(tokens=encoded.last_hidden_state)
 
 

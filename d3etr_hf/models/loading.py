@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from ruamel.yaml import YAML, YAMLError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, PreTrainedConfig
 from transformers.hf_argparser import HfArg
@@ -16,6 +15,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
+from d3etr_hf.configurations import find_configuration, read_yaml
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
@@ -229,10 +229,10 @@ def inherit_from_teacher(
 def _read_model_config(path: str) -> dict:
     """The options in a YAML or JSON file."""
     try:
-        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+        return read_yaml(find_configuration(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise DetectorLoadError(f"model_config {path!r} cannot be read ({error}): give a YAML or JSON file") from error
-    except (UnicodeDecodeError, YAMLError) as error:
+    except ValueError as error:
         raise DetectorLoadError(f"model_config {path!r} is neither YAML nor JSON: {error}") from error
 
 

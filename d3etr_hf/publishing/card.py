@@ -5,10 +5,10 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
 
+from d3etr_hf.configurations import write_yaml
 from d3etr_hf.errors import PublishError
 from d3etr_hf.publishing import card_texts
 from d3etr_hf.publishing.citations import citations_for
@@ -17,7 +17,6 @@ from d3etr_hf.publishing.onnx_check import MODEL as ONNX_MODEL
 from d3etr_hf.publishing.onnx_check import check_in_words, onnx_snippet
 from d3etr_hf.publishing.privacy import anonymise_configuration
 from d3etr_hf.publishing.run_folder import PICTURES, is_hub_id, read_configuration, read_json
-from d3etr_hf.runs.yaml_files import ConfigurationDumper
 from d3etr_hf.training.training_arguments import option
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
@@ -250,7 +249,7 @@ def publishable_configuration(configuration: dict) -> str:
     script = "train.py" if configuration.get("auxiliary_queries") == "none" else "distill.py"
     use = f"for scripts/{script}" if of_script(configuration) else "the training arguments of a run from Python"
     comment = f"# {use}; a path outside the working directory keeps its last part only\n"
-    return comment + yaml.dump(anonymise_configuration(configuration), Dumper=ConfigurationDumper, sort_keys=False)
+    return comment + write_yaml(anonymise_configuration(configuration))
 
 
 def of_script(configuration: dict) -> bool:

@@ -20,6 +20,7 @@ from d3etr_hf.publishing.upload import (
     upload,
     upload_in_background,
 )
+from d3etr_hf.runs.description import describe_run
 from d3etr_hf.runs.environment import describe_environment
 from d3etr_hf.runs.output_folder import (
     CONFIGURATION,
@@ -28,7 +29,6 @@ from d3etr_hf.runs.output_folder import (
     LAUNCH,
     RESULTS,
     describe_launch,
-    describe_run,
     write_json,
 )
 from d3etr_hf.training.trainer import DistillationTrainer

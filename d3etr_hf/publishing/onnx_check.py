@@ -7,9 +7,9 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 
+from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments, DetectionCollator, load_splits
 from d3etr_hf.errors import OnnxExportError
 from d3etr_hf.evaluation.timing import seconds_of
@@ -28,7 +28,6 @@ from d3etr_hf.publishing.onnx_export import (
 )
 from d3etr_hf.publishing.run_folder import hash_of_weights, merged_data_arguments
 from d3etr_hf.runs.output_folder import CONFIGURATION, write_json
-from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from d3etr_hf.training.training_arguments import option
 
 MODEL, CHECK = "model.onnx", "onnx_check.json"
@@ -211,7 +210,7 @@ def _data_of_run(folder: Path) -> DataArguments:
     for place in places:
         if (place / CONFIGURATION).exists():
             text = (place / CONFIGURATION).read_text(encoding="utf-8")
-            return merged_data_arguments(yaml.load(text, Loader=ConfigurationLoader) or {}, DataArguments())
+            return merged_data_arguments(read_yaml(text) or {}, DataArguments())
     raise OnnxExportError(
         f"{folder} holds no {CONFIGURATION} that says where its validation images are, which the export is checked "
         "on: give --data_folder (or another of the data options)"

@@ -11,7 +11,6 @@ from d3etr_hf.publishing.run_folder import PublishedRun, load_run
 from d3etr_hf.publishing.upload import describe_upload, upload
 from d3etr_hf.runs.output_folder import HISTORY
 from d3etr_hf.training.training_arguments import option
-from d3etr_hf.visualization.run_pictures import draw_pictures, is_drawn
 
 
 @dataclass
@@ -39,6 +38,8 @@ def publish(arguments: PublishArguments, card: CardArguments, data: DataArgument
     Raises:
         PublishError, HubError, PrivacyError: see there; nothing local is lost.
     """
+    from d3etr_hf.visualization.run_pictures import is_drawn
+
     folder = Path(arguments.folder)
     # another teacher, or other data, are other figures
     again = arguments.measure_again or arguments.teacher is not None or data is not None
@@ -56,6 +57,9 @@ def publish(arguments: PublishArguments, card: CardArguments, data: DataArgument
 
 def prepare(run: PublishedRun, card: CardArguments, repo_id: str | None = None, again: bool = False) -> Path:
     """Everything that lies beside the weights of a published model: metrics, pictures, the card (returned)."""
+    # here, since the trainer imports this file and must not need matplotlib
+    from d3etr_hf.visualization.run_pictures import draw_pictures
+
     metrics = measure_run(run, card.compared(), again)
     draw_pictures(run.folder, run.record(HISTORY), run.val, run.models)
     return write_card(run.folder, metrics, card, repo_id)

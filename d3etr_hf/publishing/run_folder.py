@@ -8,15 +8,14 @@ from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import yaml
 from transformers.image_processing_utils import BaseImageProcessor
 
+from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
 from d3etr_hf.errors import PublishError
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.loading import load_detector, load_image_processor
 from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
-from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, RENAMED_OPTIONS, D3etrTrainingArguments
 
 EMISSIONS = "emissions.csv"
@@ -92,7 +91,7 @@ def read_configuration(folder: Path) -> dict:
                 f"{folder} holds no {name}, so it is no finished run of scripts/distill.py or scripts/train.py: "
                 "finish the run with the same command, or publish from Python by `trainer.push_to_hub()`"
             )
-    configuration = yaml.load((folder / CONFIGURATION).read_text(), Loader=ConfigurationLoader) or {}
+    configuration = read_yaml((folder / CONFIGURATION).read_text()) or {}
     if old := [name for name in RENAMED_OPTIONS if name in configuration]:
         renamed = ", ".join(f"{name} is now {RENAMED_OPTIONS[name]}" for name in old)
         raise PublishError(

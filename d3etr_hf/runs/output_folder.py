@@ -2,16 +2,13 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
-import yaml
 from transformers.utils import logging
 
-from d3etr_hf.cli.command_line import write_configuration
+from d3etr_hf.configurations import read_yaml
 from d3etr_hf.errors import OutputFolderError
-from d3etr_hf.runs.yaml_files import ConfigurationLoader
-from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+from d3etr_hf.training.training_arguments import RENAMED_OPTIONS, D3etrTrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -51,13 +48,6 @@ def refuse_split_launch(training_arguments: D3etrTrainingArguments) -> None:
         )
 
 
-def describe_run(*instances) -> str:
-    """The YAML that makes the scripts build these dataclasses again."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_configuration(Path(folder) / CONFIGURATION, *instances)
-        return (Path(folder) / CONFIGURATION).read_text()
-
-
 def describe_launch(training_arguments: D3etrTrainingArguments) -> dict:
     """What the launcher decides: number of processes and precision."""
     return {
@@ -78,7 +68,7 @@ def check_output_folder(output: Path, configuration: str, launch: dict) -> str |
         The last complete checkpoint, or None to start from the beginning.
 
     Raises:
-        OutputFolderError: the folder holds another run, or files but no run.
+        OutputFolderError: the folder holds another run, one of an earlier version, or files but no run.
     """
     if not output.exists() or not any(output.iterdir()):
         return None
@@ -86,13 +76,11 @@ def check_output_folder(output: Path, configuration: str, launch: dict) -> str |
         raise OutputFolderError(
             f"{output} is not empty and holds no {CONFIGURATION} of a run: choose another output_dir, or empty it"
         )
-    old, new = (
-        yaml.load(text, Loader=ConfigurationLoader) or {}
-        for text in ((output / CONFIGURATION).read_text(), configuration)
-    )
+    old, new = (read_yaml(text) or {} for text in ((output / CONFIGURATION).read_text(), configuration))
     checkpoint = last_complete_checkpoint(output)
     if checkpoint is None and not (output / RESULTS).exists():
         return None  # it stopped before it had saved anything: nothing is lost by another configuration
+    _refuse_renamed_options(output / CONFIGURATION, old)
     if (output / LAUNCH).exists():
         old, new = old | json.loads((output / LAUNCH).read_text()), new | launch
     keys = sorted((old.keys() | new.keys()) - WITHOUT_EFFECT)
@@ -106,6 +94,16 @@ def check_output_folder(output: Path, configuration: str, launch: dict) -> str |
             + "; choose another output_dir, or remove the folder"
         )
     return checkpoint
+
+
+def _refuse_renamed_options(path: Path, values: dict) -> None:
+    known = D3etrTrainingArguments.__dataclass_fields__
+    renamed = {name: RENAMED_OPTIONS[name] for name in values if name in RENAMED_OPTIONS and name not in known}
+    if renamed:
+        names = ", ".join(f"{old!r} is called {new!r} now" for old, new in renamed.items())
+        raise OutputFolderError(
+            f"{path} is of an earlier version: {names}; rename it in that file to go on, or choose another output_dir"
+        )
 
 
 def last_complete_checkpoint(output: Path) -> str | None:

@@ -333,7 +333,7 @@ class DistillationTrainer(Trainer):
 
 
 def attach_query_adapter(student: Detector, teacher: Teacher | None, args: D3etrTrainingArguments) -> None:
-    """Give the student what its auxiliary group needs, as `args.auxiliary_queries` says, instead of any from before."""
+    """Give the student what its auxiliary group needs, as the options say, instead of anything from before."""
     student.query_adapters = torch.nn.ModuleDict()
     if args.auxiliary_queries == "learned":
         student.query_adapters[AUXILIARY] = LearnedQueries(student.new_queries(student.query_count))

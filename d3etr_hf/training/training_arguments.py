@@ -34,6 +34,14 @@ RENAMED_OPTIONS = {
 }
 
 
+# old name → new name: these once looked like weights of the detection loss
+RENAMED_OPTIONS = {
+    "class_weight": "distillation_class_weight",
+    "l1_weight": "distillation_l1_weight",
+    "giou_weight": "distillation_giou_weight",
+}
+
+
 def option(default, help: str):
     """A dataclass field with its documentation."""
     if isinstance(default, list | dict):

@@ -14,12 +14,11 @@ from threading import Lock
 import numpy as np
 from matplotlib.figure import Figure
 
-from d3etr_hf.cli.demonstration import stopping, train_one
+from d3etr_hf.cli.demonstration import CONFIGURATIONS, stopping, train_one
 from d3etr_hf.data.shapes import make_shapes
 
 KINDS = ("alone", "distilled")
 COLOURS = {"alone": "#D55E00", "distilled": "#0072B2"}
-CONFIGURATIONS = Path("configs") / "shapes"
 TRAIN_IMAGES = 8000
 
 
@@ -45,10 +44,10 @@ def run_budgets(
     make_shapes(data_folder, train_images=TRAIN_IMAGES)
     data = ["--data_folder", str(data_folder)]
     teacher = folder / "strong_teacher"
-    train_one(teacher.name, ["scripts/train.py", str(CONFIGURATIONS / "strong_teacher.yaml"), *data], folder)
+    train_one(teacher.name, ["train", str(CONFIGURATIONS / "strong_teacher.yaml"), *data], folder)
     commands = {
-        "alone": ["scripts/train.py", str(CONFIGURATIONS / "student.yaml"), *data],
-        "distilled": ["scripts/distill.py", str(CONFIGURATIONS / "distill.yaml"), *data, "--teacher", str(teacher)],
+        "alone": ["train", str(CONFIGURATIONS / "student.yaml"), *data],
+        "distilled": ["distill", str(CONFIGURATIONS / "distill.yaml"), *data, "--teacher", str(teacher)],
     }
     results.parent.mkdir(parents=True, exist_ok=True)
     lines, lock = read_lines(results), Lock()

@@ -8,11 +8,13 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from .sizes import Size
 from .steps import STEPS, make_steps
 from .timing import peak_memory
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS_TAKEN = 3
 IMPORTS = "imports"
 
@@ -28,9 +30,8 @@ def peak_memories(size: Size, precision: str) -> dict[str, float]:
     found = {}
     for name in (IMPORTS, *STEPS, "step_custom_forms"):
         request = json.dumps({"size": asdict(size), "precision": precision, "step": name})
-        process = subprocess.run(
-            [sys.executable, "-m", "scripts.benchmarking.memory", request], capture_output=True, text=True, check=False
-        )
+        command = [sys.executable, "-m", "scripts.benchmarking.memory", request]
+        process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         if process.returncode != 0:
             raise RuntimeError(f"measuring the memory of {name!r} failed:\n{process.stderr[-2000:]}")
         found[name] = float(process.stdout.split()[-1])

@@ -1,7 +1,6 @@
 """The time of named parts inside a step, and peak memory."""
 
 import re
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -56,5 +55,7 @@ def peak_memory() -> float:
         return torch.accelerator.max_memory_allocated() / 2**20
     if sys.platform == "linux":  # getrusage's peak is handed down to a child process
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    import resource  # Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

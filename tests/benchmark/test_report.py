@@ -129,13 +129,13 @@ def test_waiting_for_real_images(shared_data, monkeypatch):
 def test_evaluation_that_is_timed_finds_objects(monkeypatch):
     """Detections that match nothing would make it look fast."""
     found = []
-    original = waiting.CocoAveragePrecision._compute
+    original = waiting.coco_average_precision
 
-    def spy(self, *, predictions, **options):
-        found.append((original(self, predictions=predictions, **options), len(predictions)))
+    def spy(ground_truth, predictions):
+        found.append((original(ground_truth, predictions), len(predictions)))
         return found[-1][0]
 
-    monkeypatch.setattr(waiting.CocoAveragePrecision, "_compute", spy)
+    monkeypatch.setattr(waiting, "coco_average_precision", spy)
     assert waiting.evaluation_seconds(classes=3, images=5) > 0
     ((metrics, detections),) = found
     assert 0.02 < metrics["AP"] < 0.98 and detections == 500

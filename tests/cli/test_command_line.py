@@ -1,4 +1,5 @@
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
@@ -6,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from d3etr_hf.cli.command_line import parse_arguments, run, write_configuration
-from d3etr_hf.errors import CommandLineError
+from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.cli.main import COMMANDS, main, run
+from d3etr_hf.configurations import read_yaml, shipped_configurations
+from d3etr_hf.errors import CommandLineError, UserError
+from d3etr_hf.runs.description import describe_run
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -127,7 +130,7 @@ def test_lists_on_the_command_line():
         ("lr_scheduler_type: cosin", "cosin is not a valid SchedulerType"),
         ("- seed", "must hold 'key: value' lines, holds a list"),
         ("a: b: c", "not valid YAML: mapping values are not allowed here"),
-        ("seed: 1\nseed: 2", "not valid YAML: the key 'seed' is given twice"),
+        ("seed: 1\nseed: 2", 'not valid YAML: found duplicate key "seed" with value "2"'),
     ],
 )
 def test_a_bad_file_is_refused_with_its_name_and_key(configuration, text, message):
@@ -137,7 +140,9 @@ def test_a_bad_file_is_refused_with_its_name_and_key(configuration, text, messag
 
 
 def test_a_missing_or_unreadable_file_is_named(tmp_path):
-    assert refusal("configs/none.yaml") == "configs/none.yaml: no such configuration file"
+    shipped = shipped_configurations() / "none.yaml"
+    places = f"{Path('configs/none.yaml').resolve()} nor {shipped}"
+    assert refusal("configs/none.yaml") == f"configs/none.yaml: no such configuration file: neither {places}"
     assert refusal(str(tmp_path)).startswith(f"{tmp_path}: cannot be read as a configuration file")
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff")
     assert "cannot be read as a configuration file" in refusal(str(tmp_path / "image.yaml"))
@@ -193,13 +198,14 @@ def test_a_written_configuration_reproduces_the_run(configuration, tmp_path):
     types = (DetectorArguments, StudentTrainingArguments)
     original = read(path, "--hub_token", "hf_1", "--api_token", "hf_2", types=types)
     written = tmp_path / "runs" / "a" / "configuration.yaml"
-    write_configuration(written, *original)
+    written.parent.mkdir(parents=True)
+    written.write_text(describe_run(*original))
     assert "hf_" not in written.read_text()
     again = read(str(written), types=types)
     original[0].api_token = original[1].hub_token = None
     assert again == original
 
-    values = yaml.safe_load(written.read_text())
+    values = read_yaml(written.read_text())
     # use_cpu makes TrainingArguments unpin memory; the two names of activation checkpointing mirror each other.
     assert set(values) == {
         *("folder", "student_config", "layers", "output_dir", "run_name", "lr_scheduler_type", "learning_rate"),
@@ -209,16 +215,15 @@ def test_a_written_configuration_reproduces_the_run(configuration, tmp_path):
     assert values["folder"] == "../data"
 
 
-def test_default_training_arguments_leave_an_empty_record(tmp_path):
+def test_default_training_arguments_leave_an_empty_record():
     """Guards the list of defaults that TrainingArguments rewrites, which a new transformers may change."""
-    write_configuration(tmp_path / "configuration.yaml", TrainingArguments(output_dir="runs"))
-    assert (tmp_path / "configuration.yaml").read_text() == "output_dir: runs\n"
+    assert describe_run(TrainingArguments(output_dir="runs")) == "output_dir: runs\n"
 
 
-def test_run_turns_the_named_errors_into_exit_code_2(capsys):
+def test_run_turns_user_errors_into_exit_code_2(capsys):
     """Guards against a traceback for a user's mistake, and against hiding the package's own faults."""
 
-    class BadFolder(ValueError):
+    class BadFolder(UserError):
         pass
 
     def fail(error):
@@ -226,19 +231,19 @@ def test_run_turns_the_named_errors_into_exit_code_2(capsys):
 
     for error in (CommandLineError("no such flag"), BadFolder("no such folder")):
         with pytest.raises(SystemExit) as caught:
-            run(lambda error=error: fail(error), errors=(BadFolder,))
+            run(lambda error=error: fail(error))
         assert caught.value.code == 2
         assert capsys.readouterr().err == f"{Path(sys.argv[0]).name}: error: {error}\n"
     with pytest.raises(ValueError, match="a fault"):
-        run(lambda: fail(ValueError("a fault")), errors=(BadFolder,))
+        run(lambda: fail(ValueError("a fault")))
 
 
-def test_a_script_reads_its_file_and_flags_and_reports_errors(configuration, tmp_path):
+def test_a_command_reads_its_file_and_flags_and_reports_errors(configuration, tmp_path):
     """Guards the whole way from the shell: a configuration file, a flag, and a mistake."""
     path = configuration("folder: shapes\ntrain_images: 2\nval_images: 5")
 
     def call(*argv):
-        command = [sys.executable, str(REPOSITORY / "scripts" / "make_shapes.py"), path, *argv]
+        command = [sys.executable, "-m", "d3etr_hf.cli.main", "make-shapes", path, *argv]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
 
@@ -248,7 +253,7 @@ def test_a_script_reads_its_file_and_flags_and_reports_errors(configuration, tmp
     assert len(list((tmp_path / "shapes" / "val").iterdir())) == 1
     refused = call("--val_images", "0")
     assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1] == "make_shapes.py: error: val_images must be at least 1, got 0"
+    assert refused.stderr.splitlines()[-1] == "d3etr make-shapes: error: val_images must be at least 1, got 0"
     assert "Traceback" not in refused.stderr
 
 
@@ -261,3 +266,55 @@ def test_first_argument(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(types, ["--help"], first_argument="folder")
     assert "[folder] [--field value ...]" in capsys.readouterr().out
+
+
+@dataclass
+class RenamedArguments:
+    """Stands for the training arguments after a renaming."""
+
+    distillation_l1_weight: float = field(default=5.0, metadata={"help": "A weight."})
+
+
+def test_an_old_name_is_refused_with_the_new_one(configuration):
+    """The nearest name would be some other weight."""
+    path = configuration("l1_weight: 2")
+    message = f"{path}: unknown key 'l1_weight': it is called 'distillation_l1_weight' now"
+    assert refusal(path, types=(RenamedArguments,)) == message
+    message = "unknown flag '--l1_weight': it is called '--distillation_l1_weight' now"
+    assert refusal("--l1_weight", "2", types=(RenamedArguments,)) == message
+
+
+def call(*argv, **options):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=environment, **options)
+
+
+def test_the_command_lists_its_subcommands_and_names_the_nearest(tmp_path):
+    """Light, as nothing of Transformers is imported for it."""
+    program = ["-X", "importtime", "-m", "d3etr_hf.cli.main"]
+    listed = call(*program, "--help", cwd=tmp_path)
+    assert listed.returncode == 0 and " torch" not in listed.stderr
+    assert [line.split()[0] for line in listed.stdout.splitlines() if line.startswith("  ")] == list(COMMANDS)
+    refused = call("-m", "d3etr_hf.cli.main", "make_shapes", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == "d3etr: error: there is no command 'make_shapes'; did you mean 'make-shapes'?\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_subcommand_documents_itself(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["d3etr", command, "--help"])
+    monkeypatch.setattr(logging.getLogger("d3etr_hf"), "propagate", True)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert printed.startswith(f"usage: d3etr {command} [") and f"\n    d3etr {command}" in printed
+
+
+def test_script_is_its_subcommand(tmp_path):
+    """From scripts/, where evaluate.py would hide the `evaluate` package if a command imported it."""
+    for command in set(COMMANDS) - {"benchmark"}:  # scripts/benchmark.py measures a step of the distillation
+        script = REPOSITORY / "scripts" / f"{command.replace('-', '_')}.py"
+        assert f'run_command("{command}")' in script.read_text()
+    shown = call(str(REPOSITORY / "scripts" / "distill.py"), "--help", cwd=tmp_path)
+    assert shown.returncode == 0 and "usage: d3etr distill [" in shown.stdout, shown.stderr

@@ -5,25 +5,27 @@ import logging
 
 import pytest
 import torch
-import yaml
-from d3etr_hf.runs.output_folder import (
-    check_output_folder,
-    describe_run,
-    last_complete_checkpoint,
-    refuse_split_launch,
-    write_json,
-)
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from d3etr_hf.cli import training_run as runs
 from d3etr_hf.cli.command_line import parse_arguments
-from d3etr_hf.cli.training_run import Stopwatch, train_detector, without_distillation
+from d3etr_hf.cli.train import without_distillation
+from d3etr_hf.cli.training_run import Stopwatch, train_detector
+from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import CommandLineError, DatasetError, DetectorLoadError, OutputFolderError
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments, load_image_processor
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
+from d3etr_hf.runs import output_folder
+from d3etr_hf.runs.description import describe_run
+from d3etr_hf.runs.output_folder import (
+    check_output_folder,
+    last_complete_checkpoint,
+    refuse_split_launch,
+    write_json,
+)
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.tiny import tiny_config, tiny_model
 
@@ -147,9 +149,9 @@ def test_another_run_is_refused_and_nothing_touched(shapes, finished):
 
 def test_the_same_values_written_another_way_are_the_same_run(shapes, tmp_path):
     configuration = describe_run(*arguments(shapes, tmp_path / "run"))
-    values = yaml.safe_load(configuration)
+    values = read_yaml(configuration)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.yaml").write_text(yaml.dump(values, sort_keys=True, default_flow_style=True))
+    (tmp_path / "run" / "run.yaml").write_text(json.dumps(values, sort_keys=True))
     assert check_output_folder(tmp_path / "run", configuration, LAUNCH) is None
     # called by another path, or moved
     moved = describe_run(*arguments(shapes, tmp_path / "somewhere" / ".." / "run"))
@@ -157,7 +159,7 @@ def test_the_same_values_written_another_way_are_the_same_run(shapes, tmp_path):
 
 
 def test_description_builds_the_run_again(shapes, teacher, tmp_path):
-    """Whoever finds the folder can repeat the run: `scripts/distill.py run.yaml`."""
+    """Whoever finds the folder can repeat the run: `d3etr distill run.yaml`."""
     given = arguments(shapes, tmp_path / "run", teacher=teacher, layer_map=[0, 1, 2])
     (tmp_path / "run.yaml").write_text(describe_run(*given))
     again = parse_arguments(TYPES, [str(tmp_path / "run.yaml")])
@@ -197,10 +199,23 @@ def test_processes_that_do_not_know_of_each_other_are_refused(shapes, tmp_path, 
 
 
 def test_plain_training_refuses_options_of_the_distillation(tmp_path):
-    """The teacherless configuration run by scripts/train.py would be a plain student under a false name."""
+    """The teacherless configuration run by `d3etr train` would be a plain student under a false name."""
     args = D3etrTrainingArguments(output_dir=str(tmp_path), use_cpu=True, auxiliary_queries="learned", l1_weight=2.0)
-    with pytest.raises(CommandLineError, match=r"\['auxiliary_queries', 'l1_weight'\].*scripts/distill.py"):
+    with pytest.raises(CommandLineError, match=r"\['auxiliary_queries', 'l1_weight'\].*d3etr distill"):
         without_distillation(args)
+
+
+def test_run_of_an_earlier_version_says_what_was_renamed(shapes, tmp_path, monkeypatch):
+    """Else it would be another run that differs in an option which nobody can set any more."""
+    monkeypatch.setitem(output_folder.RENAMED_OPTIONS, "gone_weight", "new_weight")
+    configuration = describe_run(*arguments(shapes, tmp_path))
+    (tmp_path / "run.yaml").write_text(f"{configuration}gone_weight: 2.0\n")
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(
+        OutputFolderError,
+        match="run.yaml is of an earlier version: 'gone_weight' is called 'new_weight' now; rename it in that file",
+    ):
+        check_output_folder(tmp_path, configuration, LAUNCH)
 
 
 # checkpoints

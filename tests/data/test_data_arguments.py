@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.data.test_hub_datasets import ROWS, write_parquet
 from transformers import ConditionalDetrImageProcessorPil, HfArgumentParser
 
 from d3etr_hf.data.collate import DetectionCollator
@@ -11,6 +10,7 @@ from d3etr_hf.data.data_arguments import DataArguments, build_augmentation, load
 from d3etr_hf.data.transforms import CropSizes
 from d3etr_hf.errors import DatasetError
 from tests.data.coco_files import coco, write_split
+from tests.data.test_hub_datasets import ROWS, write_parquet
 
 
 def folder_of_two_splits(folder: Path, val: dict | None = None) -> Path:

@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from d3etr_hf.evaluation import CocoAveragePrecision, coco_average_precision
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-METRIC_FILE = REPOSITORY / "d3etr_hf" / "evaluation" / "coco_average_precision.py"
+METRIC_FILE = REPOSITORY / "d3etr_hf" / "evaluation" / "coco_metric.py"
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
 
 
@@ -281,28 +281,31 @@ def test_evaluate_loads_the_file_offline_in_two_processes_at_once(ground_truth, 
     (tmp_path / "ground_truth.json").write_text(json.dumps(ground_truth), encoding="utf-8")
     (tmp_path / "predictions.json").write_text(json.dumps(predictions), encoding="utf-8")
     script = """
-import json, sys, evaluate
-metric = evaluate.load(sys.argv[1], keep_in_memory=True)
-predictions = json.load(open("predictions.json"))
-print([metric.compute(predictions=predictions, ground_truth="ground_truth.json")["AP"] for _ in range(3)])
+import json, multiprocessing, sys, evaluate
+
+def load_and_compute(together, results):
+    together.wait()
+    metric = evaluate.load(sys.argv[1], keep_in_memory=True)
+    predictions = json.load(open("predictions.json"))
+    results.put([metric.compute(predictions=predictions, ground_truth="ground_truth.json")["AP"] for _ in range(3)])
+
+fork = multiprocessing.get_context("fork")  # what is imported is imported once
+together, results = fork.Barrier(2), fork.Queue()
+both = [fork.Process(target=load_and_compute, args=(together, results)) for _ in range(2)]
+for process in both:
+    process.start()
+print(json.dumps([results.get(timeout=60) for _ in both]))
+for process in both:
+    process.join()
+    assert process.exitcode == 0
 """
     environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(METRIC_FILE)],
-            cwd=tmp_path,  # away from the package
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    command = [sys.executable, "-c", script, str(METRIC_FILE)]  # away from the package
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
     expected = coco_average_precision(ground_truth, predictions)["AP"]
-    for process in processes:
-        output, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
-        assert json.loads(output.splitlines()[-1]) == pytest.approx([expected] * 3, abs=1e-12)
+    for found in json.loads(process.stdout.splitlines()[-1]):
+        assert found == pytest.approx([expected] * 3, abs=1e-12)
     assert not list((tmp_path / "cache").rglob("*.arrow*"))
 
 

@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 from huggingface_hub import constants
-from tests.cli.test_training_run import SIDE, arguments
 
 from d3etr_hf.cli.training_run import train_detector
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.models.loading import load_image_processor
+from tests.cli.test_training_run import SIDE, arguments
 from tests.hub_server import HubServer
 from tests.tiny import tiny_model
 

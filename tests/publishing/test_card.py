@@ -8,14 +8,13 @@ import runpy
 import shutil
 
 import pytest
-import yaml
-from d3etr_hf.runs.yaml_files import ConfigurationLoader
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.configurations import read_yaml, write_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PublishError
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
@@ -126,8 +125,8 @@ def test_pictures_are_drawn_alike(prepared, finished_runs, tmp_path):
 def test_card_needs_neither_models_nor_data_again(prepared, finished_runs, tmp_path, monkeypatch):
     """What a failed upload left behind is published later, wherever teacher and data are by then."""
     folder = shutil.copytree(prepared, tmp_path / "elsewhere")
-    configuration = yaml.safe_load((folder / "run.yaml").read_text())
-    (folder / "run.yaml").write_text(yaml.dump(configuration | {"teacher": "gone", "data_folder": "gone"}))
+    configuration = read_yaml((folder / "run.yaml").read_text())
+    (folder / "run.yaml").write_text(write_yaml(configuration | {"teacher": "gone", "data_folder": "gone"}))
     assert "README.md" in publish(PublishArguments(str(folder), repo_id="user/student", dry_run=True), CardArguments())
     assert "user/student" in (folder / "README.md").read_text()
 
@@ -176,7 +175,7 @@ def test_training_yaml_builds_the_run_again(prepared):
     model, teacher, data, training = parse_arguments(types, [str(prepared / "training.yaml"), "--use_cpu", "true"])
     assert (data.data_folder, teacher.teacher, training.output_dir) == ("data", "teacher", "distilled")
     assert training.max_steps == 4 and training.learning_rate == 1e-3
-    assert yaml.load(text, Loader=ConfigurationLoader)["model_config"] == model.model_config
+    assert read_yaml(text)["model_config"] == model.model_config
     assert "/" not in re.sub(r"scripts/\w+.py", "", text)
 
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -12,13 +11,16 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
-from tests.cli.test_training_run import arguments
 
+from d3etr_hf.cli import publish as publish_command
 from d3etr_hf.cli.training_run import train_detector
 from d3etr_hf.errors import HubError
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.publish import PublishArguments, publish
+from d3etr_hf.visualization import run_pictures
+from tests.cli.test_training_run import arguments
 from tests.shapes_fixture import shapes_trainer
 from tests.tiny import tiny_model
 
@@ -29,6 +31,23 @@ PICTURES = {"curves.png", "detections.png", "attention.png"}
 OPTIONS = {"push_to_hub": True, "hub_model_id": "user/student"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+DRAWN_IN_EARNEST = ("test_run_with_push_to_hub", "test_secrets_reach_no_pushed_byte")
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(request, monkeypatch):
+    """Drawing takes most of the time of a push; pictures are tested where they are drawn, and in two tests here."""
+    if request.function.__name__ in DRAWN_IN_EARNEST:
+        return
+
+    def draw(*arguments):
+        path = next(argument for argument in arguments if isinstance(argument, Path))
+        Image.new("RGB", (1, 1)).save(path)
+
+    for name in ("draw_training_curves", "draw_detection_grid", "draw_attention_of"):
+        monkeypatch.setattr(run_pictures, name, draw)
 
 
 def run_arguments(runs, output, **options) -> tuple:
@@ -156,22 +175,21 @@ def test_push_in_half_precision_evaluation(finished_runs, hub, tmp_path):
 def test_publish_script(finished_runs, hub, tmp_path, monkeypatch, capsys):
     """As the README calls it; and what a failure prints is, pasted into a shell, the same call."""
     folder = shutil.copytree(finished_runs / "distilled", tmp_path / "it's a run")
-    main = runpy.run_path(str(REPOSITORY / "scripts" / "publish.py"))["main"]
     alone = f"student alone={finished_runs / 'alone'}"
     words = [str(folder), "--repo_id", "user/student", "--private", "--revision", "main", "--license", "mit"]
     words += ["--compare", alone]
     monkeypatch.setattr(sys, "argv", ["publish.py", *words, "--dry_run"])
-    main()
+    publish_command.main()
     assert "10 files" in capsys.readouterr().out and not hub.requests
     hub.fail("commit", 403)
     monkeypatch.setattr(sys, "argv", ["publish.py", *words])
     with pytest.raises(HubError) as error:
-        main()
+        publish_command.main()
     command = shlex.split(str(error.value).splitlines()[-1])
     assert command == ["python", "scripts/publish.py", *words]
     hub.recover()
     monkeypatch.setattr(sys, "argv", command[1:])
-    main()
+    publish_command.main()
     assert "/user/student/commit/" in capsys.readouterr().out
     assert hub.repositories["user/student"].private and len(hub.files("user/student")) == 10
 

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
-from d3etr_hf.cli.training_run import evaluate_detector
+from d3etr_hf.cli.evaluate import evaluate_detector
+from d3etr_hf.configurations import read_yaml, write_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PublishError
 from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
@@ -37,8 +37,8 @@ def test_length_of_a_continued_training(finished_runs, distilled, tmp_path):
     first = json.loads((finished_runs / "alone" / "results.json").read_text())
     for start, told in ((finished_runs / "alone", 8), (finished_runs / "teacher", None)):
         folder = shutil.copytree(finished_runs / "alone", tmp_path / f"after_{start.name}")
-        configuration = yaml.safe_load((folder / "run.yaml").read_text())
-        (folder / "run.yaml").write_text(yaml.dump(configuration | {"model": str(start)}))
+        configuration = read_yaml((folder / "run.yaml").read_text())
+        (folder / "run.yaml").write_text(write_yaml(configuration | {"model": str(start)}))
         row = measure_run(load_run(distilled, teacher="none"), {start.name: str(folder)})["compared"][start.name]
         assert row.get("steps") == told
         assert row.get("seconds") == (None if told is None else pytest.approx(2 * first["seconds"]))

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import math
-import runpy
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import ResNetConfig, SwinConfig, pipeline
 
+from d3etr_hf.cli import export
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import CommandLineError, DetectorLoadError, OnnxExportError
@@ -48,13 +48,12 @@ FIGURES = {
 
 
 def run_script(*argv: str) -> str:
-    """What scripts/export.py prints."""
-    main = runpy.run_path(str(REPOSITORY / "scripts" / "export.py"))["main"]
+    """What `d3etr export` prints."""
     printed, before = io.StringIO(), sys.argv
-    sys.argv = ["export.py", *argv]
+    sys.argv = ["d3etr export", *argv]
     try:
         with contextlib.redirect_stdout(printed):
-            main()
+            export.main()
     finally:
         sys.argv = before
     return printed.getvalue()

@@ -9,8 +9,8 @@ from transformers import ConvNextConfig
 from d3etr_hf.errors import IncompatibleTeacherError
 from d3etr_hf.matching import AdaptiveMatcher, HungarianAssigner, Targets
 from d3etr_hf.models import AttentionMap, AuxiliaryQueries, DetectorOutput, QueryGroupOutput
-from d3etr_hf.training.teacher import class_index_by_name, spread_layers
 from d3etr_hf.training.objective import D3etrObjective, Shares
+from d3etr_hf.training.teacher import class_index_by_name, spread_layers
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.tiny import padded_batch, perturb, random_labels, tiny_config, tiny_model
 

@@ -1,8 +1,6 @@
 """The trainer: what reaches the loss, the log, the optimizer, the metric and the disk."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,13 +13,22 @@ from d3etr_hf.data import DetectionCollator
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import IncompatibleDataError, IncompatibleTeacherError, NonFiniteLossError
 from d3etr_hf.models.loading import load_image_processor
-from tests.shapes_fixture import SIDE, load_shapes, shapes_trainer, weights_of
+from tests.shapes_fixture import SIDE, crop_every_other, load_shapes, shapes_trainer, weights_of
 from tests.tiny import tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     return make_shapes(tmp_path_factory.mktemp("shapes"), 24, 11, image_size=SIDE, progress=False)
+
+
+@pytest.fixture(scope="module")
+def two_sizes(tmp_path_factory):
+    """Every second image is smaller, so that every batch is padded."""
+    folder = make_shapes(tmp_path_factory.mktemp("two_sizes"), 8, 11, image_size=SIDE, progress=False)
+    for split in ("train", "val"):
+        crop_every_other(folder, split, 56, 40)
+    return folder
 
 
 def batch_of(trainer, count=4):
@@ -115,36 +122,56 @@ def test_teacher_runs_under_the_same_autocast(shapes, tmp_path):
     assert np.isfinite(training_logs(trainer)[0]["loss"])
 
 
-def test_evaluation_equals_cocoeval_image_by_image(shapes, tmp_path):
-    """HF_NOTES 13: ragged labels and a last batch of one must lose nothing; ground truth is the untouched JSON."""
-    trainer = shapes_trainer(shapes, tmp_path)
-    metrics = trainer.evaluate()
-    trainer.model.eval()
-    val, results = trainer.eval_dataset, []
-    processor = load_image_processor(None, SIDE, SIDE)
-    for index in range(len(val)):
-        image = val.read_image(index)
+def stock_metrics(stock, dataset, annotations, masked=True) -> list[float]:
+    """COCOeval's twelve figures of a stock model that sees one image at a time, on a canvas of the largest size."""
+    processor, results = load_image_processor(None, SIDE, SIDE), []
+    for index in range(len(dataset)):
+        image, row = dataset.read_image(index), dataset.rows[index]
+        pixels = processor(images=image, do_pad=False, return_tensors="pt")["pixel_values"][0]
+        canvas, mask = torch.zeros(1, 3, SIDE, SIDE), torch.zeros(1, SIDE, SIDE, dtype=torch.int64)
+        canvas[0, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+        mask[0, : pixels.shape[1], : pixels.shape[2]] = 1
         with torch.no_grad():
-            outputs = trainer.model(**processor(images=image, return_tensors="pt"))
+            outputs = stock(canvas, pixel_mask=mask if masked else torch.ones_like(mask))
         scores, places = outputs.logits.sigmoid().flatten().topk(min(100, outputs.logits.numel()))
         for score, place in zip(scores.tolist(), places.tolist(), strict=True):
-            x, y, w, h = (outputs.pred_boxes[0, place // 3] * SIDE).tolist()
+            x, y, w, h = outputs.pred_boxes[0, place // 3].tolist()
+            width, height = row["width"], row["height"]
             results.append(
                 {
-                    "image_id": val.rows[index]["image_id"],
-                    "category_id": val.category_ids[place % 3],
-                    "bbox": [x - w / 2, y - h / 2, w, h],
+                    "image_id": row["image_id"],
+                    "category_id": dataset.category_ids[place % 3],
+                    "bbox": [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height],
                     "score": score,
                 }
             )
-    truth = COCO(str(shapes / "annotations" / "val.json"))
+    truth = COCO(str(annotations))
     evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    assert metrics["eval_AP"] == pytest.approx(evaluation.stats[0], abs=1e-6)
-    assert metrics["eval_AR_100"] == pytest.approx(evaluation.stats[8], abs=1e-6)
-    assert evaluation.stats[8] > 0.01  # something was found, so the comparison says something
+    return evaluation.stats.tolist()
+
+
+@pytest.mark.parametrize("sizes", ["one size", "two sizes"])
+def test_evaluation_equals_cocoeval_image_by_image(shapes, two_sizes, tmp_path, sizes):
+    """HF_NOTES 13: ragged labels and a last batch of one must lose nothing; ground truth is the untouched JSON.
+
+    Nor may padding be seen: images of two sizes share a batch.
+    """
+    folder = shapes if sizes == "one size" else two_sizes
+    trainer = shapes_trainer(folder, tmp_path, student=tiny_model(seed=4, num_queries=20))
+    metrics = trainer.evaluate()
+    trainer.save_model(tmp_path / "student")
+    stock = ConditionalDetrForObjectDetection.from_pretrained(tmp_path / "student").eval()
+    data = trainer.eval_dataset, folder / "annotations" / "val.json"
+    expected = stock_metrics(stock, *data)
+    assert metrics["eval_AP"] == pytest.approx(expected[0], abs=1e-6)
+    assert metrics["eval_AP50"] == pytest.approx(expected[1], abs=1e-6)
+    assert metrics["eval_AR_100"] == pytest.approx(expected[8], abs=1e-6)
+    assert expected[8] > 0.01  # something was found, so the comparison says something
+    if sizes == "two sizes":
+        assert stock_metrics(stock, *data, masked=False) != pytest.approx(expected, abs=1e-4)
 
 
 def test_resumed_run_equals_an_uninterrupted_one(shapes, tmp_path):
@@ -318,11 +345,44 @@ def test_backbone_learning_rate_zero_freezes_it(shapes, tmp_path):
     assert torch.equal(weights_of(trainer.model.model.backbone), before)
 
 
-def test_learning_rate_drops_once_to_a_tenth(shapes, tmp_path):
-    trainer = shapes_trainer(shapes, tmp_path, max_steps=10, learning_rate_drop=0.8, learning_rate=1e-3)
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_learning_rate_drops_once_to_a_tenth(shapes, tmp_path, warmup):
+    """After a linear warmup, where there is one; and so for the backbone's own."""
+    used = []
+
+    class KeepRates(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            used.append({group["lr"] for group in optimizer.param_groups})
+
+    options = {"learning_rate": 1e-3, "backbone_learning_rate": 2e-4, "warmup_steps": warmup}
+    trainer = shapes_trainer(
+        shapes, tmp_path, max_steps=10, learning_rate_drop=0.8, callbacks=[KeepRates()], **options
+    )
     trainer.train()
-    rates = [entry["learning_rate"] for entry in training_logs(trainer)]
-    assert rates[:8] == pytest.approx([1e-3] * 8) and rates[8:] == pytest.approx([1e-4] * 2)
+    expected = []
+    for step in range(1, 11):
+        factor = step / warmup if step < warmup else 1.0 if step <= 8 else 0.1
+        expected.append(factor)
+    assert [max(rates) for rates in used] == pytest.approx([1e-3 * factor for factor in expected])
+    assert [min(rates) for rates in used] == pytest.approx([2e-4 * factor for factor in expected])
+    assert [entry["learning_rate"] for entry in training_logs(trainer)] == pytest.approx(
+        [1e-3 * factor for factor in expected]
+    )
+
+
+def test_worker_processes_hand_over_the_same_batches(two_sizes, tmp_path):
+    """Forked, and started afresh as on other systems, where the data set and its transform must survive pickling."""
+    losses = []
+    for options in (
+        {},
+        {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "fork"},
+        {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"},
+    ):
+        trainer = shapes_trainer(two_sizes, tmp_path, max_steps=1, **options)
+        trainer.train()
+        losses.append({name: value for name, value in training_logs(trainer)[0].items() if name.startswith("loss")})
+    assert len(losses[0]) == 13
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_teacherless_control_learns_its_queries(shapes, tmp_path):
@@ -387,9 +447,9 @@ torch.save({"logits": outputs.logits, "pred_boxes": outputs.pred_boxes, "class":
 """
 
 
-def test_saved_student_is_the_same_where_this_package_is_absent(shapes, tmp_path):
-    """After 200 steps, on a padded batch, in a process that cannot import d3etr_hf; and the same AP."""
-    trainer = shapes_trainer(shapes, tmp_path / "run", max_steps=200, logging_steps=100, per_device_train_batch_size=2)
+def test_saved_student_is_the_same_where_this_package_is_absent(shapes, tmp_path, fresh_processes):
+    """After 50 steps, on a padded batch, in a process that cannot import d3etr_hf; and the same AP."""
+    trainer = shapes_trainer(shapes, tmp_path / "run", max_steps=50, logging_steps=50, per_device_train_batch_size=2)
     trainer.train()
     trainer.save_model(tmp_path / "student")
     examples = [trainer.eval_dataset[index] for index in range(3)]
@@ -397,8 +457,9 @@ def test_saved_student_is_the_same_where_this_package_is_absent(shapes, tmp_path
     batch = {name: value for name, value in DetectionCollator()(examples).items() if name != "labels"}
     assert (batch["pixel_mask"] == 0).any()
     torch.save(batch, tmp_path / "batch.pt")
-    command = [sys.executable, "-c", STOCK_READER, tmp_path / "student", tmp_path / "batch.pt", tmp_path / "out.pt"]
-    subprocess.run([str(part) for part in command], check=True, cwd=tmp_path)
+    paths = [tmp_path / name for name in ("student", "batch.pt", "out.pt")]
+    result = fresh_processes.code(STOCK_READER, *paths, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     theirs = torch.load(tmp_path / "out.pt")
     assert theirs["class"].startswith("transformers.")
     trainer.model.eval()

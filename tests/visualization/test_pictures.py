@@ -1,7 +1,4 @@
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,7 +238,10 @@ def test_histories_without_curves_are_refused(tmp_path):
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_pyplot_is_not_touched():
+def test_pyplot_is_not_touched(fresh_processes):
     """pyplot keeps every figure alive and may ask for a display."""
-    script = "import sys, d3etr_hf.visualization.pictures; assert 'matplotlib.pyplot' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).resolve().parents[1])
+    result = fresh_processes.code(
+        "import sys; assert 'matplotlib.pyplot' not in sys.modules\n"
+        "import d3etr_hf.visualization.pictures; assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    assert result.returncode == 0, result.stderr

@@ -44,7 +44,7 @@ from d3etr_hf.visualization.visualisation import (
 )
 from tests.tiny import perturb, tiny_config, tiny_model
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE = {"shortest_edge": 48, "longest_edge": 80}
 CLASSES = {"id2label": {0: "cat", 1: "dog", 2: "bird"}, "label2id": {"cat": 0, "dog": 1, "bird": 2}}
 
@@ -316,7 +316,6 @@ def test_eight_images_a_page(tmp_path, monkeypatch, images, pages):
 
 def call_script(monkeypatch, *argv) -> None:
     monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, argv)])
-    monkeypatch.setattr(sys, "path", list(sys.path))
     runpy.run_path(str(REPOSITORY / "scripts" / "visualize.py"), run_name="__main__")
 
 

@@ -1,0 +1,81 @@
+"""What saved detectors cost at inference: parameters, floating-point operations by part, and milliseconds an image.
+
+    d3etr benchmark runs/demo/teacher runs/demo/distilled
+    d3etr benchmark runs/bccd/distilled user/student --height 800 --width 1066
+
+One image at a time, as each detector's own image processor scales it; the detectors take turns, so that a busy machine
+hits all alike. A multiplication and an addition count as two operations.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
+from d3etr_hf.training.training_arguments import option
+
+
+@dataclass
+class CostArguments:
+    """Which detectors, and on images of which size."""
+
+    models: list[str] = field(metadata={"help": "The detectors: folders or Hub ids; also taken as first arguments."})
+    height: int = option(480, "Height of the image in pixels, before the detector's image processor scales it.")
+    width: int = option(640, "Width of the image in pixels, before the detector's image processor scales it.")
+    use_cpu: bool = option(False, "Do not use a GPU.")
+
+    def __post_init__(self):
+        for name in ("height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+def main() -> None:
+    """What `d3etr benchmark` runs."""
+    (arguments,) = parse_arguments([CostArguments], description=__doc__, first_argument="models")
+    print(format_costs(measure_costs(**vars(arguments))))
+
+
+def measure_costs(models: list[str], height: int = 480, width: int = 640, use_cpu: bool = False) -> dict[str, dict]:
+    """Cost of one forward pass of one image, by detector.
+
+    Args:
+        models: folders or Hub ids.
+        height, width: of the image in pixels, before a detector's image processor scales it.
+        use_cpu: leave a GPU alone.
+
+    Returns:
+        Model → what `count_cost` returns, and `milliseconds` as from `measure_milliseconds`.
+
+    Raises:
+        DetectorLoadError: a model cannot be loaded.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not use_cpu else "cpu"
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    costs, timed = {}, {}
+    for path in models:
+        model = load_detector(path).eval().to(device).to_stock()
+        processor = load_image_processor(path) or load_image_processor(None)
+        pixel_values = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"].to(device)
+        costs[path] = count_cost(model, pixel_values)
+        timed[path] = (model, pixel_values)
+    for path, milliseconds in measure_milliseconds(timed).items():
+        costs[path]["milliseconds"] = milliseconds
+    return costs
+
+
+def format_costs(costs: dict[str, dict]) -> str:
+    """A table for a terminal: a line a model, and one for each of its parts."""
+    wide = max(len("  heads and projections"), *map(len, costs)) + 2
+    lines = [f"{'model':<{wide}}{'pixels':>11}{'parameters':>14}{'GFLOP':>10}{'ms an image':>22}"]
+    for name, cost in costs.items():
+        size, ms = f"{cost['height']}x{cost['width']}", cost["milliseconds"]
+        time = f"{ms['median']:.1f} ({ms['low']:.1f}-{ms['high']:.1f})"
+        lines.append(f"{name:<{wide}}{size:>11}{cost['parameters']:>14,}{cost['flops'] / 1e9:>10.3f}{time:>22}")
+        for part, value in cost["parts"].items():
+            lines.append(f"{'  ' + part:<{wide}}{'':>11}{value['parameters']:>14,}{value['flops'] / 1e9:>10.3f}")
+    return "\n".join(lines)

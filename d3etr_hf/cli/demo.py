@@ -1,0 +1,30 @@
+"""Distil a small student on synthetic data, from start to finish, and print what it was worth.
+
+    d3etr demo
+
+Stopped, it goes on where it was when it is called again; finished, it says so.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.cli.demonstration import format_table, run_demo
+from d3etr_hf.training.training_arguments import option
+
+
+@dataclass
+class DemoArguments:
+    """Where the demonstration puts what it makes."""
+
+    folder: str = option("runs/demo", "Gets the models, results.json and the pictures.")
+    data_folder: str = option("data/shapes", "Gets the synthetic data set.")
+
+
+def main() -> None:
+    """What `d3etr demo` runs."""
+    (arguments,) = parse_arguments([DemoArguments], description=__doc__)
+    folder = Path(arguments.folder)
+    print(format_table(run_demo(folder, Path(arguments.data_folder))))
+    print(f"Pictures: {folder / 'detections.png'}, {folder / 'curves.png'}; table: {folder / 'results.json'}")
+    print(f"Model card of the distilled student: {folder / 'distilled' / 'README.md'}")

@@ -1,0 +1,83 @@
+"""The `d3etr` command: one subcommand a file in this folder, imported only when it is called."""
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from d3etr_hf import __version__
+from d3etr_hf.errors import UserError
+
+COMMANDS = {
+    "train": "a detector without a teacher: one that will teach, or a student to compare with",
+    "distill": "a student from a teacher, by D3ETR",
+    "evaluate": "COCO average precision of a detector",
+    "publish": "a model card, and the upload to the Hub",
+    "export": "ONNX, checked against PyTorch",
+    "visualize": "pictures of detections and of attention",
+    "benchmark": "parameters, FLOPs and milliseconds of saved detectors",
+    "demo": "everything, from synthetic data to a published student's card",
+    "make-shapes": "the synthetic data set",
+}
+
+
+def main() -> None:
+    """What `d3etr` runs: `d3etr COMMAND [arguments]`."""
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+    elif command == "--version":
+        print(__version__)
+    elif command in COMMANDS:
+        sys.argv = [sys.argv[0], *arguments]
+        run_command(command)
+    else:
+        nearest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else "d3etr --help lists those there are"
+        print(f"d3etr: error: there is no command '{command}'; {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def usage() -> str:
+    """The commands with a line each."""
+    lines = [f"  {name:<13}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: d3etr COMMAND [arguments]", "", *lines, "", "d3etr COMMAND --help says what a command takes."]
+    )
+
+
+def run_command(name: str) -> None:
+    """Runs a subcommand on the arguments in `sys.argv`."""
+    sys.argv[0] = f"d3etr {name}"  # as --help and errors call it
+    run(import_module(f"d3etr_hf.cli.{name.replace('-', '_')}").main)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls `main`, with this package's own news shown on the main process.
+
+    A UserError ends the program with its message and exit code 2, an interruption with 130; all other errors keep
+    their traceback.
+    """
+    program = Path(sys.argv[0]).name
+    if os.environ.get("RANK", "0") == "0":
+        news = logging.getLogger("d3etr_hf")
+        news.setLevel(logging.INFO)
+        news.addHandler(logging.StreamHandler())
+        news.propagate = False
+    try:
+        main()
+    except UserError as error:
+        # an error in a data loader's worker comes with the worker's traceback; its last line is the message
+        message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else error
+        print(f"{program}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; call it again with the same arguments to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

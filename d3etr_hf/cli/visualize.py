@@ -1,0 +1,85 @@
+"""Pictures of what a detector finds, beside another detector and the ground truth, and of where its queries look.
+
+    d3etr visualize --model runs/demo/distilled --compare runs/demo/teacher --data_folder data/shapes
+    d3etr visualize --model runs/demo/distilled --images photos --score_threshold 0.3
+    d3etr visualize --model runs/demo/distilled --compare runs/demo/teacher --data_folder data/shapes \\
+        --attention true --image 2 --detection 1
+
+Writes detections.png (one row per image; pages detections_1.png, ... beyond eight) and attention.png to --output_dir.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.data import DataArguments
+from d3etr_hf.errors import PictureError
+from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.training.training_arguments import option
+from d3etr_hf.visualization.attention_picture import draw_attention_of
+from d3etr_hf.visualization.detections_on_images import (
+    choose_images,
+    detection_columns,
+    draw_detection_pages,
+    model_titles,
+)
+
+
+@dataclass
+class PictureArguments:
+    """Which models on which images, and where the pictures go."""
+
+    model: str = field(metadata={"help": "The detector: a folder or Hub id."})
+    compare: str | None = option(None, "A second detector, for example the teacher: a folder or Hub id.")
+    images: str | None = option(None, "A folder of images, instead of a data set.")
+    split: Literal["val", "train"] = option("val", "Which split of the data set.")
+    first: int = option(6, "How many images, the first ones.")
+    score_threshold: float = option(0.4, "Detections with a lower score are not drawn.")
+    attention: bool = option(False, "Draw the decoder's cross-attention for one detection of the model, too.")
+    image: int = option(0, "With `attention`: which of the images, from 0.")
+    detection: int = option(0, "With `attention`: which detection of the model, from 0, highest score first.")
+    output_dir: str = option("runs/pictures", "Gets the pictures.")
+    batch_size: int = option(8, "Images at a time; predictions depend a little on which images share a batch.")
+    use_cpu: bool = option(False, "Do not use a GPU.")
+
+    def __post_init__(self):
+        for name, lowest in (("first", 1), ("batch_size", 1), ("image", 0), ("detection", 0)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {lowest}")
+        if not 0 <= self.score_threshold <= 1:
+            raise ValueError(f"score_threshold is {self.score_threshold}: it must be in 0..1")
+        if not self.attention and (self.image or self.detection):
+            raise ValueError("image and detection choose what attention is drawn for: give --attention true too")
+
+
+def main() -> None:
+    """What `d3etr visualize` runs."""
+    arguments, data = parse_arguments((PictureArguments, DataArguments), description=__doc__)
+    chosen = choose_images(arguments.images, data, arguments.split, arguments.first)
+    if arguments.image >= len(chosen.images):
+        raise PictureError(f"image is {arguments.image}: there are images 0..{len(chosen.images) - 1}, see 'first'")
+    device = "cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu"
+    # the second detector's column and row come first, as a teacher's
+    paths = {"compare": arguments.compare, "model": arguments.model}
+    paths = {role: path for role, path in paths.items() if path is not None}
+    titles = dict(zip(paths, model_titles(*paths.values()), strict=True))
+    models = {}
+    for role, path in paths.items():
+        processor = load_image_processor(path, data.short_side, data.long_side)
+        processor = processor or load_image_processor(None, data.short_side, data.long_side)
+        models[titles[role]] = load_detector(path, role).to(device), processor
+    output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    columns, names = detection_columns(chosen, models, arguments.batch_size)
+    for path in draw_detection_pages(chosen.images, columns, names, output, arguments.score_threshold):
+        print(path)
+    if arguments.attention:
+        detectors = {title: model for title, (model, _) in models.items()}
+        processors = {title: processor for title, (_, processor) in models.items()}
+        path = output / "attention.png"
+        image = chosen.images[arguments.image]
+        draw_attention_of(image, detectors, processors, path, names, arguments.detection)
+        print(f"{path} ({chosen.names[arguments.image]})")

@@ -1,0 +1,265 @@
+"""Every named term of `compute_loss` against the method's formulas, computed from the weights of the two models.
+
+Other tests compare the code with itself or a loss with its loop on made-up tensors; here nothing is shared, so that a
+wrong normaliser, weight, layer, mask or reference point anywhere between pixels and log is seen.
+"""
+
+import pytest
+import torch
+from transformers import ConditionalDetrForObjectDetection, ConvNextConfig
+
+from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.training.trainer import D3etrTrainer
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+from tests import oracle
+from tests.tiny import perturb, random_labels, tiny_config
+
+TERMS = ("class", "l1", "giou", "self_attention", "cross_attention", "prediction")
+# Rows and columns of the images: every one is padded somewhere in the batch of 64 x 64; the second shows nothing.
+SIZES, OBJECTS = [(48, 64), (64, 40), (32, 56)], [3, 0, 2]
+# All weights differ from each other and from their defaults; the configuration takes whole numbers only.
+CONFIG = {
+    "class_cost": 3,
+    "bbox_cost": 7,
+    "giou_cost": 4,
+    "cls_loss_coefficient": 6,
+    "bbox_loss_coefficient": 9,
+    "giou_loss_coefficient": 8,
+    "focal_alpha": 0.31,
+}
+WEIGHTS = {"detection": 0.8, "self_attention": 1.9, "cross_attention": 0.7, "prediction": 1.4}
+COSTS = (1.6, 3.7, 2.9)
+STRIDE_16 = ConvNextConfig(
+    num_stages=3, hidden_sizes=[8, 16, 16], depths=[1] * 3, out_features=["stage3"], layer_scale_init_value=1.0
+)
+
+
+def stock_model(seed: int, **changes) -> ConditionalDetrForObjectDetection:
+    """A stock detector in float64, far from its start values: attention is peaked, scores and boxes are spread."""
+    torch.manual_seed(seed)
+    model = ConditionalDetrForObjectDetection(tiny_config(**(CONFIG | {"num_queries": 12} | changes)))
+    torch.nn.init.normal_(model.model.query_position_embeddings.weight)  # as the paper: the stock start is 0.02 of it
+    return perturb(model, 0.3).double().eval()
+
+
+def examples(objects: list[int] | None = None) -> list[dict]:
+    """What the data set hands over: images of three sizes and their labels."""
+    generator = torch.Generator().manual_seed(4)
+    labels = random_labels(OBJECTS if objects is None else objects, seed=3)
+    return [
+        {"pixel_values": torch.randn(3, *size, generator=generator), "labels": label}
+        for size, label in zip(SIZES, labels, strict=True)
+    ]
+
+
+def padded(images: list[dict], masked: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch and its pixel mask by hand; without `masked` padding counts as image."""
+    height, width = (max(side) for side in zip(*SIZES, strict=True))
+    pixels = torch.zeros(len(images), 3, height, width, dtype=torch.float64)
+    mask = torch.zeros(len(images), height, width, dtype=torch.int64)
+    for index, image in enumerate(images):
+        _, rows, columns = image["pixel_values"].shape
+        pixels[index, :, :rows, :columns] = image["pixel_values"]
+        mask[index, :rows, :columns] = 1
+    return pixels, mask if masked else torch.ones_like(mask)
+
+
+def logged_terms(student, teacher, images, folder, settings: oracle.Settings, queries: str, points: str):
+    """The only touch point with the package: one batch through the trainer.
+
+    Returns:
+        The log, the loss, and what trains of the auxiliary group: its projection's weight and bias, or its queries.
+    """
+    options = {f"{name}_weight": getattr(settings, name) for name in WEIGHTS}
+    options |= dict(zip(("class_weight", "l1_weight", "giou_weight"), settings.costs, strict=True))
+    args = D3etrTrainingArguments(
+        output_dir=str(folder),
+        report_to="none",
+        use_cpu=True,
+        log_each_layer=True,
+        auxiliary_queries=queries,
+        auxiliary_reference_points=points,
+        auxiliary_assignment=settings.assignment,
+        group_reduction=settings.reduction,
+        attention_divergence=settings.divergence,
+        prediction_normaliser=settings.normaliser,
+        layer_map=settings.layer_map,
+        **options,
+    )
+    ours = []
+    for stock in (student, teacher):
+        model = D3etrConditionalDetrForObjectDetection(stock.config).double()
+        model.load_state_dict(stock.state_dict())
+        ours.append(model)
+    trainer = D3etrTrainer(model=ours[0], args=args, teacher=ours[1])
+    trainer.model.double()
+    known = dict(student.named_parameters())
+    extra = [parameter for name, parameter in trainer.model.named_parameters() if name not in known]
+    with torch.no_grad():
+        for parameter in extra:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    batch = trainer.data_collator(images)
+    batch["pixel_values"] = batch["pixel_values"].double()
+    loss = trainer.compute_loss(trainer.model.train(), batch)
+    trainer.log({"loss": float(loss.detach())})
+    return trainer.state.log_history[-1], float(loss.detach()), [parameter.detach() for parameter in extra]
+
+
+def expected_terms(student, teacher, images, settings, queries="teacher", points="student", extra=(), masked=True):
+    """The oracle on the same batch."""
+    pixels, mask = padded(images, masked)
+    studying, teaching = oracle.Decoder(student, pixels, mask), oracle.Decoder(teacher, pixels, mask)
+    auxiliary_queries, auxiliary_points = teaching.own_queries, None
+    if points == "teacher":
+        auxiliary_points = teaching.points(auxiliary_queries)
+    if queries == "learned":
+        (auxiliary_queries,) = extra
+    elif extra:
+        weight, bias = sorted(extra, key=lambda parameter: -parameter.dim())
+        auxiliary_queries = auxiliary_queries @ weight.T + bias
+    names = [str(name).strip().lower() for name in teacher.config.id2label.values()]
+    return oracle.terms(
+        studying(studying.own_queries),
+        studying(auxiliary_queries, auxiliary_points),
+        teaching(teaching.own_queries),
+        (teaching.mask, studying.mask),
+        [image["labels"] for image in images],
+        student.config,
+        settings,
+        [names.index(name) for name in student.config.id2label.values()],
+        fixed=queries == "teacher",
+    )
+
+
+def settings(**changes) -> oracle.Settings:
+    return oracle.Settings(**(WEIGHTS | {"costs": COSTS, "layer_map": [3, 0, 2]} | changes))
+
+
+@pytest.fixture(scope="module")
+def student():
+    return stock_model(2)
+
+
+@pytest.fixture(scope="module")
+def deeper_teacher():
+    return stock_model(1, decoder_layers=4)
+
+
+def names_of(*groups: str) -> set[str]:
+    return {f"{group}/{term}" for group in groups for term in TERMS}
+
+
+def detection_of(group: str) -> set[str]:
+    return {f"{group}/{term}" for term in ("class", "l1", "giou")}
+
+
+def compare(student, teacher, tmp_path, queries="teacher", points="student", objects=None, **changes):
+    options, images = settings(**changes), examples(objects)
+    log, loss, extra = logged_terms(student, teacher, images, tmp_path, options, queries, points)
+    expected = expected_terms(student, teacher, images, options, queries, points, extra)
+    for name, layers in expected.items():
+        assert log[f"loss/{name}"] == pytest.approx(sum(layers), rel=1e-5, abs=1e-9), name
+        per_layer = [log[f"loss/{name}/layer_{k}"] for k in range(len(layers))]
+        assert per_layer == pytest.approx(layers, rel=1e-5, abs=1e-9), name
+    logged = {name.removeprefix("loss/") for name in log if name.startswith("loss/") and "layer_" not in name}
+    assert logged == expected.keys()
+    assert loss == pytest.approx(sum(map(sum, expected.values())), rel=1e-6)
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("assignment", "normaliser", "divergence", "points", "reduction"),
+    [
+        ("teacher_last_layer", "pairs", "kl", "student", "sum"),
+        ("teacher_last_layer_everywhere", "boxes", "mse", "teacher", "mean"),
+        ("teacher_per_layer", "pairs", "kl", "teacher", "sum"),
+        ("own", "boxes", "mse", "student", "mean"),
+    ],
+)
+def test_every_term(student, deeper_teacher, tmp_path, assignment, normaliser, divergence, points, reduction):
+    """Under every option, with a deeper teacher that is followed out of order and images of three sizes."""
+    expected = compare(
+        student,
+        deeper_teacher,
+        tmp_path,
+        points=points,
+        assignment=assignment,
+        normaliser=normaliser,
+        divergence=divergence,
+        reduction=reduction,
+    )
+    assert expected.keys() == names_of("student", "auxiliary")
+
+
+def test_every_term_of_a_larger_teacher(student, tmp_path):
+    """More queries, another width, other heads, another grid, other classes in another order, the other norm."""
+    names = ["square", "Triangle", "circle", "rectangle "]
+    teacher = stock_model(
+        5,
+        backbone_config=STRIDE_16,
+        d_model=48,
+        decoder_layers=4,
+        decoder_attention_heads=6,
+        encoder_attention_heads=6,
+        num_queries=17,
+        auxiliary_loss=True,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    expected = compare(student, teacher, tmp_path, points="teacher", normaliser="boxes")
+    assert expected.keys() == names_of("student", "auxiliary")
+
+
+def test_every_term_of_a_smaller_teacher(student, tmp_path):
+    """Fewer queries and layers, another width with as many heads, the student's reference points."""
+    teacher = stock_model(6, d_model=16, decoder_layers=2, num_queries=8)
+    expected = compare(student, teacher, tmp_path, layer_map=[1, 0, 1], divergence="mse")
+    assert expected.keys() == names_of("student", "auxiliary")
+
+
+def test_every_term_beside_learned_queries(student, deeper_teacher, tmp_path):
+    """They know ground truth alone."""
+    expected = compare(student, deeper_teacher, tmp_path, queries="learned", reduction="mean")
+    assert expected.keys() == names_of("student") | detection_of("auxiliary")
+
+
+def test_every_term_without_any_object(student, deeper_teacher, tmp_path):
+    """Sums over no box are divided by one."""
+    expected = compare(student, deeper_teacher, tmp_path, objects=[0, 0, 0])
+    assert sum(expected["auxiliary/l1"]) == 0 and sum(expected["auxiliary/class"]) > 0
+
+
+def test_the_cases_can_tell_faults_apart(student, deeper_teacher):
+    """Padding, layers, assignments and reference points must matter here, else the tests above say little."""
+    images = examples()
+    expected = expected_terms(student, deeper_teacher, images, settings())
+
+    def changed(**options) -> set[str]:
+        switches = {name: options.pop(name) for name in ("points", "masked") if name in options}
+        others = expected_terms(student, deeper_teacher, images, settings(**options), **switches)
+        return {name for name, layers in others.items() if abs(sum(layers) - sum(expected[name])) > 1e-4 * sum(layers)}
+
+    assert changed(masked=False) == names_of("student", "auxiliary")
+    exchanged = COSTS[0], COSTS[2], COSTS[1]
+    assert changed(costs=exchanged) == names_of("student") - detection_of("student") | {"auxiliary/prediction"}
+    distilled = names_of("student", "auxiliary") - detection_of("student") - detection_of("auxiliary")
+    assert changed(layer_map=[0, 1, 2]) == distilled
+    assert changed(points="teacher") == names_of("auxiliary")
+    for assignment in ("teacher_last_layer_everywhere", "teacher_per_layer", "own"):
+        assert changed(assignment=assignment) == detection_of("auxiliary")
+
+
+@pytest.mark.parametrize("normed_between", [False, True])
+def test_the_oracle_decodes_as_the_stock_class(normed_between):
+    """Its last layer's predictions and all its maps, on the padded batch."""
+    stock = stock_model(7, auxiliary_loss=normed_between, attn_implementation="eager")
+    pixels, mask = padded(examples())
+    decoder = oracle.Decoder(stock, pixels, mask)
+    found = decoder(decoder.own_queries)
+    with torch.no_grad():
+        theirs = stock(pixels, pixel_mask=mask, output_attentions=True)
+    torch.testing.assert_close(found.logits[-1], theirs.logits, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.boxes[-1], theirs.pred_boxes, rtol=1e-6, atol=1e-7)
+    for ours, stocks in ((found.self_maps, theirs.decoder_attentions), (found.cross_maps, theirs.cross_attentions)):
+        for layer, attention in zip(ours, stocks, strict=True):
+            torch.testing.assert_close(layer, attention, rtol=1e-5, atol=1e-8)

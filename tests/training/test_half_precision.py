@@ -1,0 +1,101 @@
+"""float16 and bfloat16: what leaves autocast, and steps that the gradient scaler passes over."""
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.errors import NonFiniteLossError
+from d3etr_hf.training import half_precision
+from tests.shapes_fixture import SIDE, shapes_trainer, weights_of
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("shapes"), 16, 4, image_size=SIDE, progress=False)
+
+
+class Overflow(TrainerCallback):
+    """Makes a forward pass overflow in the steps that are named, and mends the weight after each."""
+
+    def __init__(self, steps, name="class_labels_classifier"):
+        self.steps, self.name, self.kept = steps, name, None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.steps:
+            weight = model.get_submodule(self.name).weight
+            self.kept = weight.detach().clone()
+            with torch.no_grad():
+                weight.fill_(float("inf"))
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.kept is not None:
+            with torch.no_grad():
+                model.get_submodule(self.name).weight.copy_(self.kept)
+            self.kept = None
+
+
+def with_scaler(trainer):
+    """The trainer as under float16 on a GPU: its steps go through a gradient scaler, which a CPU has too."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    trainer.accelerator.scaler = scaler
+    trainer.accelerator.native_amp = True
+    trainer.objective.tolerant = True
+    prepare = trainer.accelerator.prepare_optimizer
+
+    def prepare_with_scaler(optimizer, *args, **kwargs):
+        prepared = prepare(optimizer, *args, **kwargs)
+        prepared.scaler = scaler
+        step = optimizer.step
+        prepared._optimizer_original_step_method = step
+        prepared._accelerate_step_called = False
+
+        def called(*arguments, **options):
+            prepared._accelerate_step_called = True
+            return step(*arguments, **options)
+
+        prepared._optimizer_patched_step_method = called
+        return prepared
+
+    trainer.accelerator.prepare_optimizer = prepare_with_scaler
+    return trainer
+
+
+def test_a_step_that_overflows_is_skipped_and_counted(shapes, tmp_path):
+    trainer = with_scaler(
+        shapes_trainer(shapes, tmp_path, max_steps=3, callbacks=[Overflow({1})], logging_steps=3, max_grad_norm=0.1)
+    )
+    seen = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen[state.global_step] = weights_of(model).clone()
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entry["skipped_steps"] == 1
+    assert torch.equal(seen[1], seen[2])  # the second step left every weight as it was
+    assert not torch.equal(seen[2], seen[3]) and seen[3].isfinite().all()
+    assert trainer.accelerator.scaler.get_scale() == 2.0**9
+
+
+def test_a_run_that_skips_without_end_stops_with_the_reason(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(half_precision, "MOST_SKIPPED_IN_A_ROW", 3)
+    trainer = with_scaler(shapes_trainer(shapes, tmp_path, max_steps=9, callbacks=[Overflow(set(range(9)))]))
+    with pytest.raises(NonFiniteLossError, match=r"3 steps in a row were skipped.*float16.*bf16"):
+        trainer.train()
+
+
+def test_gradient_norms_are_of_the_scaled_loss(shapes, tmp_path):
+    """They are those of float32, whatever the scale."""
+    entries = []
+    for scaled in (False, True):
+        trainer = shapes_trainer(shapes, tmp_path / str(scaled), max_steps=1, log_gradient_norms=True)
+        trainer = with_scaler(trainer) if scaled else trainer
+        trainer.train()
+        entries.append(next(entry for entry in trainer.state.log_history if "loss" in entry))
+    names = [name for name in entries[0] if name.startswith("gradient_norm/")]
+    assert len(names) == 12
+    for name in names:
+        assert entries[1][name] == pytest.approx(entries[0][name], rel=1e-4), name
