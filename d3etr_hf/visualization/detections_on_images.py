@@ -190,7 +190,8 @@ def detection_columns(
         found = predict_detections(model, examples, batch_size, title)
         if not found.isfinite().all():
             raise PictureError(f"{title}: the outputs are not finite: it has diverged; take an earlier checkpoint")
-        columns[title] = relabelled(found, index)
+        # the last rows may be empty, see `select_detections`
+        columns[title] = relabelled([rows[rows[:, 4] >= 0] for rows in found], index)
     return columns, names
 
 
