@@ -1,13 +1,22 @@
 """Small models and batches from configurations alone."""
 
+from collections.abc import Callable
+
 import torch
-from transformers import ConditionalDetrConfig, ConvNextConfig
+from transformers import ConditionalDetrConfig, ConvNextConfig, DetrConfig, PreTrainedConfig
 
-from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.loading import FAMILIES
+from d3etr_hf.outputs import GroupRequest, Queries, Targets
+from d3etr_hf.outputs.targets import pack
 
 
-def tiny_config(**changes) -> ConditionalDetrConfig:
-    """A Conditional DETR of a few thousand parameters: stride 8, three decoder layers, three classes."""
+def tiny_config(model_type: str = "conditional_detr", **changes) -> PreTrainedConfig:
+    """A detector of a few thousand parameters: stride 8, three decoder layers, three classes."""
+    return TINY_CONFIGS[model_type](**changes)
+
+
+def _dense_options(**changes) -> dict:
     backbone = ConvNextConfig(
         num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"], layer_scale_init_value=1.0
     )
@@ -25,7 +34,14 @@ def tiny_config(**changes) -> ConditionalDetrConfig:
         "id2label": {0: "circle", 1: "rectangle", 2: "triangle"},
         "label2id": {"circle": 0, "rectangle": 1, "triangle": 2},
     }
-    return ConditionalDetrConfig(**(options | changes))
+    return options | changes
+
+
+# by model type; a new family adds a line here and is then held to the contract by tests/models/test_contract.py
+TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
+    "conditional_detr": lambda **changes: ConditionalDetrConfig(**_dense_options(**changes)),
+    "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
+}
 
 
 def perturb(model: torch.nn.Module, scale: float = 0.1) -> torch.nn.Module:
@@ -36,10 +52,28 @@ def perturb(model: torch.nn.Module, scale: float = 0.1) -> torch.nn.Module:
     return model
 
 
-def tiny_model(seed: int = 0, **changes) -> D3etrConditionalDetrForObjectDetection:
+def tiny_model(seed: int = 0, model_type: str = "conditional_detr", **changes) -> Detector:
     """A perturbed tiny detector in eval mode."""
     torch.manual_seed(seed)
-    return perturb(D3etrConditionalDetrForObjectDetection(tiny_config(**changes))).eval()
+    return perturb(FAMILIES[model_type](tiny_config(model_type, **changes))).eval()
+
+
+def request_for(queries: dict[str, Queries | None] | None = None, maps: bool = False) -> GroupRequest:
+    """A request for further groups, with all maps or none."""
+    return GroupRequest(queries or {}, self_attention=maps, cross_attention=maps)
+
+
+def random_queries(count: int = 5, width: int = 32, seed: int = 9, anchor_size: int = 0) -> Queries:
+    """Position embeddings of no model, with anchors if asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    position = torch.randn(count, width, generator=generator)
+    anchors = torch.rand(count, anchor_size, generator=generator) if anchor_size else None
+    return Queries(position=position, anchors=anchors)
+
+
+def targets_of(labels: list[dict[str, torch.Tensor]]) -> Targets:
+    """The ground truth as losses take it."""
+    return Targets.from_packed(pack(labels), [len(label["class_labels"]) for label in labels])
 
 
 def padded_batch(batch: int = 2, size: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:

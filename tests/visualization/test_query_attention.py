@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from transformers import DetrConfig
 
 from d3etr_hf.errors import IncompatibleTeacherError, PictureError
 from d3etr_hf.matching import AdaptiveMatcher, TaughtGroup
-from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.loading import load_image_processor
 from d3etr_hf.outputs import (
     OWN,
@@ -21,7 +19,7 @@ from d3etr_hf.outputs import (
 )
 from d3etr_hf.visualization.query_attention import attention_of_detection, memory_maps, partner_queries
 from tests.slow_reference import cost_matrix
-from tests.tiny import padded_batch, perturb, tiny_config, tiny_model
+from tests.tiny import padded_batch, tiny_model
 from tests.visualization.drawn import IMAGE, pixels_for
 
 CLASSES = ["circle", "rectangle", "triangle"]
@@ -172,18 +170,9 @@ def test_errors_name_what_to_do(processor):
         attention_of_detection(IMAGE, student, processor, other)
 
 
-def tiny_detr(seed=0, **changes) -> D3etrDetrForObjectDetection:
-    """Another family: softmax with no object, no reference points; five queries, two layers."""
-    torch.manual_seed(seed)
-    options = {**tiny_config().to_dict(), "num_queries": 5, "decoder_layers": 2, **changes}
-    names = ("backbone_config", "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "dropout")
-    names += ("decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim", "num_queries", "id2label", "label2id")
-    return perturb(D3etrDetrForObjectDetection(DetrConfig(**{name: options[name] for name in names})), 0.3).eval()
-
-
 def test_a_family_with_softmax_and_no_reference_points(processor):
     """Each query is one detection, of its best class; nothing is drawn where the query has no anchor."""
-    student, teacher = tiny_detr(), tiny_model(3)
+    student, teacher = tiny_model(model_type="detr", num_queries=5, decoder_layers=2), tiny_model(3)
     outputs = stock_outputs(student, pixels_for(processor))
     scores, labels = outputs.logits[0].softmax(-1)[:, :-1].max(-1)
     order = scores.argsort(descending=True).tolist()
