@@ -27,8 +27,8 @@ from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.publish import prepare
 from d3etr_hf.publishing.run_folder import load_run
 from d3etr_hf.runs.output_folder import CONFIGURATION, HISTORY, RESULTS, SECONDS
-from d3etr_hf.visualization.pictures import draw_training_curves
 from d3etr_hf.visualization.run_pictures import draw_detections_of
+from d3etr_hf.visualization.training_curves import draw_training_curves
 
 CONFIGURATIONS = shipped_configurations() / "shapes"
 CONTROLS = {

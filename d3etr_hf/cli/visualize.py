@@ -6,7 +6,6 @@
         --attention true --image 2 --detection 1
 
 Writes detections.png (one row per image; pages detections_1.png, ... beyond eight) and attention.png to --output_dir.
-Detections are drawn for any object detection model of Transformers, attention for Conditional DETR.
 """
 
 from dataclasses import dataclass, field
@@ -19,13 +18,12 @@ from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PictureError
-from d3etr_hf.models.loading import load_detector
-from d3etr_hf.visualization.attention_pictures import draw_attention_of
-from d3etr_hf.visualization.visualisation import (
+from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.visualization.attention_picture import draw_attention_of
+from d3etr_hf.visualization.detections_on_images import (
     choose_images,
     detection_columns,
     draw_detection_pages,
-    load_any_detector,
     model_titles,
 )
 
@@ -70,16 +68,17 @@ def main() -> None:
     titles = dict(zip(paths, model_titles(*paths.values()), strict=True))
     models = {}
     for role, path in paths.items():
-        model, processor = load_any_detector(path, role, data.short_side, data.long_side)
-        models[titles[role]] = model.eval().to(device), processor
+        processor = load_image_processor(path, data.short_side, data.long_side)
+        processor = processor or load_image_processor(None, data.short_side, data.long_side)
+        models[titles[role]] = load_detector(path, role).to(device), processor
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    columns, names = detection_columns(chosen, models, arguments.batch_size, arguments.score_threshold)
+    columns, names = detection_columns(chosen, models, arguments.batch_size)
     for path in draw_detection_pages(chosen.images, columns, names, output, arguments.score_threshold):
         print(path)
     if arguments.attention:
+        detectors = {title: model for title, (model, _) in models.items()}
         processors = {title: processor for title, (_, processor) in models.items()}
-        detectors = {titles[role]: load_detector(path, role).eval().to(device) for role, path in paths.items()}
         path = output / "attention.png"
         image = chosen.images[arguments.image]
         draw_attention_of(image, detectors, processors, path, names, arguments.detection)

@@ -133,6 +133,11 @@ class Detector(StockModel, ABC):
         return False
 
     @property
+    def backbone_type(self) -> str:
+        """What Transformers calls the backbone: its `model_type`."""
+        return self.config.backbone_config.model_type
+
+    @property
     def class_names(self) -> list[str]:
         """Class names in the order of the model's outputs."""
         return class_names_of(self.config)

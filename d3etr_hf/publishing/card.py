@@ -99,37 +99,45 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
         data = card_data(metrics, arguments, title)
     except ValueError as error:
         raise PublishError(f"{folder}: the card's metadata are not valid: {error}") from error
-    onnx_check = check_of_onnx(folder, metrics["weights"])
+    texts = _texts(metrics, arguments, repo_id, check_of_onnx(folder, metrics["weights"]))
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=title,
         model_id=repo_id or ".",
-        summary=summary(metrics, arguments),
-        highlights=card_texts.highlights(metrics),
-        evaluated_on=f"On the {metrics['data']['val']['images']:,} images of {metrics['data']['val']['name']}.",
-        results_table=card_texts.results_table(metrics),
-        class_table=card_texts.class_table(metrics),
-        folded=len(metrics["data"]["val"]["classes"]) > MOST_CLASSES_UNFOLDED,
-        cost_table=card_texts.cost_table(metrics),
-        cost_note=card_texts.cost_note(metrics),
-        data_table=card_texts.data_table(metrics["data"]),
-        training_table=card_texts.training_table(metrics["training"]),
-        option_table=card_texts.option_table(metrics["training"]) if is_distilled(metrics) else None,
         pictures=pictures_of(folder, metrics),
         configuration=training.rstrip(),
         reproduces=of_script(configuration),
-        needs_timm=metrics["student"]["backbone"] == "timm_backbone",
-        limitations=card_texts.limitations(metrics),
-        versions=card_texts.versions(metrics),
-        citation_note="Please cite the method and what it builds on.",
-        citations="\n\n".join(citations_for(metrics["training"])),
-        onnx_snippet=onnx_snippet(repo_id).rstrip() if onnx_check else None,
-        onnx_check=check_in_words(onnx_check) if onnx_check else None,
+        **texts,
     )
     path = folder / CARD
     card.save(path)
     return path
+
+
+def _texts(metrics: dict, arguments: CardArguments, repo_id: str | None, onnx_check: dict | None) -> dict:
+    """What the template takes that follows from the figures alone."""
+    validation = metrics["data"]["val"]
+    return {
+        "summary": summary(metrics, arguments),
+        "highlights": card_texts.highlights(metrics),
+        "evaluated_on": f"On the {validation['images']:,} images of {validation['name']}.",
+        "results_table": card_texts.results_table(metrics),
+        "class_table": card_texts.class_table(metrics),
+        "folded": len(validation["classes"]) > MOST_CLASSES_UNFOLDED,
+        "cost_table": card_texts.cost_table(metrics),
+        "cost_note": card_texts.cost_note(metrics),
+        "data_table": card_texts.data_table(metrics["data"]),
+        "training_table": card_texts.training_table(metrics["training"]),
+        "option_table": card_texts.option_table(metrics["training"]) if is_distilled(metrics) else None,
+        "needs_timm": metrics["student"]["backbone"] == "timm_backbone",
+        "limitations": card_texts.limitations(metrics),
+        "versions": card_texts.versions(metrics),
+        "citation_note": "Please cite the method and what it builds on.",
+        "citations": "\n\n".join(citations_for(metrics)),
+        "onnx_snippet": onnx_snippet(repo_id).rstrip() if onnx_check else None,
+        "onnx_check": check_in_words(onnx_check) if onnx_check else None,
+    }
 
 
 def check_of_onnx(folder: Path, weights: str) -> dict | None:
@@ -153,7 +161,7 @@ def check_of_onnx(folder: Path, weights: str) -> dict | None:
 def card_data(metrics: dict, arguments: CardArguments, name: str) -> ModelCardData:
     """The metadata at the top of a card, with one `model-index` entry for every COCO metric."""
     validation, links = metrics["data"]["val"], links_of(metrics, arguments)
-    tags = ["object-detection", "conditional-detr"]
+    tags = ["object-detection", metrics["student"]["family"]["tag"]]
     if is_distilled(metrics):
         tags += ["knowledge-distillation", "d3etr"]
     learned = is_distilled(metrics) or metrics["training"]["inherited"]
@@ -203,9 +211,12 @@ def summary(metrics: dict, arguments: CardArguments) -> str:
     """What this model is, in two sentences."""
     classes, links = list(metrics["data"]["val"]["classes"]), links_of(metrics, arguments)
     named = f" ({html.escape(', '.join(classes), quote=False)})" if len(classes) <= MOST_CLASSES_UNFOLDED else ""
-    what = f"A Conditional DETR object detector for {len(classes)} class{'es' if len(classes) > 1 else ''}{named}"
+    family = metrics["student"]["family"]["title"]
+    what = f"A {family} object detector for {len(classes)} class{'es' if len(classes) > 1 else ''}{named}"
     if "teacher" in metrics and is_distilled(metrics):
         teacher = linked(links.get("teacher"), metrics["teacher"]["name"])
+        of_teacher = metrics["teacher"]["family"]["title"]
+        teacher += f", a {of_teacher}," if of_teacher != family else ""
         *parts, last = card_texts.learned_parts(metrics["training"]["options"])
         in_words = f"{', '.join(parts)} and {last}" if parts else last
         what += (

@@ -12,15 +12,6 @@ D3ETR = """\
   doi={10.24963/ijcai.2024/74}
 }"""
 
-CONDITIONAL_DETR = """\
-@inproceedings{meng2021conditional,
-  title={Conditional {DETR} for Fast Training Convergence},
-  author={Meng, Depu and Chen, Xiaokang and Fan, Zejia and Zeng, Gang and Li, Houqiang and Yuan, Yuhui and Sun, Lei and
-    Wang, Jingdong},
-  booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
-  year={2021}
-}"""
-
 GROUP_DETR = """\
 @inproceedings{chen2023group,
   title={Group {DETR}: Fast {DETR} Training with Group-Wise One-to-Many Assignment},
@@ -46,14 +37,15 @@ CODECARBON = """\
 }"""
 
 
-def citations_for(training: dict) -> list[str]:
-    """The papers behind what a run used, from `metrics.json`'s `training`."""
+def citations_for(metrics: dict) -> list[str]:
+    """The papers behind what a run used, from `metrics.json`."""
+    training = metrics["training"]
     options = training["options"]
     used = [D3ETR] if options["auxiliary_queries"] == "teacher" or learned_parts(options) else []
-    used.append(CONDITIONAL_DETR)
+    used += [metrics[role]["family"]["citation"] for role in ("student", "teacher") if role in metrics]
     if options["auxiliary_queries"] == "learned":
         used.append(GROUP_DETR)
     used.append(TRANSFORMERS)
     if "energy" in training:
         used.append(CODECARBON)
-    return used
+    return list(dict.fromkeys(used))

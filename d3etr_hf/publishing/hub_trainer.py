@@ -169,27 +169,16 @@ class D3etrTrainer(DistillationTrainer):
         self.create_model_card(**card)
         self._finish_current_push()
         folder = Path(self.args.output_dir)
-        token, revision = token or self.args.hub_token, revision or self.args.hub_revision
+        push = {
+            "token": token or self.args.hub_token,
+            "revision": revision or self.args.hub_revision,
+            "commit_message": commit_message,
+        }
         if not blocking:
-            return upload_in_background(
-                folder,
-                PUBLISHED_FILES,
-                self.hub_model_id,
-                token=token,
-                revision=revision,
-                commit_message=commit_message,
-            )
+            return upload_in_background(folder, PUBLISHED_FILES, self.hub_model_id, **push)
         private = self.args.hub_private_repo if private is None else private
-        command = resume_command(folder, self.hub_model_id, arguments, private, revision)
-        return upload(
-            folder,
-            self.hub_model_id,
-            command,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        command = resume_command(folder, self.hub_model_id, arguments, private, push["revision"])
+        return upload(folder, self.hub_model_id, command, private=private, **push)
 
     @staticmethod
     def _card_arguments(license=None, finetuned_from=None, dataset=None, compare=None) -> CardArguments:

@@ -5,43 +5,46 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from d3etr_hf.evaluation.timing import interleaved, seconds_of, spread
+from d3etr_hf.models.detector import Detector
 
-# where the parts of a Conditional DETR begin; what is in none of them are the heads, queries and projections
-PARTS = {"backbone": "model.backbone", "encoder": "model.encoder", "decoder": "model.decoder"}
-OTHER = "heads and projections"
+OTHER = "other"
 MOST_SECONDS, MOST_ROUNDS, FEWEST_ROUNDS = 20, 50, 5
 
 
 @torch.no_grad()
-def count_cost(model: torch.nn.Module, pixel_values: torch.Tensor) -> dict:
-    """Parameters and floating-point operations of one forward pass, whole and by part.
+def count_cost(detector: Detector, pixel_values: torch.Tensor) -> dict:
+    """Parameters and floating-point operations of one forward pass of the stock model, whole and by part.
 
     Args:
-        model: a stock Conditional DETR in eval mode.
         pixel_values: `(1, 3, height, width)` float32, one image as the image processor makes it.
 
     Returns:
         `parameters`; `flops` (an addition and a multiplication count as two; matrix products and convolutions only, as
-        PyTorch counts them); `parts`: both for backbone, encoder, decoder and the rest; `height` and `width`, pixels.
+        PyTorch counts them); `parts`: both for each of the detector's parts, and "other" for what is in none of them,
+        if there is any; `height` and `width`, pixels.
     """
-    counter = FlopCounterMode(display=False, depth=3)
+    model = detector.to_stock()
+    counter = FlopCounterMode(display=False)
     # fused attention kernels of a CPU are not counted: as plain matrix products they are
     with counter, sdpa_kernel(SDPBackend.MATH):
         model(pixel_values=pixel_values)
-    flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    root = type(model).__name__
+    # by the module's path, which begins with the model's class
+    flops = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     parts = {
-        part: {
-            "parameters": sum(parameter.numel() for parameter in model.get_submodule(path).parameters()),
-            "flops": flops.get(f"{root}.{path}", 0),
+        role: {
+            "parameters": sum(size for name, size in sizes.items() if name.startswith(prefixes)),
+            "flops": sum(flops.get(prefix.removesuffix("."), 0) for prefix in prefixes),
         }
-        for part, path in PARTS.items()
+        for role, prefixes in detector.parts.items()
     }
     total = {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(sizes.values()),
         "flops": counter.get_total_flops(),
     }
-    parts[OTHER] = {key: total[key] - sum(part[key] for part in parts.values()) for key in total}
+    rest = {key: total[key] - sum(part[key] for part in parts.values()) for key in total}
+    if any(rest.values()):
+        parts[OTHER] = rest
     height, width = pixel_values.shape[2:]
     return {**total, "parts": parts, "height": height, "width": width}
 

@@ -11,7 +11,7 @@ import torch
 from d3etr_hf.data import DetectionDataset, DetectionTransform
 from d3etr_hf.errors import PublishError
 from d3etr_hf.evaluation import average_precision_of, predict_detections
-from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.loading import load_detector, load_image_processor
 from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
 from d3etr_hf.publishing.privacy import anonymise
@@ -35,14 +35,18 @@ def read_metrics(folder: Path) -> dict | None:
     """What lies in a run's `metrics.json`; None where there is none.
 
     Raises:
-        PublishError: the file is another tool's, or damaged.
+        PublishError: the file is another tool's, of an earlier version, or damaged.
     """
     try:
         known = read_json(folder / METRICS)
     except ValueError as error:
         raise PublishError(f"{folder / METRICS} is no JSON ({error}): remove it, and publish again") from error
-    if known is not None and not (isinstance(known, dict) and {"weights", "student", "data"} <= known.keys()):
+    if known is None:
+        return None
+    if not (isinstance(known, dict) and {"weights", "student", "data"} <= known.keys()):
         raise PublishError(f"{folder / METRICS} is not of scripts/publish.py: move it away, and publish again")
+    if "family" not in known["student"]:
+        raise PublishError(f"{folder / METRICS} is of an earlier version: move it away, and publish again")
     return known
 
 
@@ -70,8 +74,8 @@ def measure_run(run: PublishedRun, compared: Mapping[str, str] | None = None, ag
 
     Returns:
         `student` and, as far as they exist, `teacher` and `compared` (title → the same): COCO `metrics` in 0..1,
-        parameters, FLOPs and milliseconds (see `cost`), steps and seconds of training; `data`; `training`; `links`;
-        `environment` of the measurement; `weights`, the SHA-256 of the student's.
+        `family`, parameters, FLOPs and milliseconds (see `inference_cost`), steps and seconds of training; `data`;
+        `training`; `links`; `environment` of the measurement; `weights`, the SHA-256 of the student's.
 
     Raises:
         PublishError: the run recorded no evaluation.
@@ -143,23 +147,22 @@ def _student_metrics(run: PublishedRun, batch_size: int) -> dict[str, float]:
 
 
 def _measure_models(run: PublishedRun, batch_size: int) -> dict:
-    """Student and teacher: metrics, cost, and both timed by turns."""
-    models = {"student": (_on_device(run.student), run.val)}
+    """Student and teacher: metrics, family, cost, and both timed by turns."""
+    for model, _ in run.models.values():
+        _on_device(model)
     rows = {"student": {"metrics": _student_metrics(run, batch_size), **_length_of_training(str(run.folder))}}
-    rows["student"]["backbone"] = run.student.config.backbone_config.model_type
+    rows["student"]["backbone"] = run.student.backbone_type
     if run.teacher is not None:
-        teacher = _on_device(run.teacher)
-        models["teacher"] = (teacher, run.teacher_val)
-        metrics = _evaluate(teacher, run.teacher_val, batch_size, "teacher")
+        metrics = _evaluate(run.teacher, run.teacher_val, batch_size, "teacher")
         rows["teacher"] = {"name": run.teacher_name, "metrics": metrics}
         rows["teacher"] |= _length_of_training(run.teacher_name)
         rows["teacher"]["taught_at"] = list(run.val[0]["pixel_values"].shape[1:])
     timed = {}
-    for role, (model, val) in models.items():
-        stock = model.to_stock()
+    for role, (model, val) in run.models.items():
         pixels = val[0]["pixel_values"][None].to(model.device)
-        rows[role] |= count_cost(stock, pixels)
-        timed[role] = (stock, pixels)
+        rows[role]["family"] = {"title": model.title, "tag": model.tag, "citation": model.citation}
+        rows[role] |= count_cost(model, pixels)
+        timed[role] = (model.to_stock(), pixels)
     for role, milliseconds in measure_milliseconds(timed).items():
         rows[role]["milliseconds"] = milliseconds
     return rows
@@ -182,15 +185,13 @@ def _measure_compared(title: str, path: str, val: DetectionDataset) -> dict:
     }
 
 
-def _evaluate(
-    model: D3etrConditionalDetrForObjectDetection, val: DetectionDataset, batch_size: int, title: str
-) -> dict[str, float]:
+def _evaluate(model: Detector, val: DetectionDataset, batch_size: int, title: str) -> dict[str, float]:
     """COCO metrics of a detector whose classes include the data's."""
     detections = predict_detections(with_classes_of(model, val.class_names, title), val, batch_size, title)
     return average_precision_of(detections, val)
 
 
-def _on_device(model: D3etrConditionalDetrForObjectDetection) -> D3etrConditionalDetrForObjectDetection:
+def _on_device(model: Detector) -> Detector:
     return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 

@@ -8,15 +8,24 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import ConditionalDetrForObjectDetection
 
 from d3etr_hf.configurations import option, read_yaml
 from d3etr_hf.data import DataArguments, DetectionCollator, load_splits
 from d3etr_hf.errors import OnnxExportError
 from d3etr_hf.evaluation.timing import seconds_of
+from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.loading import load_detector, load_image_processor
 from d3etr_hf.outputs.boxes import centre_to_corners
-from d3etr_hf.publishing.onnx_export import AXES, NEEDED, OPSET, describe_for_onnx, export_onnx, require_packages
+from d3etr_hf.publishing.onnx_export import (
+    AXES,
+    NEEDED,
+    OPSET,
+    OUTPUTS,
+    OnnxDetector,
+    describe_for_onnx,
+    export_onnx,
+    require_packages,
+)
 from d3etr_hf.publishing.run_folder import hash_of_weights, merged_data_arguments
 from d3etr_hf.runs.output_folder import CONFIGURATION, write_json
 
@@ -67,17 +76,17 @@ def export_and_check(
     require_packages()
     path = _output_path(folder, output)
     data_arguments = data_arguments or _data_of_run(Path(folder))
-    model = load_detector(folder).to_stock()
+    detector = load_detector(folder)
     processor = load_image_processor(folder) or load_image_processor(None)
-    metadata = describe_for_onnx(model, processor)  # first: the data arguments may set another size
+    metadata = describe_for_onnx(detector, processor)  # first: the data arguments may set another size
     _, val = load_splits(data_arguments, processor)
     examples = [val[index] for index in range(min(check_images, len(val)))]
 
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        export_onnx(model, unfinished, metadata)
-        figures = compare_with_onnx(model, unfinished, examples)
+        export_onnx(detector, unfinished, metadata)
+        figures = compare_with_onnx(detector, unfinished, examples)
         _refuse_differences(figures, path)
         unfinished.replace(path)
     finally:
@@ -91,11 +100,11 @@ def export_and_check(
 
 
 @torch.inference_mode()
-def compare_with_onnx(model: ConditionalDetrForObjectDetection, path: Path, examples: list[dict]) -> dict:
+def compare_with_onnx(detector: Detector, path: Path, examples: list[dict]) -> dict:
     """How far an ONNX file is from its detector, query by query, and what each takes, turn by turn.
 
     Args:
-        model: from `to_stock`, on the CPU.
+        detector: on the CPU.
         path: the ONNX file.
         examples: of a data set with a `DetectionTransform`.
 
@@ -104,14 +113,7 @@ def compare_with_onnx(model: ConditionalDetrForObjectDetection, path: Path, exam
         of any query's `box_pixels` (of a corner, in pixels of the original image) and `score` (of a class, 0..1);
         `milliseconds` of an image, the medians of `pytorch` and `onnxruntime`; the numbers of `images` and `threads`.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # as many as PyTorch
-    options.log_severity_level = 3
-    # else its threads wait at full speed after each call, and slow PyTorch down to half
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    model, session = OnnxDetector(detector).eval(), _session(path)
     collate = DetectionCollator()
     others = [_resized(*pair) for pair in zip(islice(cycle(examples), 3), OTHER_SIZES, strict=True)]
     groups = {
@@ -137,6 +139,18 @@ def compare_with_onnx(model: ConditionalDetrForObjectDetection, path: Path, exam
         "milliseconds": {name: 1000 * torch.tensor(times).median().item() for name, times in seconds.items()},
         "threads": torch.get_num_threads(),
     }
+
+
+def _session(path: Path):
+    """The file in onnxruntime, on as many threads as PyTorch."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    # else its threads wait at full speed after each call, and slow PyTorch down to half
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def check_in_words(check: dict) -> str:
@@ -175,12 +189,11 @@ names = json.loads(session.get_modelmeta().custom_metadata_map["id2label"])
 
 image = Image.open("photograph.jpg").convert("RGB")
 inputs = dict(processor(images=image, return_tensors="np"))
-logits, boxes = session.run(["logits", "pred_boxes"], inputs)
-scores = 1 / (1 + np.exp(-logits[0]))
-for query, label in np.argwhere(scores > 0.4):
+scores, boxes = session.run(["scores", "pred_boxes"], inputs)
+for query, label in np.argwhere(scores[0] > 0.4):
     x, y, width, height = boxes[0, query] * [*image.size, *image.size]
     corners = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-    print(names[str(label)], f"{{scores[query, label]:.2f}}", np.round(corners, 1).tolist())
+    print(names[str(label)], f"{{scores[0, query, label]:.2f}}", np.round(corners, 1).tolist())
 """
 
 
@@ -212,24 +225,22 @@ def _resized(example: dict, size: tuple[float, int, int]) -> dict:
     return {**example, "pixel_values": resized[0]}
 
 
-def _run_pytorch(model: ConditionalDetrForObjectDetection, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs = model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
-    return outputs.logits, outputs.pred_boxes
+def _run_pytorch(model: OnnxDetector, batch: dict) -> tuple[torch.Tensor, ...]:
+    return model(**{name: batch[name] for name in AXES})
 
 
-def _run_onnx(session, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def _run_onnx(session, batch: dict) -> tuple[torch.Tensor, ...]:
     inputs = {name: batch[name].numpy() for name in AXES}
-    logits, boxes = session.run(["logits", "pred_boxes"], inputs)
-    return torch.from_numpy(logits), torch.from_numpy(boxes)
+    return tuple(torch.from_numpy(value) for value in session.run(list(OUTPUTS), inputs))
 
 
-def _difference(model: ConditionalDetrForObjectDetection, session, batch: dict) -> tuple[float, float]:
+def _difference(model: OnnxDetector, session, batch: dict) -> tuple[float, float]:
     """Largest differences of any query of a batch: of a corner in pixels of the original image, and of a score."""
-    sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
+    sizes = torch.tensor([label["orig_size"] for label in batch["labels"]])
     scale = sizes[:, None, [1, 0, 1, 0]]
-    (logits, boxes), (other_logits, other_boxes) = _run_pytorch(model, batch), _run_onnx(session, batch)
+    (_, scores, boxes), (_, other_scores, other_boxes) = _run_pytorch(model, batch), _run_onnx(session, batch)
     corners = (centre_to_corners(boxes) - centre_to_corners(other_boxes)) * scale
-    return corners.abs().max().item(), (logits.sigmoid() - other_logits.sigmoid()).abs().max().item()
+    return corners.abs().max().item(), (scores - other_scores).abs().max().item()
 
 
 def _refuse_differences(figures: dict, path: Path) -> None:

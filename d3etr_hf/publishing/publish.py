@@ -10,6 +10,7 @@ from d3etr_hf.publishing.card import CardArguments, write_card
 from d3etr_hf.publishing.measurements import is_measured, measure_run, select_rows
 from d3etr_hf.publishing.run_folder import PublishedRun, load_run
 from d3etr_hf.publishing.upload import describe_upload, upload
+from d3etr_hf.runs.output_folder import HISTORY
 
 
 @dataclass
@@ -60,7 +61,7 @@ def prepare(run: PublishedRun, card: CardArguments, repo_id: str | None = None, 
     from d3etr_hf.visualization.run_pictures import draw_pictures
 
     metrics = measure_run(run, card.compared(), again)
-    draw_pictures(run)
+    draw_pictures(run.folder, run.record(HISTORY), run.val, run.models)
     return write_card(run.folder, metrics, card, repo_id)
 
 

@@ -13,10 +13,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
 from d3etr_hf.errors import PublishError
-from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.loading import load_detector, load_image_processor
 from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
-from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, D3etrTrainingArguments
+from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, RENAMED_OPTIONS, D3etrTrainingArguments
 
 EMISSIONS = "emissions.csv"
 PLACES = {"data_folder", "dataset_name", "train_annotations", "train_images", "val_annotations", "val_images"}
@@ -43,10 +43,10 @@ class PublishedRun:
     """
 
     folder: Path
-    student: D3etrConditionalDetrForObjectDetection
+    student: Detector
     train: DetectionDataset
     val: DetectionDataset
-    teacher: D3etrConditionalDetrForObjectDetection | None = None
+    teacher: Detector | None = None
     teacher_name: str | None = None
     teacher_processor: BaseImageProcessor | None = None
     data_moved: bool = False
@@ -57,6 +57,12 @@ class PublishedRun:
         if self.teacher_processor is None:
             return self.val
         return self.val.with_transform(DetectionTransform(self.teacher_processor))
+
+    @property
+    def models(self) -> dict[str, tuple[Detector, DetectionDataset]]:
+        """The teacher, if there is one, and the student, each with the validation split as it sees it."""
+        teacher = {} if self.teacher is None else {"teacher": (self.teacher, self.teacher_val)}
+        return teacher | {"student": (self.student, self.val)}
 
     def record(self, name: str):
         """What the run wrote into one of its JSON files; None where it has not."""
@@ -77,7 +83,7 @@ def read_configuration(folder: Path) -> dict:
     """The values that the run's `run.yaml` sets.
 
     Raises:
-        PublishError: there is none, or the run is not finished.
+        PublishError: there is none, the run is not finished, or it has options of an earlier version.
     """
     for name in (CONFIGURATION, RESULTS):
         if not (folder / name).exists():
@@ -85,7 +91,13 @@ def read_configuration(folder: Path) -> dict:
                 f"{folder} holds no {name}, so it is no finished run of scripts/distill.py or scripts/train.py: "
                 "finish the run with the same command, or publish from Python by `trainer.push_to_hub()`"
             )
-    return read_yaml((folder / CONFIGURATION).read_text()) or {}
+    configuration = read_yaml((folder / CONFIGURATION).read_text()) or {}
+    if old := [name for name in RENAMED_OPTIONS if name in configuration]:
+        renamed = ", ".join(f"{name} is now {RENAMED_OPTIONS[name]}" for name in old)
+        raise PublishError(
+            f"{folder / CONFIGURATION} has options of an earlier version: {renamed}; rename them in it, and try again"
+        )
+    return configuration
 
 
 def hash_of_weights(folder: Path) -> str:

@@ -2,21 +2,18 @@
 
 import fnmatch
 import glob
-import itertools
 import json
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, get_token, set_client_factory
+from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import _http
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -34,7 +31,7 @@ PUBLISHED_FILES = (*MODEL_FILES, *CARD_FILES, *PICTURES, "model.onnx", "onnx_che
 # All that may be pushed of a checkpoint; no pickle, which runs code where it is loaded.
 CHECKPOINT_FILES = (*MODEL_FILES, "query_adapters.safetensors", STATE)
 
-CONNECT_SECONDS, SILENCE_SECONDS, LONGEST_PAUSE_SECONDS = 30.0, 300.0, 60.0
+CONNECT_SECONDS, SILENCE_SECONDS = 30.0, 300.0
 # what a failed upload raises: from the network, the file system, the client's checks, or an answer without a key
 FAILURES = (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, ValueError, KeyError)
 BY_STATUS = {
@@ -50,8 +47,8 @@ UNREACHABLE = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, ht
 FAILED_FILE = re.compile(r"Error while uploading '(.+)' to the Hub")
 XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")
 
-# One worker, so that pushes reach the Hub in the order of their steps.
-_BACKGROUND = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push_to_hub")
+# Runs what it is given in the background one by one, so that pushes reach the Hub in the order of their steps.
+_QUEUE = HfApi()
 
 
 def files_to_publish(folder: Path) -> list[Path]:
@@ -97,11 +94,10 @@ def upload(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Upload a model trained with d3etr_hf",
-    endpoint: str | None = None,
-    attempts: int = 3,
-    timeout_seconds: float = SILENCE_SECONDS,
 ) -> str:
     """Publish the `PUBLISHED_FILES` of a run's folder. Those that the Hub holds already are not sent again.
+
+    Faults that pass by themselves are sat out by huggingface_hub.
 
     Args:
         repo_id: `namespace/name`; created if it does not exist.
@@ -109,9 +105,6 @@ def upload(
         private: whether a new repository is private; None leaves it to the namespace's default.
         token: None takes HF_TOKEN, or that of `hf auth login`.
         revision: an existing branch; None is `main`.
-        endpoint: address of the Hub; None takes HF_ENDPOINT.
-        attempts: how often all of it is tried while the fault may pass by itself.
-        timeout_seconds: how long the Hub may stay silent.
 
     Returns:
         The commit's URL.
@@ -122,28 +115,23 @@ def upload(
     """
     paths = files_to_publish(folder)
     refuse_secrets(paths, [token])
-    _BACKGROUND.submit(int).result()  # a push that is still under way must not overwrite the finished model
-    api, names = HfApi(endpoint=endpoint, token=token), [path.name for path in paths]
+    _QUEUE.run_as_future(int).result()  # a push that is still under way must not overwrite the finished model
+    api, names = HfApi(token=token), [path.name for path in paths]
     # of an earlier upload: an ONNX file or shards of other weights must not stay beside the new ones
     gone = [pattern for pattern in PUBLISHED_FILES if not fnmatch.filter(names, pattern)]
-    push = {"revision": revision, "commit_message": commit_message, "delete_patterns": gone}
-    for attempt in itertools.count(1):
-        try:
-            with _limited_patience(timeout_seconds):
-                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-                if private and not api.repo_info(repo_id).private:
-                    raise ValueError("it is public, which no upload changes: make it private in its settings")
-                return _send(api, folder, names, repo_id, **push)
-        except FAILURES as error:
-            reason = _without_token(f"{repo_id} was not uploaded: {explain(error)}", token)
-            root, _ = _root_and_file(error)
-            if attempt >= attempts or not _may_pass(root):
-                message = f"{reason}\nEverything is kept in {folder}. To resume the upload, run\n  {resume_command}"
-                # the text of a header that cannot be sent holds the token
-                raise HubError(message) from (None if isinstance(root, httpx2.LocalProtocolError) else error)
-            pause = min(_retry_after(root) or 2.0**attempt, LONGEST_PAUSE_SECONDS)
-            logger.warning(f"{reason}; trying again in {pause:.0f} s (attempt {attempt + 1} of {attempts})")
-            time.sleep(pause)
+    try:
+        with _limited_patience():
+            full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if private and not api.repo_info(full_id).private:
+                raise ValueError("it is public, which no upload changes: make it private in its settings")
+            push = {"revision": revision, "commit_message": commit_message, "delete_patterns": gone}
+            return _send(api, folder, names, full_id, **push)
+    except FAILURES as error:
+        reason = _without_token(f"{repo_id} was not uploaded: {explain(error)}", token)
+        message = f"{reason}\nEverything is kept in {folder}. To resume the upload, run\n  {resume_command}"
+        # the text of a header that cannot be sent holds the token
+        holds_token = isinstance(_root_and_file(error)[0], httpx2.LocalProtocolError)
+        raise HubError(message) from (None if holds_token else error)
 
 
 def upload_in_background(
@@ -155,8 +143,6 @@ def upload_in_background(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Training in progress",
-    endpoint: str | None = None,
-    timeout_seconds: float = SILENCE_SECONDS,
 ) -> Future[str | None]:
     """Push files of a folder, such as a checkpoint, to an existing repository while training goes on.
 
@@ -166,42 +152,52 @@ def upload_in_background(
     Args:
         file_patterns: names at the top level of `folder`, with wildcards: `CHECKPOINT_FILES` or `PUBLISHED_FILES`.
         path_in_repo: folder of the repository; None is its top.
-        repo_id, token, revision, endpoint, timeout_seconds: see `upload`.
+        repo_id, token, revision: see `upload`.
 
     Returns:
         Done once the copies are removed again; its result is the commit's URL, or None after a failure.
     """
 
-    def warn(reason: str) -> None:
-        reason = _without_token(reason.replace(staging.name, str(folder)), token)
-        logger.warning(f"{folder} was not pushed to {repo_id}: {reason}. Training goes on; the next save pushes again")
-
     def push() -> str | None:
-        api = HfApi(endpoint=endpoint, token=token)
         options = {"path_in_repo": path_in_repo, "revision": revision, "commit_message": commit_message}
         with staging:
             try:
                 refuse_secrets([Path(staging.name) / name for name in names], [token])
-                with _limited_patience(timeout_seconds):
-                    return _send(api, Path(staging.name), names, repo_id, **options)
+                with _limited_patience():
+                    return _send(HfApi(token=token), Path(staging.name), names, repo_id, **options)
             except Exception as error:  # whatever it is, nobody need ever look at the future
-                warn(explain(error))
+                _warn_of_push(folder, repo_id, explain(error).replace(staging.name, str(folder)), token)
 
     staging = tempfile.TemporaryDirectory(prefix="d3etr_hf_push_")
     try:
-        names = _names_in(folder, file_patterns)
-        if not names:
-            raise FileNotFoundError(f"it holds none of {', '.join(file_patterns)}")
-        for name in names:
-            shutil.copyfile(folder / name, Path(staging.name) / name)
-            if name == STATE:  # it may hold the path of the best checkpoint
-                state = anonymise(json.loads((folder / name).read_text()))
-                (Path(staging.name) / name).write_text(json.dumps(state, indent=2))
+        names = _copy_files(folder, file_patterns, Path(staging.name))
     except OSError as error:
-        warn(str(error))
+        _warn_of_push(folder, repo_id, str(error), token)
         staging.cleanup()
-        return _BACKGROUND.submit(lambda: None)
-    return _BACKGROUND.submit(push)
+        return _QUEUE.run_as_future(lambda: None)
+    return _QUEUE.run_as_future(push)
+
+
+def _copy_files(folder: Path, patterns: Sequence[str], target: Path) -> list[str]:
+    """Copy the files of these patterns, without paths of this machine; their names.
+
+    Raises:
+        OSError: there are none, or one cannot be read.
+    """
+    names = _names_in(folder, patterns)
+    if not names:
+        raise FileNotFoundError(f"it holds none of {', '.join(patterns)}")
+    for name in names:
+        shutil.copyfile(folder / name, target / name)
+        if name == STATE:  # it may hold the path of the best checkpoint
+            state = anonymise(json.loads((folder / name).read_text()))
+            (target / name).write_text(json.dumps(state, indent=2))
+    return names
+
+
+def _warn_of_push(folder: Path, repo_id: str, reason: str, token: str | None) -> None:
+    reason = _without_token(reason, token)
+    logger.warning(f"{folder} was not pushed to {repo_id}: {reason}. Training goes on; the next save pushes again")
 
 
 def _names_in(folder: Path, patterns: Sequence[str]) -> list[str]:
@@ -215,30 +211,24 @@ def _send(api: HfApi, folder: Path, names: list[str], repo_id: str, **options) -
 
 
 @contextmanager
-def _limited_patience(silence_seconds: float) -> Iterator[None]:
+def _limited_patience() -> Iterator[None]:
     """Make the client give up on a silent Hub, for which it would wait for ever."""
-    former = _http._GLOBAL_CLIENT_FACTORY  # which the client tells in no other way
+    client = get_session()
+    patience, send = client.timeout, client.send
 
-    def impatient_client() -> httpx2.Client:
-        client = former()
-        client.timeout = httpx2.Timeout(silence_seconds, connect=min(silence_seconds, CONNECT_SECONDS))
-        send = client.send
+    def send_once(request: httpx2.Request, **options) -> httpx2.Response:
+        try:
+            return send(request, **options)
+        except (httpx2.ReadTimeout, httpx2.WriteTimeout) as error:
+            # an error that the client does not know: it would be as patient five more times
+            raise TimeoutError(f"the Hub did not answer for {SILENCE_SECONDS:g} seconds") from error
 
-        def send_once(request: httpx2.Request, **options) -> httpx2.Response:
-            try:
-                return send(request, **options)
-            except (httpx2.ReadTimeout, httpx2.WriteTimeout) as error:
-                # an error that the client does not know: it would be as patient five more times
-                raise TimeoutError(f"the Hub did not answer for {silence_seconds:g} seconds") from error
-
-        client.send = send_once
-        return client
-
-    set_client_factory(impatient_client)
+    client.timeout = httpx2.Timeout(SILENCE_SECONDS, connect=min(SILENCE_SECONDS, CONNECT_SECONDS))
+    client.send = send_once
     try:
         yield
     finally:
-        set_client_factory(former)
+        client.timeout, client.send = patience, send
 
 
 def explain(error: Exception) -> str:
@@ -285,14 +275,6 @@ def _status(error: Exception) -> int | None:
 def _retry_after(error: Exception) -> float | None:
     value = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     return float(value) if value.isdigit() else None
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether trying again can help; a silent Hub has been waited for already."""
-    passing = httpx2.NetworkError | httpx2.RemoteProtocolError | httpx2.ConnectTimeout | json.JSONDecodeError
-    if isinstance(error, HfHubHTTPError):
-        return _status(error) in (408, 409, 412, 429) or _status(error) >= 500
-    return isinstance(error, passing)
 
 
 def _without_token(text: str, token: str | None = None) -> str:

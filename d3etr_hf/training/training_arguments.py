@@ -35,14 +35,6 @@ RENAMED_OPTIONS = {
 }
 
 
-# old name → new name: these once looked like weights of the detection loss
-RENAMED_OPTIONS = {
-    "class_weight": "distillation_class_weight",
-    "l1_weight": "distillation_l1_weight",
-    "giou_weight": "distillation_giou_weight",
-}
-
-
 @dataclass
 class D3etrTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the recipe of Conditional DETR's authors as defaults, and D3ETR's options.

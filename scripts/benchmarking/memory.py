@@ -28,7 +28,7 @@ def peak_memories(size: Size, precision: str) -> dict[str, float]:
         RuntimeError: a process failed; the message holds what it wrote.
     """
     found = {}
-    for name in (IMPORTS, *STEPS):
+    for name in (IMPORTS, *STEPS, "step_custom_forms"):
         request = json.dumps({"size": asdict(size), "precision": precision, "step": name})
         command = [sys.executable, "-m", "scripts.benchmarking.memory", request]
         process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -15,14 +15,15 @@ from d3etr_hf.losses import (
     prediction_distillation,
     self_attention_distillation,
 )
-from d3etr_hf.matching import AdaptiveMatcher, MatchedPairs
-from d3etr_hf.matching.solver import assign, prediction_cost
-from d3etr_hf.models import QueryGroupOutput
+from d3etr_hf.matching import AdaptiveMatcher, MatchedPairs, Problem, TaughtGroup, solve
+from d3etr_hf.matching.matching_cost import prediction_cost
 from d3etr_hf.models.group_attention import both_forms
+from d3etr_hf.outputs import GroupOutput, SigmoidScores
 
 from .timing import timed_parts
 
 MAPS = ("self_attn", "cross_attn")
+SCORES, PAIR_WEIGHTS = SigmoidScores(), (1.0, 5.0, 2.0)
 WORK = ("costs", "losses", "backward")
 # layers, images, queries, classes and memory tokens
 SIZES = {"L": 6, "B": 16, "N": 300, "C": 91, "K": 300}
@@ -99,14 +100,14 @@ def _our_round(teacher: dict, student: dict) -> tuple[dict, dict]:
     # scores that a model has just computed may be overwritten: no leaves
     leaves = _leaves(teacher, False), _leaves(student, True)
     scores = [{name: [layer.clone() for layer in side[name]] for name in MAPS} for side in leaves]
-    maps = seconds_of(lambda: kept.update(groups=[_group(*side) for side in zip(leaves, scores, strict=True)]))
-    teacher, student = kept.pop("groups")
-    predictions = teacher.logits, teacher.boxes, student.logits, student.boxes
-    costs = seconds_of(lambda: kept.update(cost=prediction_cost(*predictions, 1.0, 5.0, 2.0)))
-    assignment = seconds_of(lambda: assign(kept["cost"], "teacher to student"))
+    maps = seconds_of(lambda: kept.update(teacher=_taught(leaves[0], scores[0]), student=_group(leaves[1], scores[1])))
+    teacher, student = kept.pop("teacher"), kept.pop("student")
+    predictions = teacher.probabilities, teacher.boxes, student.logits, student.boxes
+    costs = seconds_of(lambda: kept.update(cost=prediction_cost(*predictions, SCORES, PAIR_WEIGHTS).mT))
+    assignment = seconds_of(lambda: solve(Problem(kept["cost"], "teacher to student")))
     matrices = kept.pop("cost").flatten(0, 1).cpu().numpy()
     one_by_one = seconds_of(lambda: [linear_sum_assignment(matrix) for matrix in matrices])
-    matching = seconds_of(lambda: kept.update(pairs=AdaptiveMatcher()(teacher, student)))
+    matching = seconds_of(lambda: kept.update(pairs=AdaptiveMatcher(SCORES, *PAIR_WEIGHTS)(teacher, student)))
     losses = seconds_of(lambda: kept.update(losses=_losses(teacher, student, kept["pairs"])))
     backward = seconds_of(lambda: sum(value.sum() for value in kept["losses"].values()).backward())
     seconds = {
@@ -126,23 +127,27 @@ def _leaves(tensors: dict, requires_grad: bool) -> dict:
     }
 
 
-def _group(leaves: dict, scores: dict) -> QueryGroupOutput:
-    return QueryGroupOutput(
-        logits=leaves["logits"],
-        boxes=leaves["boxes"],
-        self_attention=tuple(both_forms(layer) for layer in scores["self_attn"]),
-        cross_attention=tuple(both_forms(layer) for layer in scores["cross_attn"]),
-    )
-
-
-def _losses(teacher: QueryGroupOutput, student: QueryGroupOutput, pairs: MatchedPairs) -> dict[str, torch.Tensor]:
-    images = teacher.logits.shape[1]
-    mask = torch.ones(
-        images, 1, teacher.cross_attention[0].log.shape[-1], dtype=torch.bool, device=pairs.teacher.device
-    )
-    weights = pair_weights(teacher.logits, pairs)
+def _maps(scores: dict) -> dict:
     return {
-        "prediction": prediction_distillation(teacher, student, pairs, weights, weights.sum((1, 2))),
+        "self_attention": tuple(both_forms(layer) for layer in scores["self_attn"]),
+        "cross_attention": tuple(both_forms(layer) for layer in scores["cross_attn"]),
+    }
+
+
+def _group(leaves: dict, scores: dict) -> GroupOutput:
+    return GroupOutput(logits=leaves["logits"], boxes=leaves["boxes"], **_maps(scores))
+
+
+def _taught(leaves: dict, scores: dict) -> TaughtGroup:
+    return TaughtGroup(probabilities=SCORES.probabilities(leaves["logits"]), boxes=leaves["boxes"], **_maps(scores))
+
+
+def _losses(teacher: TaughtGroup, student: GroupOutput, pairs: MatchedPairs) -> dict[str, torch.Tensor]:
+    images, keys = teacher.boxes.shape[1], teacher.cross_attention[0].log.shape[-1]
+    mask = torch.ones(images, 1, keys, dtype=torch.bool, device=pairs.teacher.device)
+    weights = pair_weights(teacher.probabilities, pairs)
+    return {
+        "prediction": prediction_distillation(teacher, student, pairs, SCORES, weights, weights.sum((1, 2))),
         "self_attention": self_attention_distillation(teacher.self_attention, student.self_attention, pairs, images),
         "cross_attention": cross_attention_distillation(
             teacher.cross_attention, student.cross_attention, pairs, mask, mask, images

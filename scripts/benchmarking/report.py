@@ -11,6 +11,7 @@ from transformers.utils import logging
 from d3etr_hf.evaluation.timing import interleaved, spread
 from d3etr_hf.matching.solver import assignment_threads
 
+from .attention_forms import FORMS, why_not_compiled, with_forms
 from .memory import peak_memories
 from .public_loop import compare_with_public_loop
 from .sizes import Size
@@ -23,10 +24,17 @@ MATCHING = ("costs", "assignment", "matching, rest")
 
 
 def measure_steps(size: Size, precision: str, rounds: int) -> dict:
-    """Seconds of plain, teacher, two groups and step, turn by turn; the ratios are medians over rounds."""
-    seconds = interleaved(make_steps(size, precision), rounds, title="steps")
+    """Seconds of plain, teacher, two groups and step, and of the step with either form of attention maps, turn by
+    turn; the ratios are medians over rounds."""
+    steps = make_steps(size, precision)
+    steps |= {name: with_forms(steps["step"], forms) for name, forms in FORMS.items()}
+    seconds = interleaved(steps, rounds, title="steps")
     floor = seconds["teacher"] + seconds["two groups"]
-    ratios = {"step_over_floor": seconds["step"] / floor, "step_over_plain": seconds["step"] / seconds["plain"]}
+    ratios = {
+        "step_over_floor": seconds["step"] / floor,
+        "step_over_plain": seconds["step"] / seconds["plain"],
+        "custom_forms_over_plain_forms": seconds["step_custom_forms"] / seconds["step_plain_forms"],
+    }
     return {
         **{name: spread(ratio)["median"] for name, ratio in ratios.items()},
         "spread": {name: spread(ratio) for name, ratio in ratios.items()},
@@ -75,6 +83,7 @@ def measure(
     # costs and assignments of both: teacher to student, and ground truth to queries
     matching = sum(found["parts"][part]["median"] for part in MATCHING)
     found["matching_share"] = matching / found["seconds"]["step"]["median"]
+    found["not_compiled"] = {name: why_not_compiled(forms) for name, forms in FORMS.items()}
     found["memory"] = peak_memories(size, precision)
     found["memory_over_two_groups"] = found["memory"]["step"] / found["memory"]["two groups"]
     if data_folder is not None and Path(data_folder).is_dir():
@@ -91,9 +100,9 @@ def measure(
 def format_report(found: dict) -> str:
     """Markdown tables of what `measure` found."""
     text = ["| ms | median | quartiles |", "|---|---|---|"]
-    for name in (*STEPS, "floor"):
+    for name in (*STEPS, "floor", *FORMS):
         text.append(f"| {name} | {_milliseconds(found['seconds'][name])} |")
-    for name in ("step_over_floor", "step_over_plain"):
+    for name in ("step_over_floor", "step_over_plain", "custom_forms_over_plain_forms"):
         ratio = found["spread"][name]
         text.append(
             f"| {name.replace('_', ' ')} | {ratio['median']:.3f} | {ratio['low']:.3f} to {ratio['high']:.3f} |"
@@ -101,6 +110,7 @@ def format_report(found: dict) -> str:
     text += ["", "| part of a step, ms | median | quartiles |", "|---|---|---|"]
     text += [f"| {part} | {_milliseconds(seconds)} |" for part, seconds in found["parts"].items()]
     text += ["", f"matching: {found['matching_share']:.1%} of a step"]
+    text += [f"{name} in one graph: {reason or 'yes'}" for name, reason in found["not_compiled"].items()]
     memory = ", ".join(f"{name} {value:.0f}" for name, value in found["memory"].items())
     text.append(f"peak memory, MiB: {memory}; step over two groups {found['memory_over_two_groups']:.3f}")
     if "public_loop" in found:

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import ConditionalDetrForObjectDetection
+from transformers import PreTrainedModel
 
-from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.detector import HEADS, Detector
 from d3etr_hf.models.loading import ModelArguments, build_model, read_model_options
+from d3etr_hf.outputs.targets import Targets, pack
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Size:
     """One setting of the benchmark.
 
     Attributes:
-        teacher, student: YAML files with the fields of their ConditionalDetrConfig.
+        teacher, student: YAML files with the fields of their configurations.
         batch: images a step.
         height, width: pixels; in batches of more than one every second image is padded by a twelfth on both sides.
         classes: number of classes.
@@ -47,9 +48,7 @@ def on_gpu(size: Size) -> Size:
     return size if size.height == size.width else replace(size, batch=8, height=800, width=1066)
 
 
-def make_detector(
-    path: str, size: Size, seed: int, class_names: Sequence[str] | None = None
-) -> D3etrConditionalDetrForObjectDetection:
+def make_detector(path: str, size: Size, seed: int, class_names: Sequence[str] | None = None) -> Detector:
     """A detector whose predictions spread over image and classes, as a trained one's do (assignment time depends)."""
     torch.manual_seed(seed)
     options = dict(read_model_options(ModelArguments(model_config=path)))
@@ -61,17 +60,17 @@ def make_detector(
     model = build_model(ModelArguments(model_config=options), list(class_names))
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if "bbox_predictor" in name or "class_labels_classifier" in name:
+            if model.role_of(name) == HEADS:
                 tensor.add_(0.1 * torch.randn_like(tensor))
             elif name.endswith("layer.2.normalization.weight"):
                 tensor.fill_(0.2)  # a random ResNet under frozen batch norm doubles its activations in every block
     return model
 
 
-def stock_twin(model: D3etrConditionalDetrForObjectDetection) -> ConditionalDetrForObjectDetection:
+def stock_twin(model: Detector) -> PreTrainedModel:
     """A stock model with its own tensors of the same values, computing auxiliary losses."""
     config = type(model.config).from_dict(model.config.to_dict() | {"auxiliary_loss": True})
-    stock = ConditionalDetrForObjectDetection(config)
+    stock = model.stock_class(config)
     stock.load_state_dict(model.to_stock().state_dict(), strict=True)
     trained = dict(model.named_parameters())
     for name, parameter in stock.named_parameters():
@@ -80,7 +79,8 @@ def stock_twin(model: D3etrConditionalDetrForObjectDetection) -> ConditionalDetr
 
 
 def make_batch(size: Size, seed: int = 0) -> dict:
-    """A collated batch: `pixel_values (B, 3, H, W)`, `pixel_mask (B, H, W)` and labels (boxes cxcywh in 0..1)."""
+    """A batch as `DetectionCollator` makes it: `pixel_values` `(B, 3, H, W)`, `pixel_mask` `(B, H, W)`, `targets` and
+    `labels`."""
     generator = torch.Generator().manual_seed(seed)
     pixel_mask = torch.ones(size.batch, size.height, size.width, dtype=torch.int64)
     pixel_mask[1::2, size.height - size.height // 12 :] = 0
@@ -90,8 +90,18 @@ def make_batch(size: Size, seed: int = 0) -> dict:
     sides = torch.rand(size.batch, size.objects, 2, generator=generator) * 0.3 + 0.05
     classes = torch.randint(size.classes, (size.batch, size.objects), generator=generator)
     boxes = torch.cat([centres, sides], dim=-1)
+    objects = [{"class_labels": classes[image], "boxes": boxes[image]} for image in range(size.batch)]
     labels = [
-        {"class_labels": classes[image], "boxes": boxes[image], "image_id": torch.tensor([image])}
+        {"image_id": image, "objects": size.objects, "orig_size": [size.height, size.width]}
         for image in range(size.batch)
     ]
-    return {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "labels": labels}
+    return {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "targets": pack(objects), "labels": labels}
+
+
+def stock_labels(batch: dict) -> list[dict]:
+    """The ground truth of a batch as stock models take it: per image `class_labels` `(n,)` and `boxes` `(n, 4)`."""
+    targets = Targets.from_packed(batch["targets"], [label["objects"] for label in batch["labels"]])
+    return [
+        {"class_labels": targets.class_labels[image, :count], "boxes": targets.boxes[image, :count]}
+        for image, count in enumerate(targets.counts)
+    ]

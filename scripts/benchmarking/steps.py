@@ -8,13 +8,17 @@ import torch
 from transformers import Trainer
 
 from d3etr_hf.evaluation.timing import seconds_of
-from d3etr_hf.matching import AdaptiveMatcher, HungarianAssigner, label_assignment, mix_matcher
-from d3etr_hf.models import group_attention as attention
-from d3etr_hf.publishing.hub_trainer import D3etrTrainer
+from d3etr_hf.losses import DetectionCriterion, detection_loss
+from d3etr_hf.matching import mix_matcher, solver
+from d3etr_hf.models import group_attention
+from d3etr_hf.outputs import GroupRequest
 from d3etr_hf.training import objective
+from d3etr_hf.training.teacher import Teacher
+from d3etr_hf.training.trainer import DistillationTrainer
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
-from .sizes import Size, make_batch, make_detector, stock_twin
+from .attention_forms import FORMS, with_forms
+from .sizes import Size, make_batch, make_detector, stock_labels, stock_twin
 from .timing import timed_parts
 
 STEPS = ("plain", "teacher", "two groups", "step")
@@ -27,15 +31,18 @@ def make_steps(size: Size, precision: str = "no", names: tuple[str, ...] = STEPS
     - teacher: the teacher's forward pass, no gradient, fused attention, no maps.
     - two groups: a training step of the student with the auxiliary group and detection losses alone, no maps.
     - step: a D3ETR training step with everything on.
+    - step_plain_forms, step_custom_forms: the same with either form of attention maps, see `attention_forms`.
     """
     makers = {"plain": _plain, "teacher": _teacher, "two groups": _two_groups, "step": _step}
+    for name, forms in FORMS.items():
+        makers[name] = lambda size, precision, forms=forms: with_forms(_step(size, precision), forms)
     return {name: makers[name](size, precision) for name in names}
 
 
-def distillation_trainer(size: Size, precision: str = "no", train_dataset=None, **options) -> D3etrTrainer:
+def distillation_trainer(size: Size, precision: str = "no", train_dataset=None, **options) -> DistillationTrainer:
     """A trainer of the size's student under its teacher, with these training arguments."""
     names = None if train_dataset is None else train_dataset.class_names
-    return D3etrTrainer(
+    return DistillationTrainer(
         model=make_detector(size.student, size, 1, names),
         args=_arguments(precision, **options),
         teacher=make_detector(size.teacher, size, 0, names),
@@ -46,7 +53,7 @@ def distillation_trainer(size: Size, precision: str = "no", train_dataset=None, 
 def training_step(trainer: Trainer, batch: dict) -> None:
     """What Trainer's own loop does for one optimizer step."""
     count = None
-    if isinstance(trainer, D3etrTrainer):
+    if isinstance(trainer, DistillationTrainer):
         count = trainer._get_num_items_in_batch([batch], trainer.args.device)
     trainer.training_step(trainer.model_wrapped, batch, count)
     trainer.accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), trainer.args.max_grad_norm)
@@ -64,18 +71,19 @@ def step_parts(size: Size, precision: str = "no", rounds: int = 10) -> list[dict
     batch = trainer._prepare_inputs(make_batch(size))
     losses = ("self_attention_distillation", "cross_attention_distillation", "prediction_distillation", "pair_weights")
     parts = {
-        "teacher": [(trainer.teacher, "forward")],
-        "attention with maps": [(attention, "attend")],
-        "costs": [(mix_matcher, "prediction_cost"), (HungarianAssigner, "_cost")],
-        "assignment": [(mix_matcher, "start_assigning"), (Future, "result"), (label_assignment, "assign")],
+        "teacher": [(Teacher, "__call__")],
+        "attention with maps": [(group_attention, "attend")],
+        "costs": [(mix_matcher, "prediction_cost"), (detection_loss, "assignment_problem")],
+        "assignment": [(objective, "start_solving"), (Future, "result"), (solver, "on_device")],
         "matching, rest": [
-            (AdaptiveMatcher, "start"),
+            (objective.D3etrObjective, "_problems"),
             (mix_matcher, "MatchedPairs"),
-            (HungarianAssigner, "__call__"),
+            (objective, "fixed_pairs"),
+            (objective, "assignment_of"),
             (objective, "matched_foreground_share"),
         ],
         "distillation losses": [(objective, name) for name in losses],
-        "detection losses": [(objective, "detection_losses")],
+        "detection losses": [(DetectionCriterion, "losses")],
         "backward": [(trainer.accelerator, "backward")],
         "optimizer": [(trainer.accelerator, "clip_grad_norm_"), (trainer.optimizer, "step")],
     }
@@ -110,7 +118,9 @@ def ready(trainer: Trainer) -> Trainer:
 def _plain(size: Size, precision: str) -> Callable[[], None]:
     model = stock_twin(make_detector(size.student, size, seed=1))
     trainer = ready(Trainer(model=model, args=_arguments(precision)))
-    batch = trainer._prepare_inputs(make_batch(size))
+    batch = make_batch(size)
+    pixels = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
+    batch = trainer._prepare_inputs(pixels | {"labels": stock_labels(batch)})
     return lambda: training_step(trainer, batch)
 
 
@@ -121,7 +131,7 @@ def _teacher(size: Size, precision: str) -> Callable[[], None]:
 
     def forward() -> None:
         with torch.no_grad(), trainer.accelerator.autocast():
-            trainer.teacher(**pixels, return_groups=True)
+            trainer.teacher.detector(**pixels, request=GroupRequest())
 
     return forward
 

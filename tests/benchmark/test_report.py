@@ -30,12 +30,13 @@ def test_measurements_hold_what_they_promise(monkeypatch, shared_data):
     )
     loop = shared_data.parent / "reference" / "public_loop.py"
     found = report.measure(TINY, "no", 2, loop, None, evaluation=False)
-    for name in ("step_over_floor", "step_over_plain", "matching_share"):
+    for name in ("step_over_floor", "step_over_plain", "custom_forms_over_plain_forms", "matching_share"):
         assert found[name] > 0
     assert found["memory_over_two_groups"] == pytest.approx(1.1) and found["public_loop_over_ours"] == 2.0
     assert "waiting" not in found and json.loads(json.dumps(found)) == found
     text = report.format_report(found)
     assert "step over floor" in text and "assignment" in text and "over two groups 1.100" in text
+    assert "step_plain_forms in one graph: yes" in text and "step_custom_forms in one graph: " in text
 
 
 def test_floor_is_teacher_and_two_groups_of_the_same_round(monkeypatch):
@@ -43,10 +44,12 @@ def test_floor_is_teacher_and_two_groups_of_the_same_round(monkeypatch):
     import numpy as np
 
     rounds = {"plain": [1, 10], "teacher": [1, 10], "two groups": [2, 20], "step": [3.3, 33]}
-    monkeypatch.setattr(report, "make_steps", lambda *_: None)
+    rounds |= {"step_plain_forms": [4, 40], "step_custom_forms": [3, 30]}
+    monkeypatch.setattr(report, "make_steps", lambda *_: {"step": None})
     monkeypatch.setattr(report, "interleaved", lambda *_, **__: {k: np.array(v, float) for k, v in rounds.items()})
     found = report.measure_steps(TINY, "no", 2)
     assert found["step_over_floor"] == pytest.approx(1.1) and found["step_over_plain"] == pytest.approx(3.3)
+    assert found["custom_forms_over_plain_forms"] == pytest.approx(0.75)
 
 
 def test_memory_is_measured_in_processes_of_their_own(monkeypatch):
@@ -58,7 +61,8 @@ def test_memory_is_measured_in_processes_of_their_own(monkeypatch):
 
     monkeypatch.setattr(memory.subprocess, "run", process)
     found = memory.peak_memories(TINY, "no")
-    assert found == {"imports": 1.0, "plain": 2.0, "teacher": 3.0, "two groups": 4.0, "step": 5.0}
+    steps = {"imports": 1.0, "plain": 2.0, "teacher": 3.0, "two groups": 4.0, "step": 5.0}
+    assert found == steps | {"step_custom_forms": 6.0}
     monkeypatch.setattr(
         memory.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr="no memory left")
     )
@@ -109,9 +113,15 @@ def test_exponent_is_the_slope_of_the_last_two_values(monkeypatch):
     assert exponents["quadratic"] == pytest.approx(2, abs=1e-3) and exponents["constant"] == pytest.approx(0)
 
 
-def test_waiting_for_real_images(shared_data):
+def test_waiting_for_real_images(shared_data, monkeypatch):
+    load_splits = waiting.load_splits
+
+    def few_images(*arguments):
+        train, val = load_splits(*arguments)
+        return train.select(range(6)), val  # three batches an epoch: the next one begins meanwhile
+
+    monkeypatch.setattr(waiting, "load_splits", few_images)
     size = replace(TINY, queries=None, layers=None)
-    size = replace(size, batch=100)  # three batches an epoch: the next one begins meanwhile
     found = waiting_share(size, str(shared_data / "bccd"), "no", workers=0, steps=2)
     assert 0 < found["share"] < 1 and found["wait"] > 0 and found["step"] > 0
 

@@ -5,19 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from d3etr_hf.publishing.hub_trainer import D3etrTrainer
+from d3etr_hf.training.trainer import DistillationTrainer
 from scripts.benchmarking import steps
-from scripts.benchmarking.sizes import SIZES, make_batch, make_detector, on_gpu, stock_twin
+from scripts.benchmarking.sizes import SIZES, make_batch, make_detector, on_gpu, stock_labels, stock_twin
 
 TINY = replace(SIZES["shapes"], batch=2, queries=5, layers=2, height=48, width=48)
 
 
 def test_size_is_what_is_built():
     detector = make_detector(TINY.student, replace(TINY, classes=7), seed=0)
-    assert detector.config.num_queries == 5 and detector.config.decoder_layers == 2
-    assert detector.config.num_labels == 7
+    assert detector.query_count == 5 and detector.decoder_depth == 2
+    assert len(detector.class_names) == 7
     batch = make_batch(TINY)
-    assert batch["pixel_values"].shape == (2, 3, 48, 48) and len(batch["labels"]) == 2
+    assert batch["pixel_values"].shape == (2, 3, 48, 48) and batch["targets"].shape == (2, 3, 5)
+    assert [label["objects"] for label in batch["labels"]] == [TINY.objects] * 2
+    for packed, label in zip(batch["targets"], stock_labels(batch), strict=True):
+        assert packed[:, 0].tolist() == label["class_labels"].tolist() and torch.equal(packed[:, 1:], label["boxes"])
     assert batch["pixel_mask"][0].all() and not batch["pixel_mask"][1].all()
     assert on_gpu(SIZES["real"]).height == 800 and on_gpu(SIZES["shapes"]) == SIZES["shapes"]
 
@@ -32,7 +35,7 @@ def test_stock_twin_trains_what_the_student_trains_and_nothing_else_of_it():
         assert parameter.requires_grad == own[name].requires_grad
 
 
-@pytest.mark.parametrize("name", steps.STEPS)
+@pytest.mark.parametrize("name", (*steps.STEPS, "step_custom_forms"))
 def test_every_step_can_be_called_again_and_again(name):
     call = steps.make_steps(TINY, names=(name,))[name]
     call()
@@ -42,28 +45,32 @@ def test_every_step_can_be_called_again_and_again(name):
 def test_two_groups_take_no_teacher_pass_and_no_maps(monkeypatch):
     """The floor must not hold what it is compared with."""
     seen = []
-    original = D3etrTrainer.compute_loss
+    original = DistillationTrainer._terms
 
     def spy(self, model, *args, **kwargs):
-        seen.append((self.args.distilled_groups(), self.args.reads_teacher_outputs, len(model.extra_query_groups)))
-        return original(self, model, *args, **kwargs)
+        options = self.args.distillation
+        student, *terms = original(self, model, *args, **kwargs)
+        maps = [group.self_attention for group in student.groups.values() if group.self_attention is not None]
+        seen.append((options.distilled_groups, options.reads_teacher_outputs, list(student.groups), len(maps)))
+        return student, *terms
 
-    monkeypatch.setattr(D3etrTrainer, "compute_loss", spy)
+    monkeypatch.setattr(DistillationTrainer, "_terms", spy)
     calls = steps.make_steps(TINY, names=("two groups", "step"))
     calls["two groups"]()
     calls["step"]()
-    assert seen == [((), False, 1), (("student", "auxiliary"), True, 1)]
+    groups = ["own", "auxiliary"]
+    assert seen == [((), False, groups, 0), (("own", "auxiliary"), True, groups, 2)]
 
 
 def test_a_step_moves_the_student_and_not_the_teacher():
     trainer = steps.ready(steps.distillation_trainer(TINY))
     batch = trainer._prepare_inputs(make_batch(TINY))
     before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
-    teacher = [p.detach().clone() for p in trainer.teacher.parameters()]
+    teacher = [p.detach().clone() for p in trainer.teacher.detector.parameters()]
     steps.training_step(trainer, batch)
     after = [p for p in trainer.model.parameters() if p.requires_grad]
     assert sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True)) > len(after) / 2
-    assert all(torch.equal(old, new) for old, new in zip(teacher, trainer.teacher.parameters(), strict=True))
+    assert all(torch.equal(old, new) for old, new in zip(teacher, trainer.teacher.detector.parameters(), strict=True))
 
 
 def test_parts_add_up_to_the_step():

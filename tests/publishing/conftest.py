@@ -8,6 +8,7 @@ from huggingface_hub import constants
 from d3etr_hf.cli.training_run import train_detector
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.publishing import inference_cost
 from tests.cli.test_training_run import SIDE, arguments
 from tests.hub_server import HubServer
 from tests.tiny import tiny_model
@@ -25,6 +26,12 @@ def finished_runs(tmp_path_factory):
     train_detector(*arguments(root / "data", root / "distilled", teacher=root / "teacher"))
     train_detector(*arguments(root / "data", root / "alone"))
     return root
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    """Milliseconds of tiny models need no fifty rounds."""
+    monkeypatch.setattr(inference_cost, "MOST_ROUNDS", 5)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import read_yaml, write_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PublishError
+from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.publishing.card import CardArguments, card_data, write_card
 from d3etr_hf.publishing.measurements import METRICS
@@ -49,7 +50,9 @@ def test_model_index_is_what_the_run_measured(prepared):
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "object-detection"
     assert card.data.license == "mit"
-    assert "knowledge-distillation" in card.data.tags
+    assert {"knowledge-distillation", "conditional-detr"} <= {*card.data.tags}
+    assert "A Conditional DETR object detector" in card.text
+    assert D3etrConditionalDetrForObjectDetection.citation in card.text
     # nothing that has no address on the Hub is linked
     assert card.data.base_model is None and card.data.datasets is None
     assert "!!" not in (prepared / "README.md").read_text()
@@ -74,11 +77,14 @@ OPTIONS = {
 }
 
 
+FAMILY = {"title": "Conditional DETR", "tag": "conditional-detr", "citation": "@inproceedings{own}"}
+
+
 def minimal_metrics() -> dict:
     split = {"name": "x/val", "images": 2, "objects": 3, "classes": {"a": 3}, "sizes": {}}
     return {
         "name": "student",
-        "student": {"metrics": {"AP": 0.5}, "backbone": "convnext"},
+        "student": {"metrics": {"AP": 0.5}, "backbone": "convnext", "family": FAMILY},
         "data": {"train": split, "val": split},
         "training": {"options": OPTIONS, "inherited": []},
         "links": {},

@@ -5,8 +5,9 @@ import copy
 import pytest
 
 from d3etr_hf.publishing import card_texts
-from d3etr_hf.publishing.card import CardArguments, is_distilled, pictures_of, summary
-from tests.publishing.test_card import OPTIONS
+from d3etr_hf.publishing.card import CardArguments, card_data, is_distilled, pictures_of, summary
+from d3etr_hf.publishing.citations import D3ETR, GROUP_DETR, citations_for
+from tests.publishing.test_card import FAMILY, OPTIONS
 
 
 def model(ap, scores, parameters, flops, milliseconds, **more) -> dict:
@@ -21,6 +22,7 @@ def model(ap, scores, parameters, flops, milliseconds, **more) -> dict:
         "milliseconds": times,
         "height": 64,
         "width": 96,
+        "family": FAMILY,
         **more,
     }
 
@@ -138,6 +140,24 @@ def test_only_what_was_distilled_is_said(metrics, tmp_path, changes, parts, said
     assert said in text if said else "distilled" not in text
     (tmp_path / "attention.png").touch()
     assert ("attention" in pictures_of(tmp_path, metrics)) == ("cross-attention" in parts)
+
+
+def test_families_are_those_of_the_detectors(metrics):
+    """Title, tag and citation of the student's; the teacher's is told where it is another."""
+    other = {"title": "DETR", "tag": "detr", "citation": "@inproceedings{other}"}
+    assert "A Conditional DETR object detector" in summary(metrics, CardArguments())
+    assert "the teacher `big` by D³ETR" in summary(metrics, CardArguments())
+    assert citations_for(metrics)[:2] == [D3ETR, "@inproceedings{own}"]
+    assert len(citations_for(metrics)) == len({*citations_for(metrics)})  # nothing is cited twice
+    metrics["teacher"]["family"] = other
+    assert "the teacher `big`, a DETR, by D³ETR" in summary(metrics, CardArguments())
+    assert citations_for(metrics)[:3] == [D3ETR, "@inproceedings{own}", "@inproceedings{other}"]
+    metrics["student"]["family"] = other
+    assert "A DETR object detector" in summary(metrics, CardArguments())
+    assert card_data(metrics, CardArguments(), "name").tags[:2] == ["object-detection", "detr"]
+    del metrics["teacher"]
+    metrics["training"]["options"] |= {"auxiliary_queries": "learned", "adaptive_matching": False}
+    assert citations_for(metrics)[:2] == ["@inproceedings{other}", GROUP_DETR]
 
 
 def test_versions(metrics):

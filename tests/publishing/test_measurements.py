@@ -81,7 +81,9 @@ def test_training_facts(distilled):
     """Steps, batch and options of the run; versions and device as recorded when it ran."""
     training = measure_run(load_run(distilled, teacher="none"))["training"]
     assert (training["steps"], training["batch_size"], training["precision"]) == (4, 8, "float32")
-    assert training["options"]["auxiliary_queries"] == "teacher" and training["options"]["l1_weight"] == 5.0
+    assert (
+        training["options"]["auxiliary_queries"] == "teacher" and training["options"]["distillation_l1_weight"] == 5.0
+    )
     assert training["environment"]["versions"]["torch"] == torch.__version__
     assert training["seconds"] > 0 and training["epochs"] == 2.0
     assert "energy" not in training
@@ -96,7 +98,7 @@ def test_energy_is_summed_over_interruptions(tmp_path):
 
 def test_flops_against_a_count_by_hand():
     """The whole decoder, from its shapes: d = 32, 7 queries, 64 tokens of memory, FFN 48, 3 layers."""
-    model = tiny_model().to_stock()
+    model = tiny_model()
     cost = count_cost(model, torch.randn(1, 3, 64, 64))
     d, queries, tokens, ffn, layers = 32, 7, 64, 48, 3
     self_attention = 6 * queries * d * d + 2 * queries * queries * d  # 5 inputs and the output projected; QK and AV
@@ -113,6 +115,20 @@ def test_flops_against_a_count_by_hand():
         assert sum(part[key] for part in cost["parts"].values()) == cost[key]
     convolutions = 2 * (16 * 16 * 8 * 3 * 16) + 2 * (8 * 8 * 16 * 8 * 4)  # patches of 4, then of 2
     assert cost["parts"]["backbone"]["flops"] > convolutions
+    assert list(cost["parts"]) == ["backbone", "encoder", "decoder", "heads", "queries"]
+    # three layers of three classes and of boxes
+    heads = layers * queries * (d * 3 + d * d + d * d + d * 4)
+    assert cost["parts"]["heads"]["flops"] in (2 * heads, 2 * heads // layers)
+    assert cost["parts"]["queries"] == {"parameters": queries * d, "flops": 0}
+
+
+def test_what_is_in_no_part_is_told():
+    model = tiny_model()
+    model.parts = {role: prefixes for role, prefixes in model.parts.items() if role != "heads"}
+    cost = count_cost(model, torch.randn(1, 3, 64, 64))
+    assert cost["parts"]["other"]["parameters"] == 32 * 3 + 3 + 2 * (32 * 32 + 32) + 32 * 4 + 4
+    for key in ("parameters", "flops"):
+        assert sum(part[key] for part in cost["parts"].values()) == cost[key]
 
 
 def test_milliseconds():
@@ -131,6 +147,15 @@ def test_milliseconds():
     pixels = torch.zeros(1)
     found = measure_milliseconds({"slow": (Sleeper(0.02), pixels), "fast": (Sleeper(0.005), pixels)})
     assert 20 <= found["slow"]["median"] < 40 and 5 <= found["fast"]["median"] < 20
+
+
+def test_options_of_an_earlier_version_are_named(distilled):
+    """`class_weight` was D3ETR's, and could be taken for the detection loss's."""
+    configuration = read_yaml((distilled / "run.yaml").read_text())
+    (distilled / "run.yaml").write_text(write_yaml(configuration | {"class_weight": 2.0, "l1_weight": 1.0}))
+    told = "class_weight is now distillation_class_weight, l1_weight is now distillation_l1_weight;"
+    with pytest.raises(PublishError, match=f"run.yaml has options of an earlier version: {told}"):
+        load_run(distilled)
 
 
 @pytest.mark.parametrize("missing", ["run.yaml", "results.json"])
@@ -194,7 +219,15 @@ def test_links_are_those_of_the_time(tmp_path, monkeypatch):
     assert found == {"dataset": "user/data"}
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "no JSON"), ("[1]", "not of scripts"), ('{"AP": 1}', "not of")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no JSON"),
+        ("[1]", "not of scripts"),
+        ('{"AP": 1}', "not of"),
+        ('{"weights": "", "student": {}, "data": {}}', "of an earlier version: move it away"),
+    ],
+)
 def test_foreign_metrics_are_named(distilled, content, message):
     (distilled / "metrics.json").write_text(content)
     with pytest.raises(PublishError, match=f"metrics.json is {message}"):

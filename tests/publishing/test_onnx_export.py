@@ -69,7 +69,7 @@ def write_run(folder: Path) -> Path:
         for image in content["images"]:
             noise = generator.integers(0, 256, (image["height"], image["width"], 3), dtype=np.uint8)
             Image.fromarray(noise).save(images / image["file_name"])
-    model = tiny_model(encoder_layers=2)
+    model = tiny_model(decoder_layers=2, auxiliary_loss=True)
     with torch.no_grad():
         model.class_labels_classifier.bias += 4.16  # scores on both sides of the snippet's threshold
     model.save_pretrained(folder / "run")
@@ -89,16 +89,35 @@ def a_batch(batch: int, height: int, width: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels * mask[:, None], "pixel_mask": mask}
 
 
+def an_example(height: int, width: int) -> dict:
+    """Random pixels of 64 x 80 of an image that was of this size, without objects."""
+    nothing = {"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.int64)}
+    labels = {"image_id": torch.tensor([1]), "orig_size": torch.tensor([height, width]), **nothing}
+    return {"pixel_values": torch.randn(3, 64, 80), "labels": labels}
+
+
 @torch.no_grad()
-def assert_same_outputs(model, path: Path, inputs: dict[str, torch.Tensor]) -> None:
+def assert_same_outputs(model, path: Path, inputs: dict[str, torch.Tensor], wanted_scores) -> None:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path))
-    logits, boxes = session.run(["logits", "pred_boxes"], {name: value.numpy() for name, value in inputs.items()})
-    wanted = model(**inputs)
+    values = {name: value.numpy() for name, value in inputs.items()}
+    logits, scores, boxes = session.run(["logits", "scores", "pred_boxes"], values)
+    wanted = model.to_stock()(**inputs)
     assert logits.shape == wanted.logits.shape and boxes.shape == wanted.pred_boxes.shape
     np.testing.assert_allclose(logits, wanted.logits, atol=2e-5, rtol=0)
     np.testing.assert_allclose(boxes, wanted.pred_boxes, atol=2e-6, rtol=0)
+    np.testing.assert_allclose(scores, wanted_scores(wanted.logits), atol=2e-5, rtol=0)
+
+
+def sigmoid_scores(logits: torch.Tensor) -> torch.Tensor:
+    return 1 / (1 + (-logits).exp())
+
+
+def softmax_scores(logits: torch.Tensor) -> torch.Tensor:
+    """Of the best class alone; the last output is no object."""
+    scores = (logits.exp() / logits.exp().sum(-1, keepdim=True))[..., :-1]
+    return torch.where(scores == scores.amax(-1, keepdim=True), scores, 0)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +138,7 @@ def test_missing_packages_are_named_with_the_extra(run_folder, monkeypatch):
     monkeypatch.setattr(onnx_export, "NEEDED", ("json", "onnx_absent", "onnxruntime_absent"))
     for call in (
         lambda: run_script(str(run_folder)),
-        lambda: export_onnx(tiny_model().to_stock(), run_folder / "model.onnx", {}),
+        lambda: export_onnx(tiny_model(), run_folder / "model.onnx", {}),
     ):
         with pytest.raises(OnnxExportError) as caught:
             call()
@@ -147,10 +166,10 @@ def test_what_cannot_be_exported_is_refused(run_folder, packages_found, tmp_path
         export_and_check(str(tmp_path / "absent"), str(tmp_path / "model.onnx"), 1, DataArguments())
     swin = SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, out_features=["stage2"])
     with pytest.raises(OnnxExportError, match="a 'swin' backbone cannot be exported for images of any size"):
-        export_onnx(tiny_model(backbone_config=swin).to_stock(), tmp_path / "model.onnx", {})
+        export_onnx(tiny_model(backbone_config=swin), tmp_path / "model.onnx", {})
     monkeypatch.setattr(onnx_export, "MOST_BYTES", 1000)
     with pytest.raises(OnnxExportError, match="do not fit into one ONNX file"):
-        export_onnx(tiny_model().to_stock(), tmp_path / "model.onnx", {})
+        export_onnx(tiny_model(), tmp_path / "model.onnx", {})
     assert not list(tmp_path.glob("*.onnx*"))
 
 
@@ -228,8 +247,8 @@ def exported(onnx, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def resnet(onnx, tmp_path_factory):
-    """A detector with a ResNet and `auxiliary_loss`, and its ONNX file."""
+def detr(onnx, tmp_path_factory):
+    """A DETR with a ResNet, and its ONNX file."""
     backbone = ResNetConfig(
         embedding_size=8,
         hidden_sizes=[8, 16, 16, 32],
@@ -237,21 +256,21 @@ def resnet(onnx, tmp_path_factory):
         layer_type="basic",
         out_features=["stage4"],
     )
-    detector = tiny_model(backbone_config=backbone, encoder_layers=2, decoder_layers=2, auxiliary_loss=True)
-    path = tmp_path_factory.mktemp("resnet") / "model.onnx"
-    export_onnx(detector.to_stock(), path, {})
-    return detector.to_stock(), path
+    detector = tiny_model(model_type="detr", backbone_config=backbone, decoder_layers=2)
+    path = tmp_path_factory.mktemp("detr") / "model.onnx"
+    export_onnx(detector, path, {})
+    return detector, path
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_same_outputs_at_every_size(exported, size):
-    model = load_detector(str(exported[0])).to_stock()
-    assert_same_outputs(model, exported[0] / "model.onnx", a_batch(*size))
+    model = load_detector(str(exported[0]))
+    assert_same_outputs(model, exported[0] / "model.onnx", a_batch(*size), sigmoid_scores)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_same_outputs_with_resnet_and_auxiliary_loss(resnet, size):
-    assert_same_outputs(*resnet, a_batch(*size))
+def test_same_outputs_of_detr_with_resnet(detr, size):
+    assert_same_outputs(*detr, a_batch(*size), softmax_scores)
 
 
 def test_script_keeps_the_file_with_its_figures(exported):
@@ -286,6 +305,7 @@ def test_file_says_what_it_needs_and_nothing_of_this_machine(exported, onnx):
         "pixel_values": ["batch", 3, "height", "width"],
         "pixel_mask": ["batch", "height", "width"],
         "logits": ["batch", 7, 3],
+        "scores": ["batch", 7, 3],
         "pred_boxes": ["batch", 7, 4],
     }
 
@@ -312,8 +332,8 @@ def test_padded_batch_finds_a_mask_that_is_not_used(exported, monkeypatch):
         "_run_onnx",
         lambda session, batch: original(session, {**batch, "pixel_mask": torch.ones_like(batch["pixel_mask"])}),
     )
-    example = {"pixel_values": torch.randn(3, 64, 80), "labels": {"orig_size": torch.tensor([64, 80])}}
-    figures = compare_with_onnx(load_detector(str(folder)).to_stock(), folder / "model.onnx", [example])
+    example = an_example(height=64, width=80)
+    figures = compare_with_onnx(load_detector(str(folder)), folder / "model.onnx", [example])
     assert figures["differences"]["one_by_one"]["score"] < 1e-5
     assert figures["differences"]["padded_batch"]["score"] > onnx_check.SCORE_TOLERANCE
 
@@ -324,12 +344,12 @@ def test_differences_are_in_pixels_of_the_original_image(exported, monkeypatch):
     original = onnx_check._run_onnx
 
     def moved(session, batch):
-        logits, boxes = original(session, batch)
-        return logits, boxes + torch.tensor([0, 0.1, 0, 0])
+        logits, scores, boxes = original(session, batch)
+        return logits, scores, boxes + torch.tensor([0, 0.1, 0, 0])
 
     monkeypatch.setattr(onnx_check, "_run_onnx", moved)
-    example = {"pixel_values": torch.randn(3, 64, 80), "labels": {"orig_size": torch.tensor([300, 5000])}}
-    figures = compare_with_onnx(load_detector(str(folder)).to_stock(), folder / "model.onnx", [example])
+    example = an_example(height=300, width=5000)
+    figures = compare_with_onnx(load_detector(str(folder)), folder / "model.onnx", [example])
     for group in figures["differences"].values():
         assert group["box_pixels"] == pytest.approx(30, rel=0.01) and group["score"] < 1e-5
 

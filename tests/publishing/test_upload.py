@@ -97,6 +97,7 @@ FAILURES = [  # where, how, what the message says
 def server(monkeypatch, tmp_path):
     """A Hub that the client of this process talks to, as if HF_ENDPOINT, HF_TOKEN, HF_HUB_DISABLE_XET were set."""
     (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(hub, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     # reading certificates would take most of a test's time, and none is needed
@@ -112,7 +113,7 @@ def server(monkeypatch, tmp_path):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The seconds that the client and `upload` would have slept between their tries, in order."""
+    """The seconds that the client would have slept between its tries, in order."""
     seconds = []
     monkeypatch.setattr(time, "sleep", seconds.append)
     return seconds
@@ -142,7 +143,7 @@ def published(server: HubServer) -> dict[str, bytes]:
 def refused_upload(run: Path, **options) -> str:
     """The message of an upload that fails."""
     with pytest.raises(HubError) as raised:
-        upload(run, "user/student", RESUME, **{"attempts": 1, "timeout_seconds": 0.2} | options)
+        upload(run, "user/student", RESUME, **options)
     shown = "".join(traceback.format_exception(raised.value))
     assert TOKEN not in shown
     # but where the cause itself shows the token
@@ -306,8 +307,9 @@ def test_refused_connection_names_its_cause_and_the_same_call_completes(server, 
         ("huggingface.co", r"the Hub cannot be reached \(.*http.*\): is the network up, and HF_ENDPOINT right"),
     ],
 )
-def test_wrong_endpoint_is_named(server, run, waits, endpoint, cause):
-    check_message(refused_upload(run, endpoint=endpoint), run, cause)
+def test_wrong_endpoint_is_named(server, run, waits, monkeypatch, endpoint, cause):
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    check_message(refused_upload(run), run, cause)
 
 
 def test_offline_mode_is_named(server, run, monkeypatch):
@@ -363,13 +365,13 @@ def test_resumed_upload_does_not_send_stored_files_again(server, run):
 @pytest.mark.parametrize(
     ("where", "how", "times", "slept"),
     [
-        ("put", 503, 2, [1, 2]),  # by the client
-        ("commit", 503, 2, [2, 4]),  # by upload: the client never repeats a commit
-        ("commit", "cut", 1, [2]),
-        ("create", 429, 1, [7]),  # what the Hub asks for
+        ("put", 503, 2, [1, 2]),
+        ("put", "cut", 1, [1]),
+        ("preupload", 429, 1, [8]),  # what the Hub asks for, and one
     ],
 )
-def test_transient_fault_is_sat_out(server, run, waits, where, how, times, slept):
+def test_transient_fault_is_sat_out_by_the_client(server, run, waits, where, how, times, slept):
+    """That of a commit, too, where it sends large files through Xet, which this Hub does not know."""
     server.fail(where, how, times)
     (run / "curves.png").unlink()
     (run / "model.onnx").unlink()  # one large file, so that the waits have an order
@@ -379,7 +381,7 @@ def test_transient_fault_is_sat_out(server, run, waits, where, how, times, slept
 
 def test_what_cannot_pass_is_not_tried_again(server, run, waits):
     server.fail("create", 403)
-    refused_upload(run, attempts=3)
+    refused_upload(run)
     assert len(server.sent("create")) == 1 and not waits
 
 
@@ -389,19 +391,21 @@ def test_silent_hub_is_waited_for_once(server, run, waits):
     (run / "curves.png").unlink()
     (run / "model.onnx").unlink()
     start = time.monotonic()
-    refused_upload(run, attempts=3)
+    refused_upload(run)
     assert len(server.sent("put")) == 1 and time.monotonic() - start < 3
 
 
 def test_client_gets_its_patience_back(server, run):
-    """Other users of huggingface_hub in this process see nothing of the timeouts."""
-    huggingface_hub.set_client_factory(factory := lambda: huggingface_hub.utils._http.default_client_factory())
-    try:
-        upload(run, "user/student", RESUME)
-        assert huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY is factory
-        assert huggingface_hub.get_session().timeout.read is None
-    finally:
-        huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
+    """Other users of huggingface_hub in this process see nothing of the timeouts; nor where the upload failed."""
+    client = huggingface_hub.get_session()
+    send = client.send
+    upload(run, "user/student", RESUME)
+    server.fail("create", 403)
+    (run / "metrics.json").write_text("{}")
+    server.fail("preupload", "timeout")
+    refused_upload(run)
+    assert huggingface_hub.get_session() is client and client.send == send
+    assert client.timeout.read is None and client.timeout.connect is None
 
 
 def test_xet_errors_are_explained():
@@ -428,7 +432,7 @@ def checkpoint(server, run) -> Path:
 def worker():
     """Keeps the pushes waiting until it is set."""
     go = threading.Event()
-    hub._BACKGROUND.submit(go.wait)
+    hub._QUEUE.run_as_future(go.wait)
     yield go
     go.set()
 
@@ -467,7 +471,7 @@ def test_finished_model_waits_for_the_pushes_before_it(server, run, checkpoint, 
 def test_failed_push_is_one_warning(server, checkpoint, waits, caplog, where, how, cause):
     """It neither stops the training nor vanishes in a future that nobody looks at; the next push is whole."""
     server.fail(where, how)
-    options = {"timeout_seconds": 0.2, "token": TOKEN}
+    options = {"token": TOKEN}
     assert upload_in_background(checkpoint, CHECKPOINT_FILES, "user/student", **options).result(timeout=20) is None
     (warning,) = warnings_of(caplog)
     assert warning.startswith(f"{checkpoint} was not pushed to user/student: ") and re.search(cause, warning)

@@ -1,4 +1,4 @@
-"""Detections through the interface that all detectors share, and where pictures take their images and classes from."""
+"""Detections are those that evaluation sees; where pictures take their images, classes and titles from."""
 
 import copy
 import logging
@@ -10,43 +10,29 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForObjectDetection,
-    ConvNextForImageClassification,
-    DetrConfig,
-    DetrForObjectDetection,
-    DetrImageProcessorPil,
-    YolosConfig,
-    YolosForObjectDetection,
-    YolosImageProcessorPil,
-)
+from transformers import ConvNextForImageClassification
 
-from d3etr_hf.data import DataArguments, DetectionCollator, DetectionTransform
+from d3etr_hf.data import DataArguments, find_coco_split, load_coco_split
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.errors import DatasetError, DetectorLoadError, PictureError
-from d3etr_hf.evaluation import select_detections
+from d3etr_hf.data.transforms import DetectionTransform
+from d3etr_hf.errors import DatasetError, PictureError
+from d3etr_hf.evaluation import predict_detections
 from d3etr_hf.models.loading import load_image_processor
-from d3etr_hf.visualization import attention_pictures, pictures, visualisation
-from d3etr_hf.visualization.visualisation import (
+from d3etr_hf.visualization import attention_picture, detection_grid, detections_on_images
+from d3etr_hf.visualization.detections_on_images import (
     ChosenImages,
+    ImagesForModel,
     choose_images,
     common_classes,
-    detect,
     detection_columns,
     draw_detection_pages,
     ground_truth_rows,
-    load_any_detector,
     model_titles,
-    prepare_batch,
     read_folder,
 )
-from tests.tiny import perturb, tiny_config, tiny_model
+from tests.tiny import tiny_config, tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SIZE = {"shortest_edge": 48, "longest_edge": 80}
-CLASSES = {"id2label": {0: "cat", 1: "dog", 2: "bird"}, "label2id": {"cat": 0, "dog": 1, "bird": 2}}
 
 
 def noise(width, height, seed=0) -> Image.Image:
@@ -61,110 +47,35 @@ def processor():
     return load_image_processor(None, 48, 80)
 
 
-def tiny_detr(seed=0) -> DetrForObjectDetection:
-    """Another family: a softmax over classes with "no object"; without timm."""
-    torch.manual_seed(seed)
-    config = DetrConfig(
-        backbone_config=tiny_config().backbone_config,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        num_queries=5,
-        **CLASSES,
-    )
-    return perturb(DetrForObjectDetection(config), 0.3).eval()
-
-
 def save(model, processor, folder) -> str:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
 
 
-def test_detections_are_those_that_evaluation_sees(processor):
-    """Guards against another resize or padding than the evaluation's, and against xyxy taken for xywh."""
+def chosen_of(images, ground_truth=None, class_names=()) -> ChosenImages:
+    return ChosenImages([f"{index}.png" for index in range(len(images))], images, ground_truth, list(class_names))
+
+
+def test_detections_are_those_that_evaluation_sees(tmp_path, processor):
+    """Guards against another resize, padding or batch than the evaluation's, on images of a folder and of a split."""
+    make_shapes(tmp_path / "shapes", 1, 3, progress=False)
+    split = load_coco_split(*find_coco_split(tmp_path / "shapes", "val")).with_transform(DetectionTransform(processor))
+    images = [split.read_image(index) for index in range(3)]
     model = tiny_model().train()  # dropout is off in the tiny configuration; the mode must change all the same
-    found = detect(model, processor, IMAGES, batch_size=2)
-    assert not model.training and not found[0].requires_grad
-    transform = DetectionTransform(processor)
-    target = {"image_id": 1, "boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.int64)}
-    expected = []
-    for chosen in (IMAGES[:2], IMAGES[2:]):
-        batch = DetectionCollator()([transform(image, target) for image in chosen])
-        with torch.no_grad():
-            outputs = model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
-        sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
-        expected += select_detections(outputs.logits, outputs.pred_boxes, sizes)
-    for rows, wanted in zip(found, expected, strict=True):
-        assert rows.shape == (21, 6) and rows.dtype == torch.float32
-        torch.testing.assert_close(rows, wanted[:21], atol=1e-3, rtol=1e-5)
-    threshold = found[0][4, 4].item()
-    above = detect(model, processor, IMAGES[:2], batch_size=2, score_threshold=threshold)[0]
-    assert torch.equal(above, found[0][:4])
-
-
-def test_another_family_is_drawn_by_its_own_rules(tmp_path):
-    """Guards against this package's sigmoid, top-k or labels for a model whose scores are a softmax."""
-    path = save(tiny_detr(), DetrImageProcessorPil(size=SIZE), tmp_path)
-    model, processor = load_any_detector(path)
-    assert type(model) is DetrForObjectDetection and type(processor) is DetrImageProcessorPil
-    found = detect(model, processor, IMAGES, batch_size=3)
-    pixels = [processor(image, return_tensors="pt")["pixel_values"][0] for image in IMAGES]
-    height, width = (max(image.shape[axis] for image in pixels) for axis in (1, 2))
-    values, mask = torch.zeros(3, 3, height, width), torch.zeros(3, height, width, dtype=torch.int64)
-    for index, image in enumerate(pixels):
-        values[index, :, : image.shape[1], : image.shape[2]] = image
-        mask[index, : image.shape[1], : image.shape[2]] = 1
-    with torch.no_grad():
-        outputs = tiny_detr()(values, mask)
-    for index, image in enumerate(IMAGES):
-        rows = []
-        for logits, (x, y, w, h) in zip(outputs.logits[index], outputs.pred_boxes[index].tolist(), strict=True):
-            score, label = logits.softmax(-1)[:3].max(-1)
-            corner = (x - w / 2) * image.width, (y - h / 2) * image.height
-            rows.append([*corner, w * image.width, h * image.height, score.item(), label.item()])
-        rows.sort(key=lambda row: -row[4])
-        torch.testing.assert_close(found[index], torch.tensor(rows), atol=1e-3, rtol=1e-4)
-
-
-def test_a_family_without_a_padding_mask_sees_images_one_by_one():
-    """YOLOS would look at the padding, and its boxes would refer to the padded image."""
-    torch.manual_seed(0)
-    config = YolosConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=32,
-        image_size=[64, 96],
-        patch_size=16,
-        num_detection_tokens=5,
-        **CLASSES,
-    )
-    model, processor = perturb(YolosForObjectDetection(config)).eval(), YolosImageProcessorPil(size=SIZE)
-    together = detect(model, processor, IMAGES, batch_size=3)
-    assert len(together[0]) == 5
-    for rows, image in zip(together, IMAGES, strict=True):
-        assert torch.equal(rows, detect(model, processor, [image])[0])
-
-
-def test_padding_by_the_processor_itself_is_masked():
-    batch = prepare_batch(DetrImageProcessorPil(size=SIZE, pad_size={"height": 96, "width": 96}), IMAGES[:2])
-    assert batch["pixel_values"].shape == (2, 3, 96, 96)
-    assert batch["pixel_mask"].sum(dim=(1, 2)).tolist() == [48 * 72, 80 * 34]
-    assert batch["pixel_mask"][0, :48, :72].all()
+    columns, names = detection_columns(chosen_of(images), {"a": (model, processor)}, batch_size=2)
+    assert names == model.class_names and not model.training and not columns["a"][0].requires_grad
+    wanted = predict_detections(model, split, batch_size=2)
+    assert torch.equal(torch.stack(columns["a"]), wanted[:, :21])  # 7 queries x 3 classes
 
 
 def test_diverged_and_unresizable(processor):
     model = tiny_model()
     model.class_labels_classifier.bias.data[1] = float("nan")
-    with pytest.raises(PictureError, match="not finite"):
-        detect(model, processor, IMAGES)
-    with pytest.raises(DatasetError, match="4000×1 pixels cannot be resized"):
-        detect(tiny_model(), processor, [noise(4000, 1)])
+    with pytest.raises(PictureError, match="b: the outputs are not finite"):
+        detection_columns(chosen_of(IMAGES), {"a": (tiny_model(), processor), "b": (model, processor)})
+    with pytest.raises(DatasetError, match="narrow.png: image 1 of 4000×1 pixels cannot be resized"):
+        ImagesForModel([IMAGES[0], noise(4000, 1)], ["good.png", "narrow.png"], processor)[1]
 
 
 def test_classes_are_joined_by_name():
@@ -182,14 +93,14 @@ def test_models_with_permuted_classes_share_names_and_colours(processor):
     head.weight.data, head.bias.data = head.weight.data[order], head.bias.data[order]
     other.config.id2label = {0: "Triangle", 1: "circle", 2: "rectangle"}
     truth = [torch.tensor([[1.0, 2.0, 3.0, 4.0, 1.0, 1.0]])]
-    chosen = ChosenImages(["a"], IMAGES[:1], truth, ["square", "rectangle"])
+    chosen = chosen_of(IMAGES[:1], truth, ["square", "rectangle"])
     models = {"teacher": (other, processor), "student": (model, processor)}
     columns, names = detection_columns(chosen, models)
     assert names == ["square", "rectangle", "Triangle", "circle"]
     assert list(columns) == ["ground truth", "teacher", "student"]
     assert columns["ground truth"][0].tolist() == truth[0].tolist()
     torch.testing.assert_close(columns["teacher"][0], columns["student"][0])
-    own = detect(model, processor, IMAGES[:1])[0][:, 5]
+    own = predict_detections(model, ImagesForModel(IMAGES[:1], ["a"], processor))[0][:21, 5]
     assert columns["student"][0][:, 5].tolist() == [[3, 1, 2][int(label)] for label in own]
 
 
@@ -244,43 +155,6 @@ def test_images_and_ground_truth_of_either_split(tmp_path):
         choose_images(None, DataArguments())
 
 
-def test_what_is_no_detector_is_refused(tmp_path, processor):
-    with pytest.raises(DetectorLoadError, match="compare '/no/such/folder': there is no such folder"):
-        load_any_detector("/no/such/folder", "compare")
-    classifier = ConvNextForImageClassification(tiny_config().backbone_config)
-    path = save(classifier, processor, tmp_path / "classifier")
-    with pytest.raises(DetectorLoadError, match=f"model '{path}': no detector could be loaded.*ConvNextConfig"):
-        load_any_detector(path)
-    tiny_detr().save_pretrained(tmp_path / "bare")
-    with pytest.raises(DetectorLoadError, match="bare': no detector .*preprocessor_config.json"):
-        load_any_detector(str(tmp_path / "bare"))
-    path = save(tiny_detr(), DetrImageProcessorPil(), tmp_path / "partial")
-    weights = load_file(f"{path}/model.safetensors")
-    save_file(
-        {k: v for k, v in weights.items() if "class_labels" not in k}, f"{path}/model.safetensors", {"format": "pt"}
-    )
-    with pytest.raises(DetectorLoadError, match=r"2 tensors .* missing .*class_labels_classifier.bias"):
-        load_any_detector(path)
-
-
-def test_missing_timm_is_named_before_the_weights_are_read(tmp_path, monkeypatch):
-    DetrConfig(use_timm_backbone=True, backbone="resnet50").save_pretrained(tmp_path)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = r"needs a package that is not installed: timm, .*'resnet50' \(pip install 'd3etr_hf\[timm\]'\)"
-    with pytest.raises(DetectorLoadError, match=message):
-        load_any_detector(str(tmp_path))
-
-
-def test_saved_or_given_image_size(tmp_path, processor):
-    path = save(tiny_model(), processor, tmp_path)
-    model, saved = load_any_detector(path)
-    assert type(model) is AutoModelForObjectDetection.from_pretrained(path).__class__
-    assert type(saved) is type(AutoImageProcessor.from_pretrained(path, backend="pil"))
-    assert (saved.size["shortest_edge"], saved.size["longest_edge"]) == (48, 80)
-    given = load_any_detector(path, short_side=32, long_side=64)[1].size
-    assert (given["shortest_edge"], given["longest_edge"]) == (32, 64)
-
-
 def test_titles_tell_models_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs/a/teacher/checkpoint-20").mkdir(parents=True)
@@ -307,7 +181,7 @@ def test_eight_images_a_page(tmp_path, monkeypatch, images, pages):
         assert [image.width for image in images] == [int(rows[0, 0]) for rows in columns["a"]]
         drawn[path.name] = len(images)
 
-    monkeypatch.setattr(visualisation, "draw_detection_grid", draw)
+    monkeypatch.setattr(detections_on_images, "draw_detection_grid", draw)
     chosen = [Image.new("RGB", (10 + index, 10)) for index in range(images)]
     columns = {"a": [torch.full((1, 6), 10.0 + index) for index in range(images)]}
     paths = draw_detection_pages(chosen, columns, [], tmp_path)
@@ -327,8 +201,8 @@ def refusal(monkeypatch, capsys, *argv) -> str:
 
 
 def test_script(tmp_path, monkeypatch, capsys, processor):
-    """Both pictures of a distilled model and its teacher; another family's detections; mistakes end in one line."""
-    for module in (pictures, attention_pictures):
+    """Both pictures of a distilled model and its teacher; a folder at a given size; mistakes end in one line."""
+    for module in (detection_grid, attention_picture):
         monkeypatch.setattr(module, "DOTS_PER_INCH", 50)  # a small picture is written faster
     make_shapes(tmp_path / "shapes", 3, 3, progress=False)
     student = save(tiny_model(1), processor, tmp_path / "student")
@@ -343,13 +217,15 @@ def test_script(tmp_path, monkeypatch, capsys, processor):
     assert sizes[0][0] == pytest.approx(3 * 3.46 * 50, abs=7)  # ground truth, teacher, student
     assert sizes[1][0] == pytest.approx(5 * 3.06 * 50, abs=7)  # the detection and four layers
 
-    detr = save(tiny_detr(), DetrImageProcessorPil(size=SIZE), tmp_path / "detr")
     folder = ["--images", tmp_path / "shapes" / "val", "--output_dir", tmp_path / "of_folder", "--first", 2]
-    call_script(monkeypatch, "--model", detr, *folder)
+    call_script(monkeypatch, "--model", student, *folder, "--short_side", 32, "--long_side", 64)
     assert [path.name for path in (tmp_path / "of_folder").iterdir()] == ["detections.png"]
+    other = ConvNextForImageClassification(tiny_config().backbone_config)
+    classifier = save(other, processor, tmp_path / "classifier")
 
     for argv, message in [
-        (["--model", detr, *folder, "--attention", "true"], "is a 'detr' model; only Conditional DETR"),
+        (["--model", classifier, *folder], "'convnext' model; the families that can be students and teachers are"),
+        (["--model", student, "--compare", "/no/such/folder", *folder], "compare '/no/such/folder': there is no such"),
         ([*both, "--attention", "true", "--image", 2], "image is 2: there are images 0..1, see 'first'"),
         ([*both, "--attention", "true", "--detection", 21], "detection is 21: the student has detections 0..20"),
         ([*both, "--image", 1], "give --attention true too"),

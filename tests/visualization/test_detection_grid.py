@@ -1,14 +1,15 @@
+"""Detections side by side: pixels where boxes, labels and colours belong."""
+
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from matplotlib import colors
 from PIL import Image
 
-from d3etr_hf.visualization import pictures
-from d3etr_hf.visualization.pictures import class_style, draw_detection_grid, draw_training_curves
-from tests.recorded_figures import record_figures
+from d3etr_hf.visualization import detection_grid
+from d3etr_hf.visualization.detection_grid import class_style, draw_detection_grid
+from tests.visualization.drawn import pixels_of
 
 # What a protanope and a deuteranope see of linear red, green, blue (Machado, Oliveira, Fernandes 2009, severity 1).
 PROTANOPIA = np.array(
@@ -31,11 +32,6 @@ def draw(tmp_path, images, columns, class_names=("cat", "dog", "bird"), **option
         return np.asarray(picture.convert("RGB"))
 
 
-def pixels_of(picture, colour):
-    """(rows, columns) of the pixels that have a colour (red, green, blue in 0..1)."""
-    return np.nonzero((np.abs(picture / 255.0 - np.array(colour)) < 0.02).all(axis=2))
-
-
 def box(label, score=1.0, x=20.0, y=30.0, width=40.0, height=50.0):
     return torch.tensor([[x, y, width, height, score, label]])
 
@@ -45,15 +41,15 @@ NOTHING = torch.zeros(0, 6)
 
 def test_one_row_per_image_and_one_column_per_title(tmp_path):
     """Guards against a transposed grid, and against cells that ignore their image's aspect ratio."""
-    dots = pictures.DOTS_PER_INCH
+    dots = detection_grid.DOTS_PER_INCH
     square, wide = grey_image(96, 96), grey_image(640, 320)
     heights, widths = {}, {}
     for row_count, column_count in itertools.product((1, 2), (1, 3)):
         columns = {f"column {index}": [NOTHING] * row_count for index in range(column_count)}
         heights[row_count], widths[column_count], _ = draw(tmp_path, [square, wide][:row_count], columns).shape
-    cell = pictures.CELL_WIDTH * dots
-    assert heights[2] - heights[1] == pytest.approx(cell / 2 + pictures.CELL_GAP * dots, abs=2)
-    assert widths[3] - widths[1] == pytest.approx(2 * (cell + pictures.CELL_GAP * dots), abs=2)
+    cell = detection_grid.CELL_WIDTH * dots
+    assert heights[2] - heights[1] == pytest.approx(cell / 2 + detection_grid.CELL_GAP * dots, abs=2)
+    assert widths[3] - widths[1] == pytest.approx(2 * (cell + detection_grid.CELL_GAP * dots), abs=2)
     assert heights[1] > cell  # 96 pixels are enlarged
 
 
@@ -62,10 +58,10 @@ def test_boxes_lie_where_their_pixels_say(tmp_path):
     images = [grey_image(200, 100), grey_image(100, 100)]
     rows = box(0, x=100, y=50, width=60, height=40)
     picture = draw(tmp_path, images, {"teacher": [NOTHING, NOTHING], "distilled": [rows, NOTHING]}, class_names=[" "])
-    dots = pictures.DOTS_PER_INCH
-    scale = pictures.CELL_WIDTH * dots / 200
-    left = (2 * pictures.CELL_GAP + pictures.CELL_WIDTH) * dots
-    top = pictures.TITLE_HEIGHT * dots
+    dots = detection_grid.DOTS_PER_INCH
+    scale = detection_grid.CELL_WIDTH * dots / 200
+    left = (2 * detection_grid.CELL_GAP + detection_grid.CELL_WIDTH) * dots
+    top = detection_grid.TITLE_HEIGHT * dots
     found_rows, found_columns = pixels_of(picture, class_style(0)[0])
     assert found_columns.min() == pytest.approx(left + 100 * scale, abs=4)
     assert found_columns.max() == pytest.approx(left + 160 * scale, abs=4)
@@ -140,9 +136,9 @@ def test_labels_stay_inside_their_cell(tmp_path, corner):
     columns = {"left": [NOTHING] * 3, "middle": [NOTHING, rows, NOTHING], "right": [NOTHING] * 3}
     picture = draw(tmp_path, [grey_image(96, 96)] * 3, columns, class_names=["a long class name"])
     found_rows, found_columns = pixels_of(picture, class_style(0)[0])
-    dots, step = pictures.DOTS_PER_INCH, pictures.CELL_WIDTH + pictures.CELL_GAP
-    left, top = (pictures.CELL_GAP + step) * dots, (pictures.TITLE_HEIGHT + step) * dots
-    cell = pictures.CELL_WIDTH * dots
+    dots, step = detection_grid.DOTS_PER_INCH, detection_grid.CELL_WIDTH + detection_grid.CELL_GAP
+    left, top = (detection_grid.CELL_GAP + step) * dots, (detection_grid.TITLE_HEIGHT + step) * dots
+    cell = detection_grid.CELL_WIDTH * dots
     assert left - 1 <= found_columns.min() and found_columns.max() <= left + cell + 1
     assert top - 1 <= found_rows.min() and found_rows.max() <= top + cell + 1
     assert found_columns.size > 1000
@@ -151,7 +147,7 @@ def test_labels_stay_inside_their_cell(tmp_path, corner):
 def test_images_of_any_mode_and_no_detections(tmp_path):
     images = [Image.new("L", (50, 80), 100), Image.new("RGBA", (80, 50)), Image.new("RGB", (20, 2000))]
     picture = draw(tmp_path, images, {"ground truth": [NOTHING] * 3, "distilled": [NOTHING] * 3})
-    tallest = pictures.TALLEST_CELL * pictures.DOTS_PER_INCH
+    tallest = detection_grid.TALLEST_CELL * detection_grid.DOTS_PER_INCH
     assert picture.shape[0] < 3.2 * tallest  # a very tall image does not stretch the picture
 
 
@@ -170,78 +166,10 @@ def test_wrong_columns_are_named(tmp_path, columns, message):
         draw(tmp_path, [grey_image(96, 96)], columns)
 
 
-def history(*keys, steps=(10, 20, 30)):
-    """A Trainer's log history: losses at each step, then an evaluation and the closing summary."""
-    logs = [{"step": step, "epoch": step / 10} | {key: 5.0 / step for key in keys} for step in steps]
-    return [*logs, {"eval_AP": 0.3, "eval_loss": 1.0, "step": steps[-1]}, {"train_runtime": 2.0, "step": steps[-1]}]
-
-
-def test_one_panel_per_term_over_groups_and_runs():
-    histories = {
-        "student alone": history("loss", "loss/student/class", "learning_rate", "grad_norm"),
-        "distilled": history(
-            "loss",
-            "loss/student/class",
-            "loss/student/class/layer_0",
-            "loss/auxiliary/class",
-            "loss/self_attention/auxiliary",
-        ),
-    }
-    panels = pictures._panels(histories)
-    lines = {title: [(run, group) for run, group, _, _ in lines] for title, lines in panels.items()}
-    assert lines == {
-        "total loss": [("student alone", ""), ("distilled", "")],
-        "class": [("student alone", "student"), ("distilled", "student"), ("distilled", "auxiliary")],
-        "self attention": [("distilled", "auxiliary")],
-        "validation AP": [("student alone", ""), ("distilled", "")],
-    }
-    assert panels["total loss"][0][2:] == ([10, 20, 30], [0.5, 0.25, pytest.approx(1 / 6)])
-    assert panels["validation AP"][1][2:] == ([30], [0.3])
-
-
-@pytest.mark.parametrize(
-    ("key", "expected"),
-    [
-        ("loss/auxiliary/self_attention", ("self attention", "auxiliary")),
-        ("loss/self_attention/student_group", ("self attention", "student")),
-        ("loss/student_class", ("class", "student")),
-        ("loss/box_giou", ("box giou", "")),
-        ("loss/distillation/auxiliary/prediction", ("distillation, prediction", "auxiliary")),
-        ("loss/students_choice", ("students choice", "")),
-    ],
-)
-def test_the_group_is_read_from_the_key(key, expected):
-    assert pictures._term_and_group(key) == expected
-
-
-def test_training_curves_are_drawn_for_every_run(tmp_path, monkeypatch):
-    """A loss of zero has no place on a logarithmic scale; a NaN must neither end the report nor change the scale."""
-    figures = record_figures(monkeypatch, pictures)
-    histories = {f"run {index}": history("loss", "loss/student/class", "loss/prediction") for index in range(8)}
-    histories["run 0"][0]["loss/student/class"] = 0.0
-    histories["run 1"][0]["loss/prediction"] = float("nan")
-    draw_training_curves(histories, tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as file:
-        assert file.format == "PNG"
-        picture = np.asarray(file.convert("RGB"))
-    assert picture.shape[1] == pytest.approx(3 * pictures.PANEL_SIZE[0] * pictures.DOTS_PER_INCH, abs=2)
-    scales = {axes.get_title(): axes.get_yscale() for axes in figures[0].axes}
-    assert scales == {"total loss": "log", "class": "linear", "prediction": "log", "validation AP": "linear"}
-    assert all(len(axes.lines) == 8 for axes in figures[0].axes)
-    for colour in pictures.RUN_COLOURS:
-        assert pixels_of(picture, colors.to_rgb(colour))[0].size > 0  # at least in the legend
-
-
-def test_histories_without_curves_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"\['empty'\] have no key 'loss'"):
-        draw_training_curves({"empty": [{"step": 1, "train_runtime": 2.0}]}, tmp_path / "curves.png")
-    assert not (tmp_path / "curves.png").exists()
-
-
 def test_pyplot_is_not_touched(fresh_processes):
     """pyplot keeps every figure alive and may ask for a display."""
     result = fresh_processes.code(
         "import sys; assert 'matplotlib.pyplot' not in sys.modules\n"
-        "import d3etr_hf.visualization.pictures; assert 'matplotlib.pyplot' not in sys.modules"
+        "import d3etr_hf.visualization.run_pictures; assert 'matplotlib.pyplot' not in sys.modules"
     )
     assert result.returncode == 0, result.stderr

@@ -1,26 +1,22 @@
-"""Detections of any Transformers detector on the images of a folder or a data set, ready to be drawn side by side."""
+"""Detections on the images of a folder or a data set, ready to be drawn side by side."""
 
-import importlib.util
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import ExifTags, Image
-from safetensors import SafetensorError
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from d3etr_hf.data import DataArguments, DetectionCollator, load_splits
+from d3etr_hf.data import DataArguments, DetectionTransform, load_splits
 from d3etr_hf.data.images import ORIENTATIONS_THAT_SWAP_SIDES, read_rgb
-from d3etr_hf.errors import DatasetError, DetectorLoadError, PictureError
-from d3etr_hf.models.loading import class_names_of, load_image_processor
-from d3etr_hf.visualization.pictures import draw_detection_grid
+from d3etr_hf.errors import DatasetError, PictureError
+from d3etr_hf.evaluation import predict_detections
+from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.visualization.detection_grid import draw_detection_grid
 
 logger = logging.get_logger(__name__)
 
@@ -114,118 +110,29 @@ def ground_truth_rows(target: dict) -> Tensor:
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], torch.ones(len(boxes), 1), labels[:, None]], dim=1)
 
 
-def load_any_detector(
-    path: str, role: str = "model", short_side: int | None = None, long_side: int | None = None
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A detector of whatever family that Transformers knows, in float32, with the image processor saved beside it.
+class ImagesForModel(torch.utils.data.Dataset):
+    """Images as one model takes them, each as `DetectionTransform` makes an example of it, without objects.
 
     Args:
-        path: a folder or Hub id.
-        role: what it is for, as the errors call it.
-        short_side, long_side: the size in pixels to resize to, instead of the saved one.
-
-    Raises:
-        DetectorLoadError: it is no detector, is incomplete, or needs a package that is not installed.
+        images: RGB, of any sizes.
+        names: what an error calls them.
+        image_processor: the model's own.
     """
-    what = f"{role} {path!r}"
-    if not Path(path).exists() and path.count("/") != 1:
-        raise DetectorLoadError(f"{what}: there is no such folder, and it is no Hub id (owner/name)")
-    size = {} if short_side is None else {"size": {"shortest_edge": short_side, "longest_edge": long_side}}
-    try:
-        # some families have no backbone of their own kind, and their configuration no such field
-        backbone = AutoConfig.from_pretrained(path).to_dict().get("backbone_config") or {}
-        if backbone.get("model_type") == "timm_backbone" and importlib.util.find_spec("timm") is None:
-            raise ImportError(f"timm, for its backbone {backbone['backbone']!r} (pip install 'd3etr_hf[timm]')")
-        # training and evaluation use Pillow's processors
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **size)
-        model, info = AutoModelForObjectDetection.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    except ImportError as error:
-        raise DetectorLoadError(f"{what} needs a package that is not installed: {str(error).strip()}") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DetectorLoadError(
-            f"{what}: no detector could be loaded from there ({reason}); give a folder or Hub id with the "
-            "config.json, weights and preprocessor_config.json of an object detection model"
-        ) from error
-    if info["missing_keys"]:
-        raise DetectorLoadError(
-            f"{what}: {len(info['missing_keys'])} tensors of a detector are missing from the checkpoint, the first "
-            f"{sorted(info['missing_keys'])[:3]}: it is incomplete, or was trained for another task"
-        )
-    return model, image_processor
 
+    def __init__(self, images: Sequence[Image.Image], names: Sequence[str], image_processor: BaseImageProcessor):
+        self.images, self.names = images, names
+        self.transform = DetectionTransform(image_processor)
 
-def prepare_batch(image_processor: BaseImageProcessor, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-    """What models take: images processed one by one, then padded together.
+    def __len__(self) -> int:
+        return len(self.images)
 
-    Returns:
-        `pixel_values` (B, 3, H, W) float32 and `pixel_mask` (B, H, W) int64, 1 on the image, 0 on padding.
-
-    Raises:
-        DatasetError: an image cannot be resized.
-    """
-    processed = []
-    for image in images:
+    def __getitem__(self, index: int) -> dict:
+        """Raises: DatasetError: the image is so narrow that it cannot be resized."""
+        nothing = {"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.int64)}
         try:
-            processed.append(image_processor(image, return_tensors="pt"))
-        except ValueError as error:
-            raise DatasetError(
-                f"an image of {image.width}×{image.height} pixels cannot be resized ({error}): take it out, or raise "
-                "`long_side`"
-            ) from error
-    batch = DetectionCollator()([{"pixel_values": each["pixel_values"][0], "labels": None} for each in processed])
-    for mask, each in zip(batch["pixel_mask"], processed, strict=True):
-        if "pixel_mask" in each:  # the processor may have padded the image itself
-            own = each["pixel_mask"][0]
-            mask[: own.shape[0], : own.shape[1]] = own
-    return {name: batch[name] for name in ("pixel_values", "pixel_mask")}
-
-
-@torch.no_grad()
-def detect(
-    model: PreTrainedModel,
-    image_processor: BaseImageProcessor,
-    images: Sequence[Image.Image],
-    batch_size: int = 8,
-    score_threshold: float = 0.0,
-) -> list[Tensor]:
-    """Detections of a model of any family, through the interface that all families share.
-
-    Args:
-        model: for object detection; it runs on its own device, and is left in eval mode.
-        image_processor: the model's own; images: RGB, of any sizes.
-        batch_size: predictions depend a little on which images share a batch. A family that takes no mask of the
-            padding is given one image at a time.
-        score_threshold: 0..1; lower scores are left out.
-
-    Returns:
-        Per image (k, 6) float32 on the CPU, highest score first: x, y, width, height in pixels of the image, score,
-        label.
-
-    Raises:
-        PictureError: the model's outputs are not finite.
-    """
-    model.eval()
-    takes_mask = "pixel_mask" in inspect.signature(model.forward).parameters
-    step = batch_size if takes_mask else 1
-    detections = []
-    for start in tqdm(range(0, len(images), step), desc="detecting", unit="batch", leave=False):
-        chosen = images[start : start + step]
-        batch = prepare_batch(image_processor, chosen)
-        inputs = {"pixel_values": batch["pixel_values"].to(model.device, model.dtype)}
-        if takes_mask:
-            inputs["pixel_mask"] = batch["pixel_mask"].to(model.device)
-        outputs = model(**inputs)
-        outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
-        if not (outputs.logits.isfinite().all() and outputs.pred_boxes.isfinite().all()):
-            raise PictureError("the model's outputs are not finite: it has diverged; take an earlier checkpoint")
-        sizes = torch.tensor([(image.height, image.width) for image in chosen], device=model.device)
-        results = image_processor.post_process_object_detection(outputs, threshold=score_threshold, target_sizes=sizes)
-        for result in results:
-            boxes, scores, labels = (result[name].cpu() for name in ("boxes", "scores", "labels"))
-            rows = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores[:, None], labels[:, None]], dim=1)
-            detections.append(rows[scores.argsort(descending=True, stable=True)])
-    return detections
+            return self.transform(self.images[index], {"image_id": index, **nothing})
+        except DatasetError as error:
+            raise DatasetError(f"{self.names[index]}: {error}") from error
 
 
 def common_classes(*class_names: Sequence[str]) -> tuple[list[str], list[Tensor]]:
@@ -268,17 +175,23 @@ def model_titles(*paths: str) -> list[str]:
 
 
 def detection_columns(
-    chosen: ChosenImages,
-    models: Mapping[str, tuple[PreTrainedModel, BaseImageProcessor]],
-    batch_size: int = 8,
-    score_threshold: float = 0.0,
+    chosen: ChosenImages, models: Mapping[str, tuple[Detector, BaseImageProcessor]], batch_size: int = 8
 ) -> tuple[dict[str, list[Tensor]], list[str]]:
-    """The columns of `draw_detection_grid`, ground truth first, then the models by title; and their class names."""
-    own_names = [class_names_of(model.config) for model, _ in models.values()]
+    """The columns of `draw_detection_grid`, ground truth first, then the models by title; and their class names.
+
+    Raises:
+        PictureError: a model's outputs are not finite.
+    """
+    own_names = [model.class_names for model, _ in models.values()]
     names, (of_data, *of_models) = common_classes(chosen.class_names, *own_names)
     columns = {} if chosen.ground_truth is None else {"ground truth": relabelled(chosen.ground_truth, of_data)}
     for (title, (model, processor)), index in zip(models.items(), of_models, strict=True):
-        columns[title] = relabelled(detect(model, processor, chosen.images, batch_size, score_threshold), index)
+        examples = ImagesForModel(chosen.images, chosen.names, processor)
+        found = predict_detections(model, examples, batch_size, title)
+        if not found.isfinite().all():
+            raise PictureError(f"{title}: the outputs are not finite: it has diverged; take an earlier checkpoint")
+        # the last rows may be empty, see `select_detections`
+        columns[title] = relabelled([rows[rows[:, 4] >= 0] for rows in found], index)
     return columns, names
 
 

@@ -1,10 +1,9 @@
-"""Pictures for the model card: detections side by side, and training curves.
+"""Detections side by side: one row an image, one column a detector.
 
 Drawn with matplotlib's Figure objects, without pyplot and its global state.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,9 +11,7 @@ from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
@@ -34,25 +31,15 @@ MOST_LABEL_OVERLAP = 0.05  # share of a label; the box of a label that would be 
 TALLEST_CELL = 1.5 * CELL_WIDTH
 DOTS_PER_INCH = 150
 
-# Training curves: no yellow on white, and dark enough for thin lines.
-RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GROUP_LINE_STYLES = {"": "solid", "student": "solid", "auxiliary": (0, (4, 1.5))}
-GROUP_IN_KEY = re.compile(r"(?:^|[/_])(student|auxiliary)(?:_group)?(?=[/_]|$)")
-LAYER_IN_KEY = re.compile(r"/layer_\d+$")
-PANEL_COLUMNS = 3
-PANEL_SIZE = (4.2, 2.7)  # inches
-TOTAL_LOSS_TITLE = "total loss"
-AVERAGE_PRECISION_TITLE = "validation AP"
-
 
 def class_style(label: int) -> tuple[tuple[float, float, float], str | tuple]:
     """The colour (red, green, blue in 0..1) and matplotlib line style of a class: always the same; 84 differ."""
     round_of_colours, hue = divmod(label, len(OKABE_ITO))
     round_of_shades, shade = divmod(round_of_colours, len(LIGHTNESS_STEPS))
-    return _shaded(OKABE_ITO[hue], LIGHTNESS_STEPS[shade]), LINE_STYLES[round_of_shades % len(LINE_STYLES)]
+    return shaded(OKABE_ITO[hue], LIGHTNESS_STEPS[shade]), LINE_STYLES[round_of_shades % len(LINE_STYLES)]
 
 
-def _shaded(colour: str, lightness: float) -> tuple[float, float, float]:
+def shaded(colour: str, lightness: float) -> tuple[float, float, float]:
     """The colour moved towards white (`lightness` 0..1) or black (-1..0)."""
     target = 1.0 if lightness > 0 else 0.0
     red, green, blue = (channel + (target - channel) * abs(lightness) for channel in colors.to_rgb(colour))
@@ -81,14 +68,7 @@ def draw_detection_grid(
         ValueError: no image, no column, a column of another length than `images`, rows that are not six finite
             numbers, or a label without a name.
     """
-    if not images or not columns:
-        raise ValueError(f"{len(images)} images and {len(columns)} columns: pass at least one of each to draw a grid.")
-    for title, detections_of_images in columns.items():
-        if len(detections_of_images) != len(images):
-            raise ValueError(
-                f"column {title!r} has detections for {len(detections_of_images)} images, but there are {len(images)}."
-            )
-
+    _check_columns(images, columns)
     cell_heights = [min(CELL_WIDTH * image.height / image.width, TALLEST_CELL) for image in images]
     figure_width = len(columns) * (CELL_WIDTH + CELL_GAP) + CELL_GAP
     figure_height = TITLE_HEIGHT + sum(cell_heights) + len(images) * CELL_GAP
@@ -98,15 +78,9 @@ def draw_detection_grid(
     top = figure_height - TITLE_HEIGHT
     for row, (image, cell_height) in enumerate(zip(images, cell_heights, strict=True)):
         for column, (title, detections_of_images) in enumerate(columns.items()):
-            left = CELL_GAP + column * (CELL_WIDTH + CELL_GAP)
-            axes = figure.add_axes(
-                (
-                    left / figure_width,
-                    (top - cell_height) / figure_height,
-                    CELL_WIDTH / figure_width,
-                    cell_height / figure_height,
-                )
-            )
+            left, bottom = CELL_GAP + column * (CELL_WIDTH + CELL_GAP), top - cell_height
+            place = left / figure_width, bottom / figure_height, CELL_WIDTH / figure_width, cell_height / figure_height
+            axes = figure.add_axes(place)
             axes.imshow(image.convert("RGB"), interpolation="antialiased")
             axes.set_axis_off()
             if row == 0:
@@ -115,6 +89,16 @@ def draw_detection_grid(
             draw_detections(axes, canvas, [entry for entry in rows if entry[4] >= score_threshold], class_names)
         top -= cell_height + CELL_GAP
     figure.savefig(path, format="png")
+
+
+def _check_columns(images: Sequence[Image.Image], columns: Mapping[str, Sequence[Tensor]]) -> None:
+    if not images or not columns:
+        raise ValueError(f"{len(images)} images and {len(columns)} columns: pass at least one of each to draw a grid.")
+    for title, detections_of_images in columns.items():
+        if len(detections_of_images) != len(images):
+            raise ValueError(
+                f"column {title!r} has detections for {len(detections_of_images)} images, but there are {len(images)}."
+            )
 
 
 def _checked_rows(detections: Tensor, class_names: Sequence[str], place: str) -> list[list[float]]:
@@ -196,106 +180,3 @@ def _contrast(colour: tuple[float, float, float]) -> str:
     """Black or white, whichever stands out more against the colour (by its luma)."""
     red, green, blue = colour
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
-
-
-def draw_training_curves(histories: Mapping[str, Sequence[Mapping]], path: str | Path) -> None:
-    """Draws the training curves of several runs over each other, and writes a PNG.
-
-    The panels are: the total loss, one per loss term (keys "loss/..."; the terms of the student and the auxiliary
-    group share a panel, told apart by line style: the words "student" and "auxiliary" in the key name the group), and
-    the validation AP. Losses are on a logarithmic scale where all their values are positive. Single decoder layers
-    (keys ".../layer_3") are left out.
-
-    Args:
-        histories: run name → that run's `trainer.state.log_history`.
-        path: the PNG to write; its folder must exist.
-
-    Raises:
-        ValueError: no run has logged any of these.
-    """
-    panels = _panels(histories)
-    if not panels:
-        raise ValueError(
-            f"the histories of the runs {list(histories)} have no key 'loss', 'loss/...' or 'eval_AP': pass "
-            "`trainer.state.log_history` of runs that have logged at least once."
-        )
-    column_count = min(PANEL_COLUMNS, len(panels))
-    row_count = math.ceil(len(panels) / column_count)
-    figure = Figure(
-        figsize=(PANEL_SIZE[0] * column_count, PANEL_SIZE[1] * row_count + 0.5),
-        dpi=DOTS_PER_INCH,
-        layout="constrained",
-    )
-    FigureCanvasAgg(figure)
-    run_colours = {
-        run: _shaded(RUN_COLOURS[index % len(RUN_COLOURS)], -0.4 * (index // len(RUN_COLOURS) % 2))
-        for index, run in enumerate(histories)
-    }
-    groups = set()
-    for index, (title, lines) in enumerate(panels.items()):
-        axes = figure.add_subplot(row_count, column_count, index + 1)
-        for run, group, steps, values in lines:
-            axes.plot(
-                steps,
-                values,
-                color=run_colours[run],
-                linestyle=GROUP_LINE_STYLES[group],
-                linewidth=1.5,
-                marker="o" if len(steps) < 30 else None,
-                markersize=3,
-            )
-            groups.add(group)
-        axes.set_title(title, fontsize=11, fontweight="bold")
-        axes.set_xlabel("step", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        if title == AVERAGE_PRECISION_TITLE:
-            axes.set_ylim(bottom=0)
-        elif not any(value <= 0 for _, _, _, values in lines for value in values):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")  # 0.5, not 5 × 10⁻¹
-            axes.yaxis.set_minor_formatter(NullFormatter())
-
-    handles = [Line2D([], [], color=colour, linewidth=2.5, label=run) for run, colour in run_colours.items()]
-    handles += [
-        Line2D([], [], color="0.3", linestyle=GROUP_LINE_STYLES[group], label=f"{group} group")
-        for group in GROUP_LINE_STYLES
-        if group and group in groups
-    ]
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=min(len(handles), 2 * column_count), frameon=False
-    )
-    figure.savefig(path, format="png")
-
-
-def _panels(histories: Mapping[str, Sequence[Mapping]]) -> dict[str, list[tuple[str, str, list[int], list[float]]]]:
-    """Panel title → lines of (run, group, steps, values): total loss first, AP last."""
-    lines: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = {TOTAL_LOSS_TITLE: {}}
-    average_precision: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for run, history in histories.items():
-        for entry in history:
-            for key, value in entry.items():
-                if key == "loss":
-                    lines[TOTAL_LOSS_TITLE].setdefault((run, ""), []).append((entry["step"], value))
-                elif key == "eval_AP":
-                    average_precision.setdefault((run, ""), []).append((entry["step"], value))
-                elif key.startswith("loss/") and not LAYER_IN_KEY.search(key):
-                    title, group = _term_and_group(key)
-                    lines.setdefault(title, {}).setdefault((run, group), []).append((entry["step"], value))
-    lines[AVERAGE_PRECISION_TITLE] = average_precision
-    return {
-        title: [(run, group, *map(list, zip(*points, strict=True))) for (run, group), points in series.items()]
-        for title, series in lines.items()
-        if series
-    }
-
-
-def _term_and_group(key: str) -> tuple[str, str]:
-    """("self attention", "student") of "loss/student/self_attention"; the group is "" where the key names none."""
-    term = key.removeprefix("loss/")
-    found = GROUP_IN_KEY.search(term)
-    if found is not None:
-        term = term[: found.start()] + term[found.end() :]
-    return term.strip("/_").replace("_", " ").replace("/", ", ") or "group total", found.group(1) if found else ""
