@@ -70,7 +70,9 @@ def main() -> None:
     for role, path in paths.items():
         processor = load_image_processor(path, data.short_side, data.long_side)
         processor = processor or load_image_processor(None, data.short_side, data.long_side)
-        models[titles[role]] = load_detector(path, role).to(device), processor
+        detector = load_detector(path, role)
+        torch.nn.Module.to(detector, device)
+        models[titles[role]] = detector, processor
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     columns, names = detection_columns(chosen, models, arguments.batch_size)

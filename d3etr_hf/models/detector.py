@@ -26,10 +26,10 @@ BACKBONE, ENCODER, DECODER, HEADS, QUERIES = ROLES = ("backbone", "encoder", "de
 if TYPE_CHECKING:
     StockModel = PreTrainedModel  # whose attributes every family has, from its stock class
 else:
-    StockModel = object
+    StockModel = ABC
 
 
-class Detector(StockModel, ABC):
+class Detector(StockModel):
     """A DETR of Transformers with further query groups and attention maps on demand.
 
     Computes what the stock class computes unless a `request` is passed; saves a plain stock checkpoint. A model built
