@@ -1,8 +1,10 @@
-"""What the two-process tests run: `python distributed_worker.py OUTPUT.pt SHAPES RUN BATCH_SIZE CHECKPOINT`.
+"""What the two-process tests run: `python distributed_worker.py OUTPUT SHAPES RUN BATCH_SIZE CHECKPOINTS NORMALISER`.
 
-Evaluates a checkpoint, then takes one training step from it; the main process writes metrics, gradients and log.
+Evaluates each checkpoint of a folder, then takes one training step from it; the main process writes metrics, gradients
+and log of each.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -30,29 +32,40 @@ class KeepGradients(TrainerCallback):
             }
 
 
-def main() -> None:
-    output, shapes, run, batch_size, checkpoint, *normaliser = sys.argv[1:]
-    torch.set_num_threads(1)
+def run_checkpoint(checkpoint: Path, shapes: Path, run: Path, batch_size: int, normaliser: str) -> dict:
+    """Metrics, and the first step's gradients and log, of a checkpoint of any family."""
     keeper = KeepGradients()
-    student = load_detector(checkpoint, "student")
+    student = load_detector(str(checkpoint), "student")
     trainer = shapes_trainer(
-        Path(shapes),
+        shapes,
         run,
         student=student,
         teacher=tiny_model(1, student.config.model_type),
         callbacks=[keeper],
         max_steps=1,
         max_grad_norm=0.0,
-        per_device_train_batch_size=int(batch_size),
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=3,
-        prediction_normaliser=normaliser[0],
+        prediction_normaliser=normaliser,
     )
     metrics = trainer.evaluate()
     trainer.train()
-    if trainer.is_world_process_zero():
-        log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-        world = trainer.accelerator.num_processes
-        torch.save({"metrics": metrics, "gradients": keeper.gradients, "log": log, "world": world}, output)
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    world = trainer.accelerator.num_processes
+    return {"metrics": metrics, "gradients": keeper.gradients, "log": log, "world": world}
+
+
+def main() -> None:
+    output, shapes, run, batch_size, checkpoints, normaliser = sys.argv[1:]
+    torch.set_num_threads(1)
+    results = {
+        checkpoint.name: run_checkpoint(
+            checkpoint, Path(shapes), Path(run) / checkpoint.name, int(batch_size), normaliser
+        )
+        for checkpoint in sorted(Path(checkpoints).iterdir())
+    }
+    if int(os.environ.get("RANK", "0")) == 0:
+        torch.save(results, output)
 
 
 if __name__ == "__main__":
