@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-from d3etr_hf.models.detector import ADAPTERS, QUERIES, ROLES, inherit
+from d3etr_hf.models.detector import ADAPTERS, DECODER, QUERIES, ROLES, inherit
 from d3etr_hf.models.loading import FAMILIES, load_detector, load_image_processor
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
 from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, AttentionMap, GroupRequest, Queries
@@ -407,6 +407,11 @@ def test_inheriting_all_parts_gives_the_teachers_outputs(family):
     shallow = tiny_model(2, family, decoder_layers=2)
     copied, skipped = inherit(shallow, teacher, ROLES, torch.arange(3), [1, 3])
     assert not skipped and {name for name, _ in shallow.named_parameters()} <= set(copied)
+    sources = {name: shallow.source_of(name, [1, 3]) for name in copied}
+    assert any(name != source for name, source in sources.items())
+    assert not any(name != source and shallow.role_of(name) != DECODER for name, source in sources.items())
+    theirs = teacher.state_dict()
+    assert all(torch.equal(value, theirs[sources[name]]) for name, value in shallow.state_dict().items())
 
 
 # the loss
