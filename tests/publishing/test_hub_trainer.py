@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -222,17 +223,34 @@ def test_secrets_reach_no_pushed_byte(finished_runs, hub, tmp_path, monkeypatch)
 TOKEN_OF_ARGUMENTS = "hf_" + "givenAsArgument" * 3
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def test_two_processes_push_once(finished_runs, hub, tmp_path):
     """By the script itself: two saves and the end are three commits, the card tells of both processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [str(REPOSITORY / "scripts" / "distill.py"), str(finished_runs / "distilled" / "run.yaml")]
+    command = [sys.executable, str(REPOSITORY / "scripts" / "distill.py"), str(finished_runs / "distilled/run.yaml")]
     command += ["--use_cpu", "true", "--output_dir", str(tmp_path / "run"), "--hub_strategy", "every_save"]
     command += ["--push_to_hub", "true", "--hub_model_id", "user/student", "--hub_always_push", "true"]
     environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
-    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("published: ") == 1
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    # as torchrun starts them, without a third process that imports torch for it
+    processes = [
+        subprocess.Popen(
+            command,
+            env=os.environ | environment | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], [errors[-3000:] for _, errors in outputs]
+    assert "".join(printed for printed, _ in outputs).count("published: ") == 1
     files = hub.files("user/student")
     assert files.keys() == MODEL | CARD | PICTURES
     assert len(hub.sent("commit")) == 3
