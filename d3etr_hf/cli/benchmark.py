@@ -58,11 +58,12 @@ def measure_costs(models: list[str], height: int = 480, width: int = 640, use_cp
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     costs, timed = {}, {}
     for path in models:
-        model = load_detector(path).eval().to(device).to_stock()
+        detector = load_detector(path)
+        torch.nn.Module.to(detector.eval(), device)
         processor = load_image_processor(path) or load_image_processor(None)
         pixel_values = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"].to(device)
-        costs[path] = count_cost(model, pixel_values)
-        timed[path] = (model, pixel_values)
+        costs[path] = count_cost(detector, pixel_values)
+        timed[path] = (detector.to_stock(), pixel_values)
     for path, milliseconds in measure_milliseconds(timed).items():
         costs[path]["milliseconds"] = milliseconds
     return costs

@@ -129,8 +129,9 @@ class DenseMemoryDetector(Detector):
         return self.config.decoder_layers
 
     @property
-    def skips_layers(self) -> bool:
-        return self.config.decoder_layerdrop > 0
+    def skipped_layers(self) -> str | None:
+        dropout = self.config.decoder_layerdrop
+        return f"decoder_layerdrop is {dropout}" if dropout > 0 else None
 
     def prepare_attention(self) -> None:
         layers = self.model.decoder.layers

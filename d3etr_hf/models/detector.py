@@ -128,9 +128,9 @@ class Detector(StockModel):
         """Number of decoder layers whose predictions are returned."""
 
     @property
-    def skips_layers(self) -> bool:
-        """Whether training skips decoder layers at random, which leaves nothing to match."""
-        return False
+    def skipped_layers(self) -> str | None:
+        """What makes training skip decoder layers at random, as an error tells it; None where nothing does."""
+        return None
 
     @property
     def backbone_type(self) -> str:

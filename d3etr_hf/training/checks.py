@@ -35,10 +35,9 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel | None, args
             "these options read a teacher but none was given: pass teacher=..., or set auxiliary_queries to "
             "'learned' or 'none' and adaptive_matching to false"
         )
-    if student.skips_layers:
+    if student.skipped_layers is not None:
         raise IncompatibleTeacherError(
-            "the student's configuration skips decoder layers at random (layer dropout): skipped layers have "
-            "nothing to match; set it to 0"
+            f"the student's {student.skipped_layers}: skipped layers have nothing to match; set it to 0"
         )
     if args.auxiliary_queries == "teacher" and args.auxiliary_reference_points == "teacher":
         for role, model in (("student", student), ("teacher", teacher)):

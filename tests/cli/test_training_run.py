@@ -200,8 +200,10 @@ def test_processes_that_do_not_know_of_each_other_are_refused(shapes, tmp_path, 
 
 def test_plain_training_refuses_options_of_the_distillation(tmp_path):
     """The teacherless configuration run by `d3etr train` would be a plain student under a false name."""
-    args = D3etrTrainingArguments(output_dir=str(tmp_path), use_cpu=True, auxiliary_queries="learned", l1_weight=2.0)
-    with pytest.raises(CommandLineError, match=r"\['auxiliary_queries', 'l1_weight'\].*d3etr distill"):
+    args = D3etrTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, auxiliary_queries="learned", distillation_l1_weight=2.0
+    )
+    with pytest.raises(CommandLineError, match=r"\['auxiliary_queries', 'distillation_l1_weight'\].*d3etr distill"):
         without_distillation(args)
 
 

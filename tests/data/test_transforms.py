@@ -42,10 +42,13 @@ def target_of(boxes: list, labels: list, image_id: int = 8) -> dict:
 
 
 def painted_box(channel: torch.Tensor) -> list[int] | None:
-    """xyxy in pixels of where a channel is more than half bright."""
-    rows, columns = torch.nonzero(channel > 0.5, as_tuple=True)
-    if not len(rows):
+    """xyxy in pixels of where a channel is at least half as bright as at its brightest; None where that is dark.
+
+    Half of its own: a rectangle that shrank to less than a pixel is grey, and would look smaller against white.
+    """
+    if channel.max() <= 0.5:
         return None
+    rows, columns = torch.nonzero(channel > 0.5 * channel.max(), as_tuple=True)
     return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
 
 

@@ -484,4 +484,4 @@ def test_what_people_read_of_a_family(family):
     assert model_class.anchor_size in (0, 2, 4)
     model = tiny_model(model_type=family)
     assert model.class_names == ["circle", "rectangle", "triangle"]
-    assert not model.skips_layers
+    assert model.skipped_layers is None
