@@ -56,7 +56,8 @@ def measure_costs(models: list[str], height: int = 480, width: int = 640, use_cp
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not use_cpu else "cpu"
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    costs, timed = {}, {}
+    costs: dict[str, dict] = {}
+    timed: dict[str, tuple[torch.nn.Module, torch.Tensor]] = {}
     for path in models:
         detector = load_detector(path)
         torch.nn.Module.to(detector.eval(), device)

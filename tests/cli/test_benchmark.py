@@ -36,7 +36,7 @@ def test_table_of_two_detectors(saved, monkeypatch, capsys):
     assert [line[0] for line in lines] == ["model", small[0], *PARTS, large[0], *PARTS]
 
 
-PARTS = ["backbone", "encoder", "decoder", "heads"]
+PARTS = ["backbone", "encoder", "decoder", "heads", "queries"]
 
 
 def test_size_without_pixels_is_refused(saved, monkeypatch):
