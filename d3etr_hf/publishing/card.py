@@ -141,7 +141,7 @@ def _texts(metrics: dict, arguments: CardArguments, repo_id: str | None, onnx_ch
 
 
 def check_of_onnx(folder: Path, weights: str) -> dict | None:
-    """What `scripts/export.py` found out about the folder's ONNX file; None without one.
+    """What `d3etr export` found out about the folder's ONNX file; None without one.
 
     Raises:
         PublishError: the file is unchecked, or was exported from other weights than are published beside it.
@@ -152,7 +152,7 @@ def check_of_onnx(folder: Path, weights: str) -> dict | None:
     content = hashlib.sha256((folder / ONNX_MODEL).read_bytes()).hexdigest()
     if check is None or (check.get("weights"), check.get("onnx")) != (weights, content):
         raise PublishError(
-            f"{folder / ONNX_MODEL} was not exported from these weights by scripts/export.py: export it again, or "
+            f"{folder / ONNX_MODEL} was not exported from these weights by `d3etr export`: export it again, or "
             "remove it"
         )
     return check
@@ -245,8 +245,8 @@ def pictures_of(folder: Path, metrics: dict) -> dict:
 
 def publishable_configuration(configuration: dict) -> str:
     """The run's YAML without what publishes it, secrets, and paths outside the working directory."""
-    script = "train.py" if configuration.get("auxiliary_queries") == "none" else "distill.py"
-    use = f"for scripts/{script}" if of_script(configuration) else "the training arguments of a run from Python"
+    command = "train" if configuration.get("auxiliary_queries") == "none" else "distill"
+    use = f"for `d3etr {command}`" if of_script(configuration) else "the training arguments of a run from Python"
     comment = f"# {use}; a path outside the working directory keeps its last part only\n"
     return comment + write_yaml(anonymise_configuration(configuration))
 

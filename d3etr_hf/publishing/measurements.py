@@ -44,7 +44,7 @@ def read_metrics(folder: Path) -> dict | None:
     if known is None:
         return None
     if not (isinstance(known, dict) and {"weights", "student", "data"} <= known.keys()):
-        raise PublishError(f"{folder / METRICS} is not of scripts/publish.py: move it away, and publish again")
+        raise PublishError(f"{folder / METRICS} is not of `d3etr publish`: move it away, and publish again")
     if "family" not in known["student"]:
         raise PublishError(f"{folder / METRICS} is of an earlier version: move it away, and publish again")
     return known

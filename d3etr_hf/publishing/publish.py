@@ -69,7 +69,7 @@ def resume_command(
     folder: Path, repo_id: str, card: CardArguments, private: bool | None = None, revision: str | None = None
 ) -> str:
     """The command that publishes this folder, which is measured already, with every argument that matters."""
-    words = ["python", "scripts/publish.py", str(folder), "--repo_id", repo_id]
+    words = ["d3etr", "publish", str(folder), "--repo_id", repo_id]
     if private:
         words.append("--private")
     if revision is not None:

@@ -88,7 +88,7 @@ def read_configuration(folder: Path) -> dict:
     for name in (CONFIGURATION, RESULTS):
         if not (folder / name).exists():
             raise PublishError(
-                f"{folder} holds no {name}, so it is no finished run of scripts/distill.py or scripts/train.py: "
+                f"{folder} holds no {name}, so it is no finished run of `d3etr distill` or `d3etr train`: "
                 "finish the run with the same command, or publish from Python by `trainer.push_to_hub()`"
             )
     configuration = read_yaml((folder / CONFIGURATION).read_text()) or {}

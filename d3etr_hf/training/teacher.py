@@ -136,7 +136,7 @@ def class_index_by_name(detector: Detector, names: list[str], role: str = "teach
         raise IncompatibleTeacherError(
             f"the {role} has no class named {missing[:5]}{' ...' if len(missing) > 5 else ''} ({len(missing)} of "
             f"{len(names)}); its classes are {list(id2label.values())[:8]} ...: set id2label in its "
-            "config.json to the names of the data set, or train a teacher on this data with scripts/train.py"
+            "config.json to the names of the data set, or train a teacher on this data with `d3etr train`"
         )
     twice = [name for name in names if len(places[key(name)]) > 1]
     if twice:

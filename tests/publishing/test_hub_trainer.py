@@ -100,7 +100,7 @@ def test_hub_that_fails_at_the_end(finished_runs, hub, tmp_path, capsys):
     hub.fail("commit", 503)
     with pytest.raises(HubError) as error:
         train_detector(*run_arguments(finished_runs, tmp_path / "run"), CardArguments(license="mit"))
-    command = f"python scripts/publish.py {tmp_path / 'run'} --repo_id user/student --license mit"
+    command = f"d3etr publish {tmp_path / 'run'} --repo_id user/student --license mit"
     assert command in str(error.value)
     assert "AP 0." in capsys.readouterr().out
     kept = {path.name for path in (tmp_path / "run").iterdir()}
@@ -132,7 +132,7 @@ def test_finished_run_tells_how_to_publish_it(finished_runs, hub, tmp_path, capl
     monkeypatch.setattr(logging.getLogger("d3etr_hf"), "propagate", True)
     with caplog.at_level("WARNING"):
         train_detector(*run_arguments(finished_runs, tmp_path / "run"))
-    assert any(f"scripts/publish.py {tmp_path / 'run'} --repo_id user/student" in r.message for r in caplog.records)
+    assert any(f"d3etr publish {tmp_path / 'run'} --repo_id user/student" in r.message for r in caplog.records)
 
 
 def test_push_from_python(finished_runs, hub, tmp_path):
@@ -187,7 +187,7 @@ def test_publish_script(finished_runs, hub, tmp_path, monkeypatch, capsys):
     with pytest.raises(HubError) as error:
         publish_command.main()
     command = shlex.split(str(error.value).splitlines()[-1])
-    assert command == ["python", "scripts/publish.py", *words]
+    assert command == ["d3etr", "publish", *words]
     hub.recover()
     monkeypatch.setattr(sys, "argv", command[1:])
     publish_command.main()

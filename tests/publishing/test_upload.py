@@ -34,7 +34,7 @@ from tests.tiny import padded_batch, tiny_model
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 TOKEN = "hf_" + "aBcD" * 9
-RESUME = "python scripts/publish.py runs/student --repo_id user/student"
+RESUME = "d3etr publish runs/student --repo_id user/student"
 PUBLISHED = {
     "model.safetensors": b"\0weights" * 5_000,
     "config.json": b'{"model_type": "conditional_detr"}',
