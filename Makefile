@@ -30,9 +30,10 @@ format: venv ## Put the code into the house format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
+# Whole files, whose fixtures are shared, and in their order: by number of tests the slowest would come last.
 # One thread a process: two test processes share two cores, and sums do not depend on the machine.
 test: venv ## Run the tests, in two processes
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 wheel: ## Build the wheel and run every command from it, in a fresh environment outside the repository
 	bash tests/wheel_walkthrough.sh

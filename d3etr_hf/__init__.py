@@ -1,4 +1,4 @@
-"""D3ETR knowledge distillation of Conditional DETR detectors, as a Transformers trainer."""
+"""D3ETR knowledge distillation of DETR detectors, as a Transformers trainer."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,5 +1,6 @@
-"""Configuration files: YAML 1.2, and where those are that come with the package."""
+"""Configurations: documented options, YAML 1.2 files, and where those are that come with the package."""
 
+from dataclasses import field
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 PACKAGE = Path(__file__).resolve().parent
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its documentation."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 def shipped_configurations() -> Path:

@@ -22,7 +22,7 @@ from benchmarking.sizes import SIZES, on_gpu
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.cli.main import run
-from d3etr_hf.training.training_arguments import option
+from d3etr_hf.configurations import option
 
 
 @dataclass

@@ -14,7 +14,7 @@ from benchmarking.equal_time import draw_budgets, format_budgets, run_budgets, s
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.cli.main import run
-from d3etr_hf.training.training_arguments import option
+from d3etr_hf.configurations import option
 
 
 @dataclass

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from d3etr_hf.models import D3etrConditionalDetrForObjectDetection  # noqa: E402
+from d3etr_hf.models.loading import load_detector  # noqa: E402
 from tests.shapes_fixture import load_shapes, shapes_trainer  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
@@ -25,6 +25,7 @@ class Case:
     """One step on the same images however many processes share them.
 
     Attributes:
+        family: the `model_type` of student and teacher.
         images: of the whole step; each process takes its part at once, or in `accumulated` batches.
         options: training arguments.
         split_options: more of them, that only several processes are given.
@@ -34,6 +35,7 @@ class Case:
         evaluates: whether the checkpoint is evaluated before the step.
     """
 
+    family: str = "conditional_detr"
     images: int = 4
     options: dict = field(default_factory=dict)
     accumulated: int = 1
@@ -46,6 +48,7 @@ class Case:
 
 CASES = {
     "pairs": Case(evaluates=True),
+    "DETR": Case(family="detr"),
     "boxes": Case(options={"prediction_normaliser": "boxes"}),
     "accumulated batches": Case(accumulated=2),
     "gradient checkpointing": Case(split_options={"gradient_checkpointing": True}),
@@ -79,8 +82,8 @@ def run_case(case: Case, folder: Path, run: Path, processes: int) -> dict:
     trainer = shapes_trainer(
         folder / case.data,
         run,
-        student=D3etrConditionalDetrForObjectDetection.from_pretrained(folder / "checkpoint"),
-        teacher=tiny_model(seed=1, **case.teacher),
+        student=load_detector(str(folder / case.family)),
+        teacher=tiny_model(1, case.family, **case.teacher),
         train=train,
         callbacks=[keeper],
         max_steps=1,

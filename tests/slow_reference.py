@@ -1,9 +1,13 @@
 """Every loss and matching again, as slow loops over scalars written from the formulas, in float64."""
 
+import importlib.util
 import math
 from itertools import permutations
 
 import torch
+
+from d3etr_hf.matching import TaughtGroup
+from d3etr_hf.outputs import AttentionMap, GroupOutput
 
 
 def scalar_giou(a, b):
@@ -146,7 +150,7 @@ def detection_loss(logits, boxes, labels, assignment, num_boxes, alpha=0.25, gam
             held = int(assignment[b, q])
             for c in range(logits.shape[2]):
                 target = 1.0 if held >= 0 and int(label["class_labels"][held]) == c else 0.0
-                score = sigmoid(float(logits[b, q, c]))
+                score = sigmoid(logits[b, q, c].item())
                 right = score if target else 1 - score
                 classes += (alpha if target else 1 - alpha) * (1 - right) ** gamma * -math.log(right)
             if held >= 0:
@@ -156,10 +160,21 @@ def detection_loss(logits, boxes, labels, assignment, num_boxes, alpha=0.25, gam
     return {"class": classes / num_boxes, "l1": l1 / num_boxes, "giou": giou / num_boxes}
 
 
-def random_group(layers, batch, queries, classes, heads, mask, seed):
-    """Random predictions and maps in float64 as a `QueryGroupOutput` that wants a gradient; `mask` (B, H, W)."""
-    from d3etr_hf.models import AttentionMap, QueryGroupOutput
+def cross_entropy_loss(logits, labels, assignment, no_object_weight):
+    """DETR's class loss of one layer: logits (B,N,C+1), assignment (B,N) with -1; a mean weighted by class."""
+    total = weights = 0.0
+    for b, label in enumerate(labels):
+        for q in range(logits.shape[1]):
+            held, row = int(assignment[b, q]), logits[b, q].tolist()
+            target = int(label["class_labels"][held]) if held >= 0 else len(row) - 1
+            weight = 1.0 if held >= 0 else no_object_weight
+            total += weight * (math.log(sum(math.exp(x) for x in row)) - row[target])
+            weights += weight
+    return total / weights
 
+
+def random_group(layers, batch, queries, classes, heads, mask, seed):
+    """Random predictions and maps in float64 as a `GroupOutput` that wants a gradient; `mask` (B, H, W)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -179,9 +194,27 @@ def random_group(layers, batch, queries, classes, heads, mask, seed):
         return AttentionMap(log, log.exp())
 
     lowest = torch.finfo(torch.float64).min
-    return QueryGroupOutput(
+    return GroupOutput(
         logits=leaves["logits"],
         boxes=leaves["boxes"],
         self_attention=tuple(attention(scores) for scores in leaves["self"]),
         cross_attention=tuple(attention(scores.masked_fill(padding, lowest)) for scores in leaves["cross"]),
     )
+
+
+def taught(group, classes=slice(None)):
+    """A group whose logits are read by sigmoid as a teacher's outputs; what wants a gradient goes on wanting it."""
+    return TaughtGroup(
+        probabilities=group.logits.sigmoid()[..., classes],
+        boxes=group.boxes,
+        self_attention=group.self_attention,
+        cross_attention=group.cross_attention,
+    )
+
+
+def public_loop_of(shared_data):
+    """The slow public implementation, which lies beside the real images."""
+    spec = importlib.util.spec_from_file_location("public_loop", shared_data.parent / "reference" / "public_loop.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -5,13 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from transformers import ConditionalDetrConfig
+from transformers import CONFIG_MAPPING
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments
-from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
-from d3etr_hf.models.loading import ModelArguments, TeacherArguments, check_model_options
+from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.loading import (
+    DEFAULT_FAMILY,
+    FAMILIES,
+    ModelArguments,
+    TeacherArguments,
+    check_model_options,
+)
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -44,11 +50,12 @@ def parse(recipe: Path) -> dict:
     return dict(zip(types, parse_arguments(types, [str(recipe)]), strict=True))
 
 
-def build_on_meta(path: Path, classes: int = 80) -> D3etrConditionalDetrForObjectDetection:
+def build_on_meta(path: Path, classes: int = 80) -> Detector:
     options = read_yaml(path.read_text())
     check_model_options(options, str(path))
     with torch.device("meta"):
-        return D3etrConditionalDetrForObjectDetection(ConditionalDetrConfig(**options, num_labels=classes))
+        model_type = options.pop("model_type", DEFAULT_FAMILY)
+        return FAMILIES[model_type](CONFIG_MAPPING[model_type](**options, num_labels=classes))
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +72,7 @@ def test_recipe_is_understood_by_its_script(recipe):
     assert model.model_config is None or Path(model.model_config) in {path.relative_to(REPOSITORY) for path in MODELS}
     assert not training.fp16 and not training.bf16  # precision belongs to configs/accelerate
     if script_of(recipe) == "scripts/distill.py":
-        assert training.needs_teacher == (parsed[TeacherArguments].teacher is not None)
+        assert training.distillation.needs_teacher == (parsed[TeacherArguments].teacher is not None)
 
 
 def test_no_two_recipes_share_an_output_folder():

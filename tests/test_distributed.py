@@ -23,7 +23,8 @@ def both(tmp_path_factory):
     make_shapes(folder / "shapes", 12, 11, image_size=SIDE, progress=False)
     make_shapes(folder / "sparse", 4, 1, image_size=SIDE, progress=False)
     keep_objects(folder / "sparse", "train", [0, 0, 1, 0])
-    tiny_model(seed=2).save_pretrained(folder / "checkpoint")
+    for family in {case.family for case in CASES.values()}:
+        tiny_model(2, family).save_pretrained(folder / family)
     command = [sys.executable, str(WORKER), str(folder), str(folder / "two.pt")]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     return run_cases(folder, 1), torch.load(folder / "two.pt")

@@ -1,0 +1,1 @@
+"""The command `d3etr`: parsing, one file a subcommand, training runs, the demonstration."""

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.configurations import option
 from d3etr_hf.models.loading import load_detector, load_image_processor
 from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
-from d3etr_hf.training.training_arguments import option
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.cli.demonstration import format_table, run_demo
-from d3etr_hf.training.training_arguments import option
+from d3etr_hf.configurations import option
 
 
 @dataclass

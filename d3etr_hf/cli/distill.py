@@ -1,4 +1,4 @@
-"""Distil a Conditional DETR student from a teacher by D3ETR.
+"""Distil a student detector from a teacher by D3ETR.
 
     d3etr distill configs/shapes/distill.yaml
     d3etr distill configs/bccd/distill.yaml --data_folder data/bccd --output_dir runs/student

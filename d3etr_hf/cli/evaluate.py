@@ -1,4 +1,4 @@
-"""COCO average precision of a detector, ours or any Conditional DETR checkpoint.
+"""COCO average precision of a detector: a run's, or any checkpoint of a supported family.
 
     d3etr evaluate --model runs/demo/distilled --data_folder data/shapes
 
@@ -8,14 +8,16 @@ Prints every metric and writes it to evaluation.json in --output_dir.
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments, load_splits
 from d3etr_hf.models.loading import load_detector, load_image_processor
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.runs.output_folder import refuse_split_launch, write_json
 from d3etr_hf.training.teacher import with_classes_of
-from d3etr_hf.training.training_arguments import D3etrTrainingArguments, option
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 
 @dataclass
@@ -58,7 +60,7 @@ def evaluate_detector(
     )
     refuse_split_launch(training_arguments)
     detector = load_detector(model)
-    processor = load_image_processor(model) or load_image_processor(None)
+    processor: Any = load_image_processor(model) or load_image_processor(None)
     _, val = load_splits(data_arguments, processor)
     detector = with_classes_of(detector, val.class_names, "model")
     trainer = D3etrTrainer(model=detector, args=training_arguments, eval_dataset=val, processing_class=processor)

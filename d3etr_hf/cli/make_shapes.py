@@ -1,7 +1,9 @@
 """Makes the synthetic shapes data set (circles, rectangles, triangles) as a COCO-format folder.
 
-d3etr make-shapes --folder data/shapes
-d3etr make-shapes --folder data/shapes_small --train_images 200 --val_images 50
+    d3etr make-shapes --folder data/shapes
+    d3etr make-shapes --folder data/shapes_small --train_images 200 --val_images 50
+
+The same arguments make the same images.
 """
 
 from dataclasses import dataclass, field

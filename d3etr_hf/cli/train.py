@@ -1,4 +1,4 @@
-"""Train a Conditional DETR detector without a teacher: one that will teach, or a student to compare with.
+"""Train a detector without a teacher: one that will teach, or a student to compare with.
 
     d3etr train configs/shapes/teacher.yaml
     d3etr train configs/bccd/teacher.yaml --data_folder data/bccd --output_dir runs/teacher

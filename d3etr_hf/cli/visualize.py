@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 
 from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PictureError
 from d3etr_hf.models.loading import load_detector, load_image_processor
-from d3etr_hf.training.training_arguments import option
 from d3etr_hf.visualization.attention_picture import draw_attention_of
 from d3etr_hf.visualization.detections_on_images import (
     choose_images,
@@ -70,7 +70,9 @@ def main() -> None:
     for role, path in paths.items():
         processor = load_image_processor(path, data.short_side, data.long_side)
         processor = processor or load_image_processor(None, data.short_side, data.long_side)
-        models[titles[role]] = load_detector(path, role).to(device), processor
+        detector = load_detector(path, role)
+        torch.nn.Module.to(detector, device)
+        models[titles[role]] = detector, processor
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     columns, names = detection_columns(chosen, models, arguments.batch_size)

@@ -1,6 +1,6 @@
 """Detections and average precision of a whole split."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -38,13 +38,13 @@ def predict_detections(
 
 
 def average_precision_of(
-    detections: torch.Tensor, dataset: DetectionDataset, image_ids: Sequence[int] | None = None
+    detections: torch.Tensor, dataset: DetectionDataset, image_ids: Any = None
 ) -> dict[str, float]:
     """COCO metrics (0..1) of detections on the data set's untouched ground truth.
 
     Args:
         detections: (images, 100, 6), rows of `select_detections`.
-        image_ids: of the rows; by default the data set's own order.
+        image_ids: int64 (images,), of the rows; by default the data set's own order.
 
     Raises:
         ValueError: a detection is not finite.

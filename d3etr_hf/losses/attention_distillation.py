@@ -51,8 +51,8 @@ def self_attention_distillation(
 
 
 def cross_attention_distillation(
-    teacher: Sequence[AttentionMap],
-    student: Sequence[AttentionMap],
+    teacher: Sequence[AttentionMap] | Sequence[SampledAttention],
+    student: Sequence[AttentionMap] | Sequence[SampledAttention],
     pairs: MatchedPairs,
     teacher_memory_mask: torch.Tensor,
     student_memory_mask: torch.Tensor,
@@ -75,14 +75,12 @@ def cross_attention_distillation(
         `(L,)`: per layer, the mean over pairs, heads and images.
     """
     if isinstance(teacher[0], SampledAttention):
-        teacher = [layer.on_grid(student_memory_mask) for layer in teacher]
         teacher_memory_mask = student_memory_mask
-    if isinstance(student[0], SampledAttention):
-        student = [layer.on_grid(student_memory_mask) for layer in student]
+    dense_teacher, dense_student = _dense(teacher, student_memory_mask), _dense(student, student_memory_mask)
     same_grid = teacher_memory_mask.shape == student_memory_mask.shape
     keys = student_memory_mask.flatten(1).sum(-1)[:, None, None]
     terms = []
-    for layer, (teacher_map, student_map) in enumerate(_same_heads(teacher, student)):
+    for layer, (teacher_map, student_map) in enumerate(_same_heads(dense_teacher, dense_student)):
         order = None if pairs.identity else pairs.teacher[layer]
         if not same_grid:
             teacher_map = resample_map(teacher_map.probability, teacher_memory_mask, student_memory_mask)
@@ -94,6 +92,13 @@ def cross_attention_distillation(
         terms.append(_divergence(teacher_map, target, student_map, keys, divergence))
         rows = target.shape[1] * target.shape[2]
     return torch.stack(terms) / (rows * images)
+
+
+def _dense(
+    attention: Sequence[AttentionMap] | Sequence[SampledAttention], memory_mask: torch.Tensor
+) -> list[AttentionMap]:
+    """Maps as they are; sampled attention on the grid of the mask `(B, H, W)`."""
+    return [layer.on_grid(memory_mask) if isinstance(layer, SampledAttention) else layer for layer in attention]
 
 
 def _same_heads(

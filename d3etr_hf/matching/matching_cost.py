@@ -37,11 +37,12 @@ def prediction_cost(
     pairs = teacher_probabilities.shape[2] * student_logits.shape[2]
     chunks = zip(*(tensor.split(max(1, PAIRS_AT_ONCE // pairs)) for tensor in images), strict=True)
     with torch.autocast(student_logits.device.type, enabled=False):
-        cost = torch.cat([_cost_of_images(*chunk, scores, weights) for chunk in chunks])
+        cost = torch.cat([_cost_of_images(chunk, scores, weights) for chunk in chunks])
     return cost.unflatten(0, teacher_probabilities.shape[:2])
 
 
-def _cost_of_images(teacher_probabilities, teacher_boxes, student_logits, student_boxes, scores, weights):
+def _cost_of_images(chunk: tuple[torch.Tensor, ...], scores: Scores, weights: tuple[float, ...]) -> torch.Tensor:
+    teacher_probabilities, teacher_boxes, student_logits, student_boxes = chunk
     class_weight, l1_weight, giou_weight = weights
     cost = scores.pairwise_entropy(student_logits, teacher_probabilities)
     cost.mul_(class_weight).add_(torch.cdist(teacher_boxes, student_boxes, p=1), alpha=l1_weight)

@@ -53,10 +53,15 @@ def load_backbone_weights(model: Detector, path: str) -> None:
             f"{len(different)} differ, the first {(missing + different)[:3]}; {_differences(config, loaded.config)}"
         )
     backbone.load_state_dict({name: theirs[name] for name in ours}, strict=True)
-    # strides, activations and the like show in no shape
-    pixels = torch.rand(1, config.num_channels, 128, 128, generator=torch.Generator().manual_seed(0)).to(model.device)
+    _refuse_other_computation(backbone, loaded, path, config)
+
+
+def _refuse_other_computation(backbone, loaded, path: str, config: PreTrainedConfig) -> None:
+    """Strides, activations and the like show in no shape: the two must compute the same of a random image."""
+    pixels = torch.rand(1, config.num_channels, 128, 128, generator=torch.Generator().manual_seed(0))
+    pixels, loaded = pixels.to(backbone.device), loaded.to(backbone.device)
     was_training = backbone.training
-    own, expected = (part.eval()(pixels).feature_maps[-1] for part in (backbone, loaded.to(model.device)))
+    own, expected = (part.eval()(pixels).feature_maps[-1] for part in (backbone, loaded))
     backbone.train(was_training)
     if own.shape != expected.shape or (own - expected).abs().max() > 0.01 * expected.abs().max():
         raise DetectorLoadError(

@@ -35,6 +35,7 @@ class D3etrConditionalDetrForObjectDetection(DenseMemoryDetector, ConditionalDet
     title = "Conditional DETR"
     tag = "conditional-detr"
     anchor_size = 2
+    makes_anchors = True
     citation = """@inproceedings{meng2021conditional,
   title={Conditional {DETR} for Fast Training Convergence},
   author={Meng, Depu and Chen, Xiaokang and Fan, Zejia and Zeng, Gang and Li, Houqiang and Yuan, Yuhui and Sun, Lei and

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -109,6 +109,9 @@ class DenseMemoryDetector(Detector):
         QUERIES: ("model.query_position_embeddings.",),
     }
     eager_attention: ClassVar[Callable]
+    model: Any
+    class_labels_classifier: nn.Linear
+    bbox_predictor: Any
 
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -158,7 +161,8 @@ class DenseMemoryDetector(Detector):
             nn.init.normal_(self.model.query_position_embeddings.weight)
         for name in ("model.input_projection", "class_labels_classifier", *self.box_layers):
             if self._is_new(name, chosen):
-                self.get_submodule(name).reset_parameters()
+                layer: Any = self.get_submodule(name)
+                layer.reset_parameters()
 
     @property
     def box_layers(self) -> list[str]:

@@ -7,7 +7,7 @@ abstract here (CONTRIBUTING.md, "Add a family"). Nothing outside `models/` knows
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -23,7 +23,13 @@ ADAPTERS = "query_adapters"
 BACKBONE, ENCODER, DECODER, HEADS, QUERIES = ROLES = ("backbone", "encoder", "decoder", "heads", "queries")
 
 
-class Detector(ABC):
+if TYPE_CHECKING:
+    StockModel = PreTrainedModel  # whose attributes every family has, from its stock class
+else:
+    StockModel = ABC
+
+
+class Detector(StockModel):
     """A DETR of Transformers with further query groups and attention maps on demand.
 
     Computes what the stock class computes unless a `request` is passed; saves a plain stock checkpoint. A model built
@@ -36,6 +42,8 @@ class Detector(ABC):
         tag: the family's tag on the Hub.
         parts: for each of `ROLES` the prefixes of its parameters' names.
         anchor_size: numbers of an anchor that a group may bring with its queries; 0 where the family takes none.
+        makes_anchors: whether a head of the decoder makes anchors of queries, so that those of another model's queries
+            can be made afresh; false where they belong to the queries, as proposals of an image do.
         citation: BibTeX of the family's paper.
     """
 
@@ -44,6 +52,7 @@ class Detector(ABC):
     tag: ClassVar[str]
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
     anchor_size: ClassVar[int]
+    makes_anchors: ClassVar[bool]
     citation: ClassVar[str]
 
     # what a family says
@@ -182,7 +191,7 @@ class Detector(ABC):
         }
         return {OWN: own} | further
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, *args, **kwargs) -> None:
         """As in Transformers, but only non-reentrant: reentrant checkpointing would cut the maps off the gradient."""
         if (activation_checkpointing_kwargs or {}).get("use_reentrant", False):
             raise ValueError(
@@ -190,7 +199,7 @@ class Detector(ABC):
                 "use {'use_reentrant': False}"
             )
         chosen = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
-        super().activation_checkpointing_enable(chosen, **kwargs)
+        super().activation_checkpointing_enable(chosen, *args, **kwargs)
 
     def role_of(self, name: str) -> str | None:
         """Which of `ROLES` a parameter plays, by its name; None for a query adapter's."""
@@ -230,16 +239,10 @@ class Detector(ABC):
                 setattr(stock.get_submodule(module), leaf, buffer)
         return stock.eval()
 
-    def save_pretrained(
-        self,
-        save_directory,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **kwargs,
-    ) -> None:
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs) -> None:
         """Write a plain stock checkpoint: no query adapter, no code of ours."""
         stock = self._stock_model(self.state_dict() if state_dict is None else state_dict)
-        stock.save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        stock.save_pretrained(save_directory, is_main_process, None, *args, **kwargs)
 
 
 def class_names_of(config) -> list[str]:

@@ -25,6 +25,7 @@ class D3etrDetrForObjectDetection(DenseMemoryDetector, DetrForObjectDetection):
     title = "DETR"
     tag = "detr"
     anchor_size = 0
+    makes_anchors = False
     citation = """@inproceedings{carion2020end,
   title={End-to-End Object Detection with Transformers},
   author={Carion, Nicolas and Massa, Francisco and Synnaeve, Gabriel and Usunier, Nicolas and Kirillov, Alexander and

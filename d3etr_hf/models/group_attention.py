@@ -7,7 +7,7 @@ The decoder's attention modules call the function registered here instead of sca
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ class GroupAttention:
         """The parts of a tensor along its query axis, by the group's name."""
         return dict(zip(self.sizes, tensor.split(list(self.sizes.values()), dim=dim), strict=True))
 
-    def maps_of(self, group: str) -> dict[str, tuple[AttentionMap, ...] | None]:
+    def maps_of(self, group: str) -> dict[str, Any]:
         """The maps of one group as fields of its `GroupOutput`."""
         return {
             "self_attention": tuple(layer[group] for layer in self.self_maps) or None,
@@ -54,12 +54,12 @@ class GroupAttention:
 class _Stock(NamedTuple):
     """What an attention module did before it was routed here."""
 
-    config: object
+    config: Any
     eager: Callable
     is_self_attention: bool
 
 
-def route_attention(config, self_attention: Iterable[nn.Module], cross_attention: Iterable[nn.Module], eager) -> None:
+def route_attention(config, self_attention: Iterable[Any], cross_attention: Iterable[Any], eager: Callable) -> None:
     """Let these attention modules of a decoder call the function below.
 
     Args:
@@ -121,7 +121,7 @@ def both_forms(scores: torch.Tensor) -> AttentionMap:
 
 
 def query_group_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -138,13 +138,13 @@ def query_group_attention(
     of the memory serve every group. Arguments and return value follow Transformers' attention interface;
     `attention_mask` is boolean or None when `groups` is given.
     """
-    stock = module.stock
+    stock: _Stock = module.stock
     if groups is None:
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(stock.config._attn_implementation, stock.eager)
         return interface(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if stock.is_self_attention:
         parts = zip(*(groups.split(tensor, 2).values() for tensor in (query, key, value)), strict=True)
-        attended = [attend(*part, None, dropout, scaling, groups.self_attention) for part in parts]
+        attended = [attend(q, k, v, None, dropout, scaling, groups.self_attention) for q, k, v in parts]
         if groups.self_attention and groups.open:
             groups.self_maps.append(dict(zip(groups.sizes, (found for _, found in attended), strict=True)))
         output = torch.cat([part for part, _ in attended], dim=2)

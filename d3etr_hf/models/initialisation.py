@@ -16,7 +16,7 @@ def freeze_backbone_as_detr(model: Detector, backbone, backbone_config) -> None:
         backbone: the model's backbone module.
         backbone_config: its configuration.
     """
-    frozen_parts = FROZEN_RESNET_PARTS if is_resnet(backbone_config) else ()
+    frozen_parts: tuple[str, ...] = FROZEN_RESNET_PARTS if is_resnet(backbone_config) else ()
     frozen_parts += unread_stages(backbone_config)
     model.requires_grad_(True)
     for name, parameter in backbone.named_parameters():

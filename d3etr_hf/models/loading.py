@@ -9,13 +9,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, PreTrainedConfig
-from transformers.hf_argparser import HfArg
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from d3etr_hf.configurations import find_configuration, read_yaml
+from d3etr_hf.configurations import find_configuration, option, read_yaml
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
@@ -38,17 +37,14 @@ INHERITABLE_PARTS = tuple(role for role in ROLES if role != "backbone")
 class ModelArguments:
     """Which detector is trained: a checkpoint to go on from, or the configuration of a new one."""
 
-    model: str | None = HfArg(
-        default=None, help="Checkpoint to start from: a folder or a Hub id. Or give `model_config`."
+    model: str | None = option(None, "Checkpoint to start from: a folder or a Hub id. Or give `model_config`.")
+    model_config: dict | str | None = option(
+        None,
+        "Configuration of a new model: `model_type` (by default conditional_detr) and fields of its configuration "
+        "class in Transformers, or a YAML or JSON file that holds them.",
     )
-    model_config: dict | str | None = HfArg(
-        default=None,
-        help="Configuration of a new model: `model_type` (by default conditional_detr) and fields of its "
-        "configuration class in Transformers, or a YAML or JSON file that holds them.",
-    )
-    backbone_weights: str | None = HfArg(
-        default=None,
-        help="Pretrained weights for a new model's backbone: a folder or Hub id of the same architecture.",
+    backbone_weights: str | None = option(
+        None, "Pretrained weights for a new model's backbone: a folder or Hub id of the same architecture."
     )
 
     def __post_init__(self):
@@ -62,11 +58,11 @@ class ModelArguments:
 class TeacherArguments:
     """Who teaches, and what the student takes over before it learns."""
 
-    teacher: str | None = HfArg(default=None, help="The teacher: a folder or Hub id of a detector's checkpoint.")
-    inherit_from_teacher: list[str] = HfArg(
-        default_factory=list,
-        help="Parts that start from the teacher's weights where shapes allow: any of encoder, decoder, heads, "
-        "queries; of a teacher of the student's own family.",
+    teacher: str | None = option(None, "The teacher: a folder or Hub id of a detector's checkpoint.")
+    inherit_from_teacher: list[str] = option(
+        [],
+        "Parts that start from the teacher's weights where shapes allow: any of encoder, decoder, heads, queries; of "
+        "a teacher of the student's own family.",
     )
 
     def __post_init__(self):
@@ -284,8 +280,9 @@ def _refuse_other_classes(config: PreTrainedConfig, class_names: list[str], what
 
 
 def _refuse_missing_timm(config: PreTrainedConfig, what: str) -> None:
-    if config.backbone_config.model_type == "timm_backbone" and importlib.util.find_spec("timm") is None:
+    backbone = getattr(config, "backbone_config", None)
+    if backbone is not None and backbone.model_type == "timm_backbone" and importlib.util.find_spec("timm") is None:
         raise DetectorLoadError(
-            f"{what} has a timm backbone ({config.backbone_config.backbone!r}) and timm is not installed: "
+            f"{what} has a timm backbone ({backbone.backbone!r}) and timm is not installed: "
             "pip install 'd3etr_hf[timm]'"
         )

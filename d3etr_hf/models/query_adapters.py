@@ -19,10 +19,14 @@ class LearnedQueries(nn.Module):
         super().__init__()
         self.content = None if queries.content is None else nn.Parameter(queries.content.detach().clone())
         self.position = None if queries.position is None else nn.Parameter(queries.position.detach().clone())
+        anchors = queries.anchors
+        # learned before the sigmoid, so that they stay in 0..1
+        self.anchor_logits = None if anchors is None else nn.Parameter(anchors.detach().logit(1e-5))
 
     def forward(self, queries: None) -> Queries:
         """The queries; nothing is handed over."""
-        return Queries(self.content, self.position)
+        anchors = None if self.anchor_logits is None else self.anchor_logits.sigmoid()
+        return Queries(self.content, self.position, anchors)
 
 
 class QueryAdapter(nn.Module):

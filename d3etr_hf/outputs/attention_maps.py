@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import torch
 
+# share of sampled attention's weight that its map on a grid spreads over the whole image
+EVENLY = 0.01
+
 
 class AttentionMap(NamedTuple):
     """One layer's attention map before dropout, in both forms that divergences read; computing attention gives both.
@@ -40,8 +43,9 @@ class SampledAttention(NamedTuple):
     def on_grid(self, memory_mask: torch.Tensor) -> AttentionMap:
         """The dense map that spreads each weight bilinearly over the four cells around its place.
 
-        What lies outside the image is lost and each row is made to sum to one again; a cell that no place is near
-        keeps the smallest positive number, so that its logarithm is finite.
+        What lies outside the image is lost; a hundredth of a query's weight is spread evenly over the image, and each
+        row is made to sum to one again. Without that hundredth a dense teacher's KL divergence from a sampled student
+        would be the teacher's mass on cells that no place is near, times the logarithm of the smallest number.
 
         Args:
             memory_mask: bool `(B, H, W)`, true on the image; it fills whole rows and columns from the top left.
@@ -54,7 +58,8 @@ class SampledAttention(NamedTuple):
         extent = torch.stack([columns, rows], dim=-1).to(self.places.dtype)[:, None, None, None]
         corner = self.places * extent - 0.5  # in cells, from the centre of the first
         low = corner.floor()
-        grid = self.weights.new_zeros(*self.weights.shape[:3], height * width)
+        grid = (EVENLY / (rows * columns).to(self.weights.dtype))[:, None, None, None]
+        grid = grid.expand(*self.weights.shape[:3], height * width)
         for step in ((0, 0), (0, 1), (1, 0), (1, 1)):
             cell = low + self.places.new_tensor(step)
             share = (1 - (corner - cell).abs()).prod(-1) * self.weights
@@ -70,7 +75,9 @@ def normalised_map(mass: torch.Tensor, memory_mask: torch.Tensor) -> AttentionMa
     padding = ~memory_mask.flatten(1)[:, None, None]
     mass = mass.clamp(min=numbers.tiny).masked_fill(padding, 0.0)
     probability = mass / mass.sum(-1, keepdim=True)
-    return AttentionMap(probability.log().clamp(min=numbers.min), probability)
+    # masked rather than clamped from below: the derivative of the logarithm at zero would make its gradient NaN
+    log = probability.clamp(min=numbers.tiny).log().masked_fill(padding, numbers.min)
+    return AttentionMap(log, probability)
 
 
 def valid_sizes(memory_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -76,13 +76,14 @@ class Supervised(ModelOutput):
     """Predictions that only ground truth supervises: an encoder's proposals, denoising queries.
 
     Attributes:
-        group: logits and boxes.
         assignment: int64 `(L, B, N)`, the object of each query or `NO_OBJECT`; None: the criterion assigns.
+        group: logits and boxes.
         repeats: how often every object is asked for (None: once); the loss is divided by so many times the objects.
     """
 
-    group: GroupOutput | None = None
+    # ModelOutput would take a mapping that comes alone in its first field for its own items: `group` is none
     assignment: torch.Tensor | None = None
+    group: GroupOutput | None = None
     repeats: int | None = None
 
 
@@ -91,14 +92,15 @@ class DetectorOutput(ModelOutput):
     """What one forward pass gives for all query groups.
 
     Attributes:
-        groups: outputs by the group's name; `OWN` is the model's own object queries.
-        queries: those of the model's own group, as they could be given to another decoder.
         memory_mask: bool `(B, H, W)` on the memory's grid, true where a token belongs to the image, false on padding;
             of a memory of several levels that of one grid on which sampled attention can be compared.
+        groups: outputs by the group's name; `OWN` is the model's own object queries.
+        queries: those of the model's own group, as they could be given to another decoder.
         supervised: predictions by name that only ground truth supervises; None where there are none.
     """
 
+    # first, as in `Supervised`: a mapping there would be taken apart
+    memory_mask: torch.Tensor | None = None
     groups: dict[str, GroupOutput] | None = None
     queries: Queries | None = None
-    memory_mask: torch.Tensor | None = None
     supervised: dict[str, Supervised] | None = None

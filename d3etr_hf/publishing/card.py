@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
 
-from d3etr_hf.configurations import write_yaml
+from d3etr_hf.configurations import option, write_yaml
 from d3etr_hf.errors import PublishError
 from d3etr_hf.publishing import card_texts
 from d3etr_hf.publishing.citations import citations_for
@@ -17,7 +17,6 @@ from d3etr_hf.publishing.onnx_check import MODEL as ONNX_MODEL
 from d3etr_hf.publishing.onnx_check import check_in_words, onnx_snippet
 from d3etr_hf.publishing.privacy import anonymise_configuration
 from d3etr_hf.publishing.run_folder import PICTURES, is_hub_id, read_configuration, read_json
-from d3etr_hf.training.training_arguments import option
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 CARD, TRAINING = "README.md", "training.yaml"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from d3etr_hf.configurations import read_yaml
+from d3etr_hf.configurations import option, read_yaml
 from d3etr_hf.data import DataArguments, DetectionCollator, load_splits
 from d3etr_hf.errors import OnnxExportError
 from d3etr_hf.evaluation.timing import seconds_of
@@ -28,7 +28,6 @@ from d3etr_hf.publishing.onnx_export import (
 )
 from d3etr_hf.publishing.run_folder import hash_of_weights, merged_data_arguments
 from d3etr_hf.runs.output_folder import CONFIGURATION, write_json
-from d3etr_hf.training.training_arguments import option
 
 MODEL, CHECK = "model.onnx", "onnx_check.json"
 # Float32 rounding comes to some thousandths of these (BCCD: 0.002 pixels and 6e-6); a mask or a layer that was

@@ -4,13 +4,13 @@ import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments
 from d3etr_hf.publishing.card import CardArguments, write_card
 from d3etr_hf.publishing.measurements import is_measured, measure_run, select_rows
 from d3etr_hf.publishing.run_folder import PublishedRun, load_run
 from d3etr_hf.publishing.upload import describe_upload, upload
 from d3etr_hf.runs.output_folder import HISTORY
-from d3etr_hf.training.training_arguments import option
 
 
 @dataclass

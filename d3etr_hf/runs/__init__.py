@@ -1,0 +1,1 @@
+"""A run's folder: whose it is, its configuration, its environment."""

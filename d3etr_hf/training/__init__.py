@@ -1,0 +1,1 @@
+"""Options, teacher, objective and trainer."""

@@ -37,7 +37,7 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel | None, args
         )
     if student.skips_layers:
         raise IncompatibleTeacherError(
-            "the student's configuration skips decoder layers at random (decoder_layerdrop): skipped layers have "
+            "the student's configuration skips decoder layers at random (layer dropout): skipped layers have "
             "nothing to match; set it to 0"
         )
     if args.auxiliary_queries == "teacher" and args.auxiliary_reference_points == "teacher":

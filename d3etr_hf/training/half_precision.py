@@ -10,7 +10,10 @@ MOST_SKIPPED_IN_A_ROW = 50
 
 
 class SkippedSteps(TrainerCallback):
-    """Counts the optimizer steps that were skipped because a gradient overflowed.
+    """Counts the optimizer steps that were skipped because a gradient overflowed; does nothing without a scaler.
+
+    A skipped step is known by the scale, which falls: Accelerate's own flag does not see those that a fused optimizer
+    skips by itself.
 
     Args:
         accelerator: of the trainer.
@@ -23,10 +26,18 @@ class SkippedSteps(TrainerCallback):
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.count = self.in_a_row = 0
+        self._scale = float("inf")
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Keeps the scale."""
+        if self.accelerator.scaler is not None:
+            self._scale = self.accelerator.scaler.get_scale()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Raises: NonFiniteLossError where too many steps in a row were skipped."""
-        if not self.accelerator.optimizer_step_was_skipped:
+        if self.accelerator.scaler is None:
+            return
+        if self.accelerator.scaler.get_scale() >= self._scale:
             self.in_a_row = 0
             return
         self.count += 1

@@ -117,7 +117,9 @@ class D3etrObjective:
             raise ValueError(f"the student has query groups {sorted(unknown)} that no term is of")
         problems, chosen = self._problems(student, teacher, targets)
         wait = start_solving(problems, self.tolerant) if problems else dict
-        terms, statistics, pairs = {}, {}, {}
+        terms: Terms = {}
+        statistics: Terms = {}
+        pairs: dict[str, MatchedPairs] = {}
         # threads assign while what needs no such assignment is computed
         if AUXILIARY in options.distilled_groups:
             pairs[AUXILIARY] = fixed_pairs(teacher.group, groups[AUXILIARY])
@@ -230,5 +232,5 @@ class D3etrObjective:
         # a weight's sum is known per batch only: scale by this batch's part of the images of the whole step
         totals = torch.stack([weight.sum(dim=(1, 2)) for weight in weights.values()])
         images = totals.new_full((1, totals.shape[1]), teacher.boxes.shape[1])
-        *totals, images = shares.average(torch.cat([totals, images])).unbind()
-        return weights, {name: total * shares.images / images for name, total in zip(weights, totals, strict=True)}
+        *of_groups, images = shares.average(torch.cat([totals, images])).unbind()
+        return weights, {n: total * shares.images / images for n, total in zip(weights, of_groups, strict=True)}

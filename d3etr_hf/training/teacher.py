@@ -127,7 +127,8 @@ def class_index_by_name(detector: Detector, names: list[str], role: str = "teach
     def key(name) -> str:
         return str(name).strip().casefold()
 
-    id2label, places = detector.config.id2label, {}
+    id2label = detector.config.id2label
+    places: dict[str, list[int]] = {}
     for index, name in id2label.items():
         places.setdefault(key(name), []).append(int(index))
     missing = [name for name in names if key(name) not in places]

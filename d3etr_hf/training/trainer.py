@@ -47,6 +47,11 @@ class DistillationTrainer(Trainer):
         UnsupportedOptionError, IncompatibleDataError: see there.
     """
 
+    args: D3etrTrainingArguments
+    model: Detector
+    teacher: Teacher | None
+    objective: D3etrObjective
+
     def __init__(
         self,
         model: Detector,
@@ -63,8 +68,9 @@ class DistillationTrainer(Trainer):
         eval_sets = trainer_options.get("eval_dataset")
         named = eval_sets if isinstance(eval_sets, dict) else {"eval_dataset": eval_sets}
         check_data_classes(model, {"train_dataset": trainer_options.get("train_dataset"), **named})
+        aligned = None
         if teacher is not None:
-            teacher = Teacher(teacher, model.class_names, model.decoder_depth, args.layer_map)
+            aligned = Teacher(teacher, model.class_names, model.decoder_depth, args.layer_map)
         if args.backbone_learning_rate == 0:
             model.freeze_part(BACKBONE)
         if args.ddp_broadcast_buffers is None:
@@ -73,24 +79,25 @@ class DistillationTrainer(Trainer):
         trainer_options.setdefault("compute_metrics", self._average_precision)
         super().__init__(model=model, args=args, **trainer_options)
         check_launch(self.accelerator, args)
-        # after Trainer has set the seed: learned queries are drawn
-        attach_query_adapter(model, teacher, args)
         # the loss is already divided by what the whole step holds, accumulated batches included
         self.loss_is_scaled_for_ga = True
-        self.teacher = None if teacher is None else teacher.to(self.args.device)
+        self.teacher = None if aligned is None else aligned.to(self.args.device)
         self.teacher_processing_class = teacher_processing_class
-        self.criterion = model.criterion()
-        self.objective = D3etrObjective(
-            args.distillation,
-            self.criterion,
-            None if teacher is None else teacher.criterion,
-            tolerant=self._scaler is not None,
-        )
+        # after Trainer has set the seed: learned queries are drawn
+        attach_query_adapter(model, self.teacher, args)
+        self._prepare_objective()
+        self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, args)
         self.skipped_steps = SkippedSteps(self.accelerator)
         self.add_callback(self.skipped_steps)
         self._term_log, self._norm_log = TermLog(self._average), TermLog(self._average)
         self._finite: list[tuple[list[str], torch.Tensor, list[dict]]] = []
         self._evaluated_dataset = None
+
+    def _prepare_objective(self) -> None:
+        self.criterion = self.model.criterion()
+        teacher_criterion = None if self.teacher is None else self.teacher.criterion
+        tolerant = self._scaler is not None  # it passes over a step that is not finite
+        self.objective = D3etrObjective(self.args.distillation, self.criterion, teacher_criterion, tolerant)
 
     # loss
 
@@ -155,13 +162,13 @@ class DistillationTrainer(Trainer):
     def _terms(self, model, pixels: dict[str, torch.Tensor], targets: Targets, shares: Shares):
         """Teacher, student and objective on one batch: the student's output, terms and statistics."""
         options = self.args.distillation
-        maps = {"self_attention": options.reads_self_attention, "cross_attention": options.reads_cross_attention}
+        maps = options.reads_self_attention, options.reads_cross_attention
         teacher = assignment = None
-        if self.teacher is not None and options.reads_teacher_outputs:
-            teacher = self.teacher(pixels, GroupRequest(**maps), self.accelerator.autocast)
+        if self._runs_teacher:
+            teacher = self.teacher(pixels, GroupRequest({}, *maps), self.accelerator.autocast)
             # threads assign while the student's forward pass runs
             assignment = self.objective.start_teacher_assignment(teacher, targets)
-        request = GroupRequest(self._further_queries(teacher), targets=targets, **maps)
+        request = GroupRequest(self._further_queries(teacher), *maps, targets)
         student: DetectorOutput = model(**pixels, request=request)
         return student, *self.objective(student, teacher, targets, shares, assignment)
 
@@ -172,7 +179,8 @@ class DistillationTrainer(Trainer):
         if self.args.auxiliary_queries == "learned":
             return {AUXILIARY: None}
         queries = self.teacher.queries() if teacher is None else teacher.queries.detach()
-        if self.args.auxiliary_reference_points == "student":
+        both_make_anchors = self.model.makes_anchors and self.teacher.detector.makes_anchors
+        if self.args.auxiliary_reference_points == "student" and both_make_anchors:
             queries = Queries(queries.content, queries.position)
         return {AUXILIARY: queries}
 
@@ -291,10 +299,11 @@ class DistillationTrainer(Trainer):
 
     def _average_precision(self, prediction: EvalPrediction) -> dict[str, float]:
         """COCO average precision of the evaluated data set, computed once and sent to every process."""
-        metrics = [None]
+        metrics: list = [None]
         if self.is_world_process_zero():
             try:
-                metrics = [average_precision_of(prediction.predictions, self._evaluated_dataset, prediction.label_ids)]
+                detections = torch.as_tensor(prediction.predictions)
+                metrics = [average_precision_of(detections, self._evaluated_dataset, prediction.label_ids)]
             except ValueError as error:
                 raise NonFiniteLossError(f"evaluation after step {self.state.global_step}: {error}") from error
         return broadcast_object_list(metrics)[0]
@@ -333,13 +342,19 @@ class DistillationTrainer(Trainer):
 
 
 def attach_query_adapter(student: Detector, teacher: Teacher | None, args: D3etrTrainingArguments) -> None:
-    """Give the student what its auxiliary group needs, as the options say, instead of anything from before."""
+    """Give the student what its auxiliary group needs, instead of anything from before."""
     student.query_adapters = torch.nn.ModuleDict()
     if args.auxiliary_queries == "learned":
         student.query_adapters[AUXILIARY] = LearnedQueries(student.new_queries(student.query_count))
     elif args.auxiliary_queries == "teacher":
         student.query_adapters[AUXILIARY] = QueryAdapter(teacher.detector.width, student.width)
     student.query_adapters.to(student.device)
+
+
+def runs_teacher(teacher: Teacher, args: D3etrTrainingArguments) -> bool:
+    """Whether a step runs the teacher: for its outputs, or for queries that depend on the image."""
+    reads_queries = args.auxiliary_queries == "teacher" and teacher.queries() is None
+    return reads_queries or args.distillation.reads_teacher_outputs
 
 
 def _image_ids(labels: list[dict]) -> list[int]:

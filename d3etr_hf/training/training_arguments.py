@@ -1,10 +1,11 @@
 """What a user of the trainer can set, beside Transformers' own training arguments."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
+from d3etr_hf.configurations import option
 from d3etr_hf.training.distillation import Distillation
 
 # fields of the training arguments that plain training has no use for
@@ -32,21 +33,6 @@ RENAMED_OPTIONS = {
     "l1_weight": "distillation_l1_weight",
     "giou_weight": "distillation_giou_weight",
 }
-
-
-# old name → new name: these once looked like weights of the detection loss
-RENAMED_OPTIONS = {
-    "class_weight": "distillation_class_weight",
-    "l1_weight": "distillation_l1_weight",
-    "giou_weight": "distillation_giou_weight",
-}
-
-
-def option(default, help: str):
-    """A dataclass field with its documentation."""
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Everything that draws: detections, attention, training curves."""

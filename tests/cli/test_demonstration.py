@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 from PIL import Image

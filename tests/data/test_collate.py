@@ -7,7 +7,12 @@ def example(height: int, width: int, boxes: int) -> dict:
     generator = torch.Generator().manual_seed(height)
     return {
         "pixel_values": torch.rand(3, height, width, generator=generator) + 1,
-        "labels": {"boxes": torch.rand(boxes, 4, generator=generator), "size": torch.tensor([height, width])},
+        "labels": {
+            "boxes": torch.rand(boxes, 4, generator=generator),
+            "class_labels": torch.randint(9, (boxes,), generator=generator),
+            "image_id": torch.tensor([height * 10]),
+            "orig_size": torch.tensor([2 * height, 3 * width]),
+        },
     }
 
 
@@ -24,4 +29,10 @@ def test_padding_is_zero_masked_and_at_the_right_and_bottom() -> None:
                 pixel = examples[index]["pixel_values"][:, row, column] if inside else torch.zeros(3)
                 assert batch["pixel_values"][index, :, row, column].equal(pixel)
                 assert batch["pixel_mask"][index, row, column] == int(inside)
-        assert batch["labels"][index] is examples[index]["labels"]
+        labels, count = examples[index]["labels"], [2, 0, 1][index]
+        told = batch["labels"][index]
+        assert told == {"image_id": height * 10, "objects": count, "orig_size": [2 * height, 3 * width]}
+        assert {type(told["image_id"]), type(told["objects"]), *map(type, told["orig_size"])} == {int}
+        assert batch["targets"][index, :count, 1:].equal(labels["boxes"])
+        assert batch["targets"][index, :count, 0].equal(labels["class_labels"].float())
+    assert batch["targets"].shape == (3, 2, 5) and batch["targets"].dtype == torch.float32

@@ -3,6 +3,9 @@ import pytest
 import torch
 
 from d3etr_hf.evaluation import select_detections, to_coco_detections
+from d3etr_hf.outputs import SigmoidScores, SoftmaxScores
+
+SCORES = SigmoidScores()
 
 
 def detections_by_loop(logits, boxes, original_sizes, top_k):
@@ -32,7 +35,7 @@ def outputs():
 @pytest.mark.parametrize("top_k", [1, 10, 35])
 def test_selection_equals_a_loop_over_all_pairs(outputs, top_k):
     """Guards against swapped height and width, a wrong query for a class, and selection per query instead of pair."""
-    detections = select_detections(*outputs, top_k=top_k)
+    detections = select_detections(SCORES, *outputs, top_k=top_k)
     assert detections.shape == (3, top_k, 6) and detections.dtype == torch.float32
     torch.testing.assert_close(detections, detections_by_loop(*outputs, top_k), rtol=1e-5, atol=1e-4)
 
@@ -43,7 +46,7 @@ def test_half_precision_outputs_are_scaled_in_float32(outputs, dtype):
     logits, boxes, original_sizes = outputs
     logits = torch.cat([logits - 20, torch.full((3, 7, 300), -30.0), logits], dim=2).to(dtype)
     boxes = boxes.to(dtype)
-    detections = select_detections(logits, boxes, original_sizes, top_k=20)
+    detections = select_detections(SCORES, logits, boxes, original_sizes, top_k=20)
     exact = detections_by_loop(logits, boxes, original_sizes, 20)
     assert detections.dtype == torch.float32
     # Rounding makes equal logits; the order among those is free.
@@ -58,16 +61,35 @@ def test_half_precision_outputs_are_scaled_in_float32(outputs, dtype):
 def test_saturated_scores_keep_the_order_of_their_logits():
     """sigmoid(30) and sigmoid(40) are both 1 in float32; ranking by score would lose the stronger one."""
     logits = torch.tensor([[[30.0, -5.0], [40.0, 35.0]]])
-    detections = select_detections(logits, torch.rand(1, 2, 4), torch.tensor([[10, 10]]), top_k=2)
+    detections = select_detections(SCORES, logits, torch.rand(1, 2, 4), torch.tensor([[10, 10]]), top_k=2)
     assert detections[0, :, 5].tolist() == [0, 1]
     assert detections[0, 0, 4] == 1
 
 
 def test_fewer_pairs_than_rows_leave_no_detection(outputs):
-    detections = select_detections(*outputs, top_k=100)
+    detections = select_detections(SCORES, *outputs, top_k=100)
     assert (detections[:, 35:, 4] == -1).all() and (detections[:, :35, 4] >= 0).all()
     results = to_coco_detections(detections, [5, 6, 7], [10, 20, 30, 40, 50])
     assert [sum(result["image_id"] == image_id for result in results) for image_id in (5, 6, 7)] == [35] * 3
+
+
+@pytest.mark.parametrize("top_k", [3, 7, 20])
+def test_softmax_queries_are_one_detection_each(outputs, top_k):
+    """As DETR is evaluated: the likeliest class of every query, however likely it is that there is none."""
+    logits, boxes, original_sizes = outputs
+    detections = select_detections(SoftmaxScores(), logits, boxes, original_sizes, top_k)
+    for image in range(3):
+        height, width = original_sizes[image].tolist()
+        rows = []
+        for query_logits, box in zip(logits[image].double(), boxes[image].double().tolist(), strict=True):
+            probabilities = (query_logits.exp() / query_logits.exp().sum()).tolist()[:-1]
+            label = max(range(4), key=probabilities.__getitem__)
+            x, y = (box[0] - box[2] / 2) * width, (box[1] - box[3] / 2) * height
+            rows.append([x, y, box[2] * width, box[3] * height, probabilities[label], label])
+        rows = sorted(rows, key=lambda row: -row[4])[:top_k]
+        torch.testing.assert_close(detections[image, : len(rows)], torch.tensor(rows), rtol=1e-5, atol=1e-4)
+        empty = torch.tensor([0.0, 0.0, 0.0, 0.0, -1.0, 0.0])
+        assert torch.equal(detections[image, len(rows) :], empty.expand(top_k - len(rows), 6))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +103,7 @@ def test_fewer_pairs_than_rows_leave_no_detection(outputs):
 def test_inputs_that_do_not_belong_together_are_refused(outputs, name, value, message):
     arguments = dict(zip(("logits", "boxes", "original_sizes"), outputs, strict=True)) | {name: value}
     with pytest.raises(ValueError, match=message):
-        select_detections(**arguments)
+        select_detections(SCORES, **arguments)
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
@@ -104,7 +126,7 @@ def test_coco_format_holds_plain_numbers_and_the_files_category_ids(kind):
 @pytest.mark.parametrize(("field", "value"), [(4, torch.nan), (0, torch.nan), (2, torch.inf)])
 def test_outputs_that_are_not_finite_name_their_image(outputs, field, value):
     """pycocotools takes NaN and returns a plausible AP."""
-    detections = select_detections(*outputs, top_k=5)
+    detections = select_detections(SCORES, *outputs, top_k=5)
     detections[1, 3, field] = value
     with pytest.raises(ValueError, match="image id 22:.*not finite"):
         to_coco_detections(detections, [11, 22, 33], [1, 2, 3, 4, 5])
@@ -114,11 +136,11 @@ def test_a_model_that_diverged_does_not_pass_as_one_without_detections(outputs):
     logits, boxes, original_sizes = outputs
     logits[2, 4, 1] = torch.nan
     with pytest.raises(ValueError, match="image id 33:"):
-        to_coco_detections(select_detections(logits, boxes, original_sizes, 5), [11, 22, 33], [1, 2, 3, 4, 5])
+        to_coco_detections(select_detections(SCORES, logits, boxes, original_sizes, 5), [11, 22, 33], [1, 2, 3, 4, 5])
 
 
 def test_wrong_ids_are_refused(outputs):
-    detections = select_detections(*outputs, top_k=35)
+    detections = select_detections(SCORES, *outputs, top_k=35)
     with pytest.raises(ValueError, match="image id 2 occurs more than once"):
         to_coco_detections(detections, [1, 2, 2], [1, 2, 3, 4, 5])
     with pytest.raises(ValueError, match="for 2 image ids"):

@@ -6,8 +6,11 @@ import torch
 from d3etr_hf.losses import cross_attention_distillation, self_attention_distillation
 from d3etr_hf.losses.grids import resample_map
 from d3etr_hf.matching import AdaptiveMatcher, MatchedPairs
-from d3etr_hf.models import AttentionMap
+from d3etr_hf.outputs import AttentionMap, SampledAttention, SigmoidScores
 from tests import slow_reference
+from tests.slow_reference import taught
+
+MATCHER = AdaptiveMatcher(SigmoidScores())
 
 LAYERS, BATCH = 2, 3
 
@@ -37,7 +40,7 @@ def case(name):
     masks = mask_of(*t_grid, padded), mask_of(*s_grid, padded)
     teacher = slow_reference.random_group(LAYERS, BATCH, t_queries, 3, t_heads, masks[0], seed=1)
     student = slow_reference.random_group(LAYERS, BATCH, s_queries, 3, s_heads, masks[1], seed=2)
-    return teacher, student, masks, AdaptiveMatcher()(teacher, student)
+    return teacher, student, masks, MATCHER(taught(teacher), student)
 
 
 @pytest.mark.parametrize("divergence", ["kl", "mse"])
@@ -82,13 +85,50 @@ def test_padding_gives_no_nan_gradient(divergence):
     lowest = torch.finfo(scores.dtype).min
     log = scores.masked_fill(~mask.flatten(1)[:, None, None], lowest).log_softmax(-1)
     student = slow_reference.random_group(1, BATCH, 4, 3, 2, mask, seed=2)
-    pairs = AdaptiveMatcher()(teacher, student)
+    pairs = MATCHER(taught(teacher), student)
     cross_attention_distillation(
         teacher.cross_attention, [AttentionMap(log, log.exp())], pairs, mask, mask, BATCH, divergence
     ).sum().backward()
     assert scores.grad.isfinite().all()
     assert scores.grad.abs().sum() > 0
     assert scores.grad.masked_select(~mask.flatten(1)[:, None, None]).abs().max() == 0
+
+
+def sampled_maps(queries: int, heads: int, seed: int) -> list[SampledAttention]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = BATCH, heads, queries, 6
+    return [
+        SampledAttention(
+            (0.2 + 0.6 * torch.rand(*shape, 2, generator=generator, dtype=torch.float64)).requires_grad_(),
+            torch.randn(*shape, generator=generator, dtype=torch.float64).softmax(-1).requires_grad_(),
+        )
+        for _ in range(LAYERS)
+    ]
+
+
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+@pytest.mark.parametrize("sampled", ["student", "teacher", "both"])
+def test_sampled_attention_is_compared_on_the_students_grid(sampled, divergence):
+    """Against dense or sampled attention, on padded memories, whose gradient must be finite."""
+    teacher, student, masks, pairs = case("coarser teacher grid, everything unequal")
+    ours, theirs = student.cross_attention, teacher.cross_attention
+    if sampled != "teacher":
+        ours = sampled_maps(7, 2, seed=3)
+    if sampled != "student":
+        theirs = sampled_maps(4, 1, seed=4)
+    loss = cross_attention_distillation(theirs, ours, pairs, *masks, BATCH, divergence)
+    dense = [m.on_grid(masks[1]) if sampled != "teacher" else m for m in ours]
+    their_mask = masks[0] if sampled == "student" else masks[1]
+    taught_maps = [m.on_grid(masks[1]) if sampled != "student" else m for m in theirs]
+    slow = slow_reference.cross_attention_loss(
+        [m.probability for m in taught_maps], [m.probability for m in dense], pairs, their_mask, masks[1], divergence
+    )
+    torch.testing.assert_close(loss, torch.tensor(slow, dtype=torch.float64), rtol=1e-6, atol=0)
+    leaves = [part for attention in ours for part in attention] if sampled != "teacher" else [m.log for m in ours]
+    if divergence == "mse" and sampled == "teacher":
+        leaves = [m.probability for m in ours]
+    for gradient in torch.autograd.grad(loss.sum(), leaves):
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
 def test_resampling_keeps_mass_and_place():

@@ -10,9 +10,9 @@ from d3etr_hf.losses import (
     self_attention_distillation,
 )
 from d3etr_hf.matching import AdaptiveMatcher
-from d3etr_hf.models import QueryGroupOutput
 from d3etr_hf.models.group_attention import both_forms
-from scripts.benchmarking.public_loop import load_public_loop
+from d3etr_hf.outputs import GroupOutput, SigmoidScores
+from tests.slow_reference import public_loop_of, taught
 
 LAYERS, IMAGES, HEADS, CLASSES, TOKENS = 3, 4, 2, 5, 12
 TERMS = ("prediction", "self_attention", "cross_attention")
@@ -53,19 +53,19 @@ def losses_of_ours(teacher, student):
             forms = (both_forms(layer * 1) for layer in scores.unbind())
             return tuple(form.detach() if detach else form for form in forms)
 
-        return QueryGroupOutput(
+        return GroupOutput(
             logits=leaves["logits"].detach() if detach else leaves["logits"],
             boxes=leaves["boxes"].detach() if detach else leaves["boxes"],
             self_attention=maps(leaves["self_scores"]),
             cross_attention=maps(leaves["cross_scores"]),
         )
 
-    teacher, student = group(teacher, True), group(student, False)
-    pairs = AdaptiveMatcher()(teacher, student)
-    weights = pair_weights(teacher.logits, pairs)
+    teacher, student, scores = taught(group(teacher, True)), group(student, False), SigmoidScores()
+    pairs = AdaptiveMatcher(scores)(teacher, student)
+    weights = pair_weights(teacher.probabilities, pairs)
     mask = torch.ones(IMAGES, 3, 4, dtype=torch.bool)
     return {
-        "prediction": prediction_distillation(teacher, student, pairs, weights, weights.sum((1, 2))).sum(),
+        "prediction": prediction_distillation(teacher, student, pairs, scores, weights, weights.sum((1, 2))).sum(),
         "self_attention": self_attention_distillation(
             teacher.self_attention, student.self_attention, pairs, IMAGES
         ).sum(),
@@ -78,7 +78,7 @@ def losses_of_ours(teacher, student):
 @pytest.mark.parametrize(("teacher_queries", "student_queries"), [(7, 7), (5, 9)])
 @pytest.mark.parametrize("term", TERMS)
 def test_loss_and_gradient_equal_the_public_loop(shared_data, term, teacher_queries, student_queries):
-    public_loop = load_public_loop(shared_data.parent / "reference" / "public_loop.py")
+    public_loop = public_loop_of(shared_data)
     teacher = random_leaves(teacher_queries, seed=1)
     found = []
     for losses in (losses_of_ours, lambda *leaves: losses_of_public_loop(public_loop, *leaves)):

@@ -5,9 +5,12 @@ import torch
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 
 from d3etr_hf.errors import NonFiniteCostError
-from d3etr_hf.matching import NO_OBJECT, HungarianAssigner, Targets
+from d3etr_hf.losses import FocalCriterion
+from d3etr_hf.outputs import NO_OBJECT
 from tests import slow_reference
-from tests.tiny import random_labels
+from tests.tiny import random_labels, targets_of
+
+CRITERION = FocalCriterion(2.0, 5.0, 2.0, 2.0, 5.0, 2.0)
 
 
 def group(queries=6, seed=0):
@@ -21,7 +24,7 @@ def test_equals_stock_matcher_layer_by_layer():
     for label in labels:
         label["boxes"] = label["boxes"].double()
     outputs = group()
-    assignment = HungarianAssigner()(outputs, Targets.from_labels(labels))
+    assignment = CRITERION.assign(outputs, targets_of(labels))
     matcher = DeformableDetrHungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
     for layer in range(2):
         stock = matcher({"logits": outputs.logits[layer], "pred_boxes": outputs.boxes[layer]}, labels)
@@ -31,17 +34,9 @@ def test_equals_stock_matcher_layer_by_layer():
             assert torch.equal(assignment[layer, image], expected)
 
 
-def test_targets_pad_with_harmless_boxes():
-    labels = random_labels([2, 0, 1])
-    targets = Targets.from_labels(labels)
-    assert targets.counts == [2, 0, 1] and targets.boxes.shape == (3, 2, 4)
-    assert torch.equal(targets.boxes[0], labels[0]["boxes"])
-    assert torch.equal(targets.boxes[1, 0], torch.tensor([0.5, 0.5, 1.0, 1.0]))
-
-
 def test_non_finite_prediction_is_refused():
     outputs = group()
     with torch.no_grad():
         outputs.boxes[0, 2] = float("nan")
     with pytest.raises(NonFiniteCostError, match="ground truth to student queries.*layer 0, image 2"):
-        HungarianAssigner()(outputs, Targets.from_labels(random_labels([1, 1, 1], classes=4)))
+        CRITERION.assign(outputs, targets_of(random_labels([1, 1, 1], classes=4)))

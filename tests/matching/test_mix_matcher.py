@@ -1,16 +1,18 @@
 """MixMatcher against brute force, the slow public loop and its own rules."""
 
-import importlib.util
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d3etr_hf.errors import NonFiniteCostError
-from d3etr_hf.matching import AdaptiveMatcher, FixedMatcher, MixMatcher, matched_foreground_share, prediction_cost
-from d3etr_hf.models import QueryGroupOutput
+from d3etr_hf.matching import AdaptiveMatcher, fixed_pairs, matched_foreground_share
+from d3etr_hf.matching.matching_cost import prediction_cost
+from d3etr_hf.outputs import GroupOutput, SigmoidScores
 from tests import slow_reference
+from tests.slow_reference import public_loop_of, taught
+
+MATCHER = AdaptiveMatcher(SigmoidScores())
 
 MASK = torch.ones(2, 2, 2, dtype=torch.bool)
 
@@ -32,7 +34,9 @@ def total_cost(teacher, student, pairs, layer, image):
 
 def test_cost_equals_slow_loop():
     teacher, student = group(4, seed=1), group(5, seed=2)
-    cost = prediction_cost(teacher.logits, teacher.boxes, student.logits, student.boxes, 1.0, 5.0, 2.0)
+    cost = prediction_cost(
+        teacher.logits.sigmoid(), teacher.boxes, student.logits, student.boxes, SigmoidScores(), (1.0, 5.0, 2.0)
+    )
     slow = slow_reference.cost_matrix(
         teacher.logits[1, 1], teacher.boxes[1, 1], student.logits[1, 1], student.boxes[1, 1]
     )
@@ -43,7 +47,7 @@ def test_cost_equals_slow_loop():
 @given(teacher_queries=st.integers(1, 6), student_queries=st.integers(1, 6), seed=st.integers(0, 10_000))
 def test_optimal_against_brute_force(teacher_queries, student_queries, seed):
     teacher, student = group(teacher_queries, seed=seed), group(student_queries, seed=seed + 1)
-    pairs = AdaptiveMatcher()(teacher, student)
+    pairs = MATCHER(taught(teacher), student)
     assert pairs.teacher.shape == pairs.student.shape == (2, 2, min(teacher_queries, student_queries))
     for layer in range(2):
         for image in range(2):
@@ -61,17 +65,14 @@ def test_optimal_against_brute_force(teacher_queries, student_queries, seed):
 
 
 def test_equals_public_loop_on_random_tensors(shared_data):
-    path = shared_data.parent / "reference" / "public_loop.py"
-    spec = importlib.util.spec_from_file_location("public_loop", path)
-    public_loop = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(public_loop)
+    public_loop = public_loop_of(shared_data)
     sizes = {"L": 3, "B": 2, "C": 11, "K": 12, "M": 2}
     for teacher_queries, student_queries in ((30, 30), (20, 33)):
         teacher = public_loop.random_outputs(N=teacher_queries, seed=1, **sizes)
         student = public_loop.random_outputs(N=student_queries, seed=2, **sizes)
-        ours = AdaptiveMatcher()(
-            QueryGroupOutput(logits=teacher["logits"], boxes=teacher["boxes"]),
-            QueryGroupOutput(logits=student["logits"], boxes=student["boxes"]),
+        ours = MATCHER(
+            taught(GroupOutput(logits=teacher["logits"], boxes=teacher["boxes"])),
+            GroupOutput(logits=student["logits"], boxes=student["boxes"]),
         )
         for layer, images in enumerate(public_loop.matching(teacher, student)):
             for image, (i, j) in enumerate(images):
@@ -82,7 +83,7 @@ def test_equals_public_loop_on_random_tensors(shared_data):
 @pytest.mark.parametrize(("teacher_queries", "student_queries"), [(5, 5), (8, 5), (4, 6)])
 def test_student_indices_ascend(teacher_queries, student_queries):
     """The losses skip gathering the student on the strength of this."""
-    pairs = AdaptiveMatcher()(group(teacher_queries, seed=1), group(student_queries, seed=2))
+    pairs = MATCHER(taught(group(teacher_queries, seed=1)), group(student_queries, seed=2))
     assert (pairs.student.diff(dim=-1) > 0).all()
 
 
@@ -93,38 +94,33 @@ def test_foreground_survives_a_smaller_student():
         teacher.logits.fill_(-6.0)
         teacher.logits[:, :, 15:, 0] = 3.0
         student.logits.fill_(-6.0)
-    pairs = AdaptiveMatcher()(teacher, student)
+    pairs = MATCHER(taught(teacher), student)
     assert set(pairs.teacher.flatten().tolist()) == {15, 16, 17, 18, 19}
-    assert matched_foreground_share(teacher.logits, pairs) == 1
+    assert matched_foreground_share(teacher.logits.sigmoid(), pairs) == 1
 
 
 def test_matched_foreground_share_counts():
     teacher, student = group(4, layers=1, batch=1, seed=1), group(2, layers=1, batch=1, seed=2)
     with torch.no_grad():
         teacher.logits.fill_(-6.0)
-        assert matched_foreground_share(teacher.logits, AdaptiveMatcher()(teacher, student)) == 1  # none to match
+        nothing = taught(teacher)
+        assert matched_foreground_share(nothing.probabilities, MATCHER(nothing, student)) == 1  # none to match
         teacher.logits[..., :3, 0] = 3.0
-    assert matched_foreground_share(teacher.logits, AdaptiveMatcher()(teacher, student)) == pytest.approx(2 / 3)
+    found = taught(teacher)
+    assert matched_foreground_share(found.probabilities, MATCHER(found, student)) == pytest.approx(2 / 3)
 
 
 def test_fixed_matching_is_the_identity_and_refuses_unequal_groups():
-    pairs = FixedMatcher()(group(5, seed=1), group(5, seed=2))
+    pairs = fixed_pairs(taught(group(5, seed=1)), group(5, seed=2))
+    assert pairs.identity
     assert torch.equal(pairs.teacher, torch.arange(5).expand(2, 2, 5)) and torch.equal(pairs.teacher, pairs.student)
     with pytest.raises(ValueError, match="fixed matching"):
-        FixedMatcher()(group(5), group(6))
-
-
-def test_mix_matcher_gives_the_groups_that_are_on():
-    teacher, student, auxiliary = group(5, seed=1), group(6, seed=2), group(5, seed=3)
-    assert set(MixMatcher()(teacher, student, auxiliary)) == {"student", "auxiliary"}
-    assert set(MixMatcher(adaptive=None)(teacher, student, auxiliary)) == {"auxiliary"}
-    assert set(MixMatcher(fixed=None)(teacher, student, auxiliary)) == {"student"}
-    assert set(MixMatcher()(teacher, student, None)) == {"student"}
+        fixed_pairs(taught(group(5)), group(6))
 
 
 def test_no_gradient_flows_through_the_matching():
     teacher, student = group(4, seed=1), group(4, seed=2)
-    pairs = AdaptiveMatcher()(teacher, student)
+    pairs = MATCHER(taught(teacher), student)
     assert not pairs.teacher.requires_grad and not pairs.student.requires_grad
 
 
@@ -135,5 +131,5 @@ def test_non_finite_prediction_is_refused_with_its_place(value):
     with torch.no_grad():
         student.logits[1, 0, 2, 1] = value
     with pytest.raises(NonFiniteCostError, match="layer 1, image 0") as caught:
-        AdaptiveMatcher()(teacher, student)
+        MATCHER(taught(teacher), student)
     assert (caught.value.layer, caught.value.image) == (1, 0)

@@ -8,11 +8,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection, ConditionalDetrForObjectDetection, SwinConfig
 from transformers.models.conditional_detr.modeling_conditional_detr import inverse_sigmoid
 
-from d3etr_hf.models import AuxiliaryQueries, D3etrConditionalDetrForObjectDetection
-from d3etr_hf.models.group_attention import AttentionRecorder
-from tests.tiny import padded_batch, perturb, random_labels, tiny_config, tiny_model
+from d3etr_hf.models import D3etrConditionalDetrForObjectDetection, conditional_detr
+from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
+from d3etr_hf.outputs import AUXILIARY, OWN, GroupRequest, Queries
+from tests.tiny import padded_batch, perturb, random_labels, random_queries, request_for, tiny_config, tiny_model
 
-MAPS = {"return_self_attention": True, "return_cross_attention": True}
+PLAIN, MAPS = request_for(), request_for(maps=True)
 
 
 def stock_twin(model, attention="sdpa") -> ConditionalDetrForObjectDetection:
@@ -20,17 +21,13 @@ def stock_twin(model, attention="sdpa") -> ConditionalDetrForObjectDetection:
     config = type(model.config).from_dict(model.config.to_dict())
     config._attn_implementation = {"": attention, "backbone_config": "eager"}
     twin = ConditionalDetrForObjectDetection(config).eval()
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith("extra_query_groups")}
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith("query_adapters")}
     twin.load_state_dict(own)
     return twin
 
 
-def with_auxiliary_group(model, queries=5, width=32, points=None, **options):
-    generator = torch.Generator().manual_seed(9)
-    model.add_query_group(
-        AuxiliaryQueries(torch.randn(queries, width, generator=generator), model.config.d_model, points, **options)
-    )
-    return model
+def with_auxiliary_group(maps=False, width=32, points=None) -> GroupRequest:
+    return request_for({AUXILIARY: Queries(position=random_queries(width=width).position, anchors=points)}, maps)
 
 
 def close(a, b, tolerance=1e-5):
@@ -38,12 +35,12 @@ def close(a, b, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("auxiliary_loss", [False, True])
-@pytest.mark.parametrize("maps", [{}, MAPS])
-def test_group_pass_equals_stock_forward(auxiliary_loss, maps):
+@pytest.mark.parametrize("request_", [PLAIN, MAPS], ids=["no maps", "maps"])
+def test_group_pass_equals_stock_forward(auxiliary_loss, request_):
     """HF_NOTES 1: `auxiliary_loss` changes what the stock class computes; a checkpoint keeps its semantics."""
     model, batch = tiny_model(auxiliary_loss=auxiliary_loss), padded_batch()
     stock = stock_twin(model)(**batch)
-    group = model(**batch, return_groups=True, **maps).groups[0]
+    group = model(**batch, request=request_).groups[OWN]
     close(group.logits[-1], stock.logits)
     close(group.boxes[-1], stock.pred_boxes)
     own = model(**batch)
@@ -59,7 +56,7 @@ def test_layer_predictions_are_normed_once_on_the_side():
     hidden = torch.stack([twin.model.decoder.layernorm(h) for h in raw[1:-1]] + [raw[-1]])
     boxes = twin.bbox_predictor(hidden)
     boxes[..., :2] += inverse_sigmoid(outputs.reference_points).transpose(0, 1)
-    group = model(**batch, return_groups=True).groups[0]
+    group = model(**batch, request=PLAIN).groups[OWN]
     close(group.logits, twin.class_labels_classifier(hidden))
     close(group.boxes, boxes.sigmoid())
     assert (group.logits[0] - group.logits[-1]).abs().max() > 0.01  # the layers do differ
@@ -68,32 +65,35 @@ def test_layer_predictions_are_normed_once_on_the_side():
 def test_layer_predictions_with_auxiliary_loss_equal_stock_ones():
     model, batch = tiny_model(auxiliary_loss=True), padded_batch()
     stock = stock_twin(model)(**batch, labels=random_labels([2, 1]))
-    group = model(**batch, return_groups=True).groups[0]
+    group = model(**batch, request=PLAIN).groups[OWN]
     for layer, outputs in enumerate(stock.auxiliary_outputs):
         close(group.logits[layer], outputs["logits"])
         close(group.boxes[layer], outputs["pred_boxes"])
 
 
-@pytest.mark.parametrize("maps", [{}, MAPS])
+@pytest.mark.parametrize("maps", [False, True])
 def test_group_isolation(maps):
     """The student's outputs are what they are without the auxiliary group (HF_NOTES 5: a boolean mask leaks)."""
     batch = padded_batch()
-    alone = tiny_model()(**batch, return_groups=True, **maps).groups[0]
-    both = with_auxiliary_group(tiny_model())(**batch, return_groups=True, **maps).groups
-    assert len(both) == 2 and both[1].logits.shape[2] == 5
-    close(both[0].logits, alone.logits)
-    close(both[0].boxes, alone.boxes)
-    for ours, without in zip(both[0].self_attention or (), alone.self_attention or (), strict=True):
+    alone = tiny_model()(**batch, request=request_for(maps=maps)).groups[OWN]
+    both = tiny_model()(**batch, request=with_auxiliary_group(maps)).groups
+    assert list(both) == [OWN, AUXILIARY] and both[AUXILIARY].logits.shape[2] == 5
+    close(both[OWN].logits, alone.logits)
+    close(both[OWN].boxes, alone.boxes)
+    assert (alone.self_attention is not None) == maps
+    for ours, without in zip(both[OWN].self_attention or (), alone.self_attention or (), strict=True):
         close(ours.log, without.log)
 
 
 def test_auxiliary_group_does_not_see_the_student_group():
     """Isolation the other way round: other student queries leave the auxiliary group as it is."""
-    model, batch = with_auxiliary_group(tiny_model()), padded_batch()
-    before = model(**batch, return_groups=True).groups[1].logits
+    model, batch = tiny_model(), padded_batch()
+    before = model(**batch, request=with_auxiliary_group()).groups
     with torch.no_grad():
         model.model.query_position_embeddings.weight.normal_()
-    close(model(**batch, return_groups=True).groups[1].logits, before)
+    after = model(**batch, request=with_auxiliary_group()).groups
+    close(after[AUXILIARY].logits, before[AUXILIARY].logits)
+    assert (after[OWN].logits - before[OWN].logits).abs().max() > 0.01
 
 
 def test_auxiliary_group_with_own_queries_equals_own_group():
@@ -101,10 +101,11 @@ def test_auxiliary_group_with_own_queries_equals_own_group():
     model, batch = tiny_model(), padded_batch()
     queries = model.model.query_position_embeddings.weight
     points = model.model.decoder.ref_point_head(queries).sigmoid()
-    model.add_query_group(AuxiliaryQueries(queries, 32))
-    model.add_query_group(AuxiliaryQueries(queries, 32, points))
-    own, again, with_points = model(**batch, return_groups=True, **MAPS).groups
-    for other in (again, with_points):
+    further = {"again": Queries(position=queries), "content": Queries(content=queries)}
+    further["with points"] = Queries(position=queries, anchors=points)
+    own, *others = model(**batch, request=request_for(further, maps=True)).groups.values()
+    assert len(others) == 3
+    for other in others:
         close(other.logits, own.logits)
         close(other.boxes, own.boxes)
         close(other.cross_attention[1].probability, own.cross_attention[1].probability)
@@ -113,17 +114,20 @@ def test_auxiliary_group_with_own_queries_equals_own_group():
 def test_given_reference_points_are_used():
     points = torch.rand(5, 2, generator=torch.Generator().manual_seed(1))
     batch = padded_batch()
-    literal = with_auxiliary_group(tiny_model())(**batch, return_groups=True).groups[1]
-    given = with_auxiliary_group(tiny_model(), points=points)(**batch, return_groups=True).groups[1]
+    literal = tiny_model()(**batch, request=with_auxiliary_group()).groups[AUXILIARY]
+    given = tiny_model()(**batch, request=with_auxiliary_group(points=points)).groups[AUXILIARY]
     assert (literal.boxes - given.boxes).abs().max() > 0.05
+    # of another family's boxes the centres serve
+    boxes = torch.cat([points, torch.full_like(points, 0.2)], dim=-1)
+    close(tiny_model()(**batch, request=with_auxiliary_group(points=boxes)).groups[AUXILIARY].boxes, given.boxes)
 
 
 def test_maps_equal_stock_eager_maps():
     """HF_NOTES 4: under sdpa the stock class returns none; and no mass may fall on padding."""
     model, batch = tiny_model(), padded_batch(3)
     stock = stock_twin(model, attention="eager")(**batch, output_attentions=True)
-    output = model(**batch, return_groups=True, **MAPS)
-    group, padding = output.groups[0], ~output.memory_mask.flatten(1)
+    output = model(**batch, request=MAPS)
+    group, padding = output.groups[OWN], ~output.memory_mask.flatten(1)
     assert padding.any()
     for layer in range(3):
         close(group.self_attention[layer].probability, stock.decoder_attentions[layer])
@@ -138,9 +142,9 @@ def test_maps_equal_stock_eager_maps():
 def test_maps_are_taken_before_dropout():
     """HF_NOTES 4: dropout zeroes attention weights, and log 0 follows."""
     model, batch = tiny_model(attention_dropout=0.5), padded_batch()
-    still = model(**batch, return_groups=True, **MAPS).groups[0]
+    still = model(**batch, request=MAPS).groups[OWN]
     model.train()
-    dropped = model(**batch, return_groups=True, **MAPS).groups[0]
+    dropped = model(**batch, request=MAPS).groups[OWN]
     close(
         dropped.self_attention[0].probability, still.self_attention[0].probability
     )  # the first layer: nothing dropped before it
@@ -150,8 +154,8 @@ def test_maps_are_taken_before_dropout():
 
 def test_only_what_is_asked_for_is_materialised():
     model, batch = tiny_model(), padded_batch()
-    assert model(**batch, return_groups=True).groups[0].self_attention is None
-    group = model(**batch, return_groups=True, return_cross_attention=True).groups[0]
+    assert model(**batch, request=PLAIN).groups[OWN].self_attention is None
+    group = model(**batch, request=GroupRequest(cross_attention=True)).groups[OWN]
     assert group.self_attention is None and len(group.cross_attention) == 3
     assert model.model.encoder.layers[0].self_attn.config._attn_implementation == "sdpa"
 
@@ -167,10 +171,10 @@ def test_maps_carry_gradient(checkpointing):
     """HF_NOTES 4: also under gradient checkpointing, where it must be the same gradient."""
 
     def gradients(checkpointed):
-        model = with_auxiliary_group(tiny_model()).train()
+        model = tiny_model().train()
         if checkpointed:
             model.activation_checkpointing_enable()
-        groups = model(**padded_batch(), return_groups=True, **MAPS).groups
+        groups = model(**padded_batch(), request=with_auxiliary_group(maps=True)).groups.values()
         sum(m.log[..., 0].sum() for g in groups for m in (*g.self_attention, *g.cross_attention)).backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -188,25 +192,34 @@ def test_reentrant_checkpointing_is_refused():
 
 
 def test_teacher_queries_get_no_gradient_and_learned_ones_do():
-    fixed = with_auxiliary_group(tiny_model())
-    fixed(**padded_batch(), return_groups=True).groups[1].logits.sum().backward()
-    assert not fixed.extra_query_groups[0].position_embeddings.requires_grad
-    assert "extra_query_groups.0.position_embeddings" not in dict(fixed.named_parameters())
-    learned = with_auxiliary_group(tiny_model(), learned=True)
-    learned(**padded_batch(), return_groups=True).groups[1].logits.sum().backward()
-    assert learned.extra_query_groups[0].position_embeddings.grad.abs().sum() > 0
+    fixed, request = tiny_model(), with_auxiliary_group()
+    fixed.query_adapters[AUXILIARY] = QueryAdapter(32, 32)
+    fixed(**padded_batch(), request=request).groups[AUXILIARY].logits.sum().backward()
+    assert not request.queries[AUXILIARY].position.requires_grad
+    assert not any(name.startswith("query_adapters") for name, _ in fixed.named_parameters())
+    learned = tiny_model()
+    learned.query_adapters[AUXILIARY] = LearnedQueries(random_queries())
+    learned(**padded_batch(), request=request_for({AUXILIARY: None})).groups[AUXILIARY].logits.sum().backward()
+    assert learned.query_adapters[AUXILIARY].position.grad.abs().sum() > 0
+    assert learned.query_adapters[AUXILIARY].content is None
 
 
 @pytest.mark.parametrize("width", [16, 48])
 def test_queries_of_another_width_are_carried_over_with_their_spread(width):
-    queries = AuxiliaryQueries(torch.randn(2000, width), 32)
-    assert queries().shape == (2000, 32)
-    assert 0.8 < float(queries().detach().std()) < 1.2
+    anchors = torch.rand(2000, 4)
+    queries = Queries(torch.randn(2, 2000, width), torch.randn(2000, width), anchors)
+    carried = QueryAdapter(width, 32)(queries).detach()
+    assert carried.position.shape == (2000, 32) and carried.content.shape == (2, 2000, 32)
+    assert 0.8 < float(carried.position.std()) < 1.2 and 0.8 < float(carried.content.std()) < 1.2
+    assert carried.anchors is anchors or torch.equal(carried.anchors, anchors)
+    same = QueryAdapter(width, width)(queries)
+    assert torch.equal(same.position, queries.position) and torch.equal(same.content, queries.content)
 
 
 def test_saved_checkpoint_is_a_plain_stock_model(tmp_path):
     """HF_NOTES 7: right architecture, no auxiliary group, no projection, nothing of ours."""
-    model, batch = with_auxiliary_group(tiny_model(), width=16), padded_batch()
+    model, batch = tiny_model(), padded_batch()
+    model.query_adapters[AUXILIARY] = QueryAdapter(16, 32)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["ConditionalDetrForObjectDetection"]
     twin = stock_twin(model)
@@ -223,7 +236,7 @@ def test_stock_checkpoint_loads(tmp_path):
     twin.save_pretrained(tmp_path)
     model, batch = D3etrConditionalDetrForObjectDetection.from_pretrained(tmp_path), padded_batch()
     assert torch.equal(model(**batch).logits, twin(**batch).logits)
-    close(model(**batch, return_groups=True).groups[0].logits[-1], twin(**batch).logits)
+    close(model(**batch, request=PLAIN).groups[OWN].logits[-1], twin(**batch).logits)
 
 
 def test_half_precision_checkpoint_loads_in_float32(tmp_path):
@@ -248,16 +261,20 @@ def test_backbone_with_attention_of_its_own(tmp_path):
     model, batch = tiny_model(backbone_config=backbone), padded_batch()
     stock = stock_twin(model)(**batch)
     close(model(**batch).logits, stock.logits)
-    close(model(**batch, return_groups=True, **MAPS).groups[0].logits[-1], stock.logits)
+    close(model(**batch, request=MAPS).groups[OWN].logits[-1], stock.logits)
     close(model.to_stock()(**batch).logits, stock.logits)
     model.save_pretrained(tmp_path)
     close(ConditionalDetrForObjectDetection.from_pretrained(tmp_path)(**batch).logits, stock.logits)
 
 
-def test_recomputed_maps_are_not_collected_again():
+def test_recomputed_maps_are_not_collected_again(monkeypatch):
     """Under activation checkpointing every layer runs twice; the second maps would only cost memory."""
     model = tiny_model().train()
     model.activation_checkpointing_enable()
-    recorder = AttentionRecorder(True, True)
-    model._forward_groups(**padded_batch(), recorder=recorder).groups[0].logits.sum().backward()
-    assert len(recorder.self_maps) == len(recorder.cross_maps) == 3
+    seen, original = [], conditional_detr.start_groups
+    monkeypatch.setattr(
+        conditional_detr, "start_groups", lambda *arguments: seen.append(original(*arguments)) or seen[-1]
+    )
+    model(**padded_batch(), request=MAPS).groups[OWN].logits.sum().backward()
+    (groups,) = seen
+    assert len(groups.self_maps) == len(groups.cross_maps) == 3

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import ConditionalDetrForObjectDetection, ConvNextConfig, ResNetConfig
 
-from d3etr_hf.losses import detection_losses
-from d3etr_hf.matching import HungarianAssigner, Targets
-from d3etr_hf.models import D3etrConditionalDetrForObjectDetection, inherit_from_teacher
-from tests.tiny import padded_batch, random_labels, tiny_config, tiny_model
+from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.loading import inherit_from_teacher
+from d3etr_hf.outputs import OWN
+from tests.tiny import padded_batch, random_labels, request_for, targets_of, tiny_config, tiny_model
 
 
 def resnet_config():
@@ -45,10 +45,11 @@ def test_first_class_loss_is_near_one():
     torch.manual_seed(0)
     model = D3etrConditionalDetrForObjectDetection(tiny_config(num_queries=300, num_labels=91)).eval()
     labels = random_labels([7, 8], classes=91)
-    group = model(**padded_batch(), return_groups=True).groups[0]
-    targets = Targets.from_labels(labels)
-    losses = detection_losses(group, targets, HungarianAssigner()(group, targets), boxes=15)
-    assert 0.5 < float(losses["class"][-1].detach()) < 3
+    group = model(**padded_batch(), request=request_for()).groups[OWN]
+    targets, criterion = targets_of(labels), model.criterion()
+    losses = criterion.losses(group, targets, criterion.assign(group, targets))
+    assert criterion.normalisers([7, 8], 300)["class"] == 15
+    assert 0.5 < float(losses["class"][-1].detach()) / 15 < 3
 
 
 def test_resnet_freezes_stem_and_first_stage_when_built_and_when_loaded(tmp_path):
@@ -80,7 +81,7 @@ def test_new_class_head_of_a_loaded_model_starts_as_in_paper(tmp_path):
 
 
 def test_stock_initialisation_is_indeed_another():
-    """If this fails Transformers has changed and `initialise_as_in_paper` may be superfluous."""
+    """If this fails Transformers has changed and `initialise` may be superfluous."""
     stock = ConditionalDetrForObjectDetection(tiny_config(num_queries=300))
     assert float(stock.model.query_position_embeddings.weight.detach().std()) < 0.05
 
@@ -119,7 +120,7 @@ def test_everything_that_trains_gets_a_gradient(unread):
     else:
         backbone = ConvNextConfig(num_stages=3, hidden_sizes=[8, 16, 16], depths=[1, 1, 1], out_features=["stage2"])
         model = tiny_model(backbone_config=backbone)
-    group = model(**padded_batch(), return_groups=True).groups[0]
+    group = model(**padded_batch(), request=request_for()).groups[OWN]
     (group.logits.sum() + group.boxes.sum()).backward()
     left = {name for name, value in model.named_parameters() if value.requires_grad and value.grad is None}
     assert not left

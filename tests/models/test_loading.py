@@ -11,15 +11,21 @@ from transformers import (
     ConditionalDetrModel,
     ConvNextConfig,
     ConvNextForImageClassification,
-    DetrConfig,
-    DetrForObjectDetection,
     ResNetBackbone,
     ResNetConfig,
     ResNetForImageClassification,
+    RTDetrConfig,
 )
 
 from d3etr_hf.errors import DetectorLoadError
-from d3etr_hf.models.loading import ModelArguments, TeacherArguments, build_model, load_detector, load_image_processor
+from d3etr_hf.models.loading import (
+    FAMILIES,
+    ModelArguments,
+    TeacherArguments,
+    build_model,
+    load_detector,
+    load_image_processor,
+)
 from tests.tiny import tiny_config, tiny_model
 
 CLASSES = ["circle", "rectangle", "triangle"]
@@ -111,14 +117,23 @@ def test_unreadable_config(checkpoint, content):
         load_detector(str(checkpoint))
 
 
+def test_each_family_loads_as_its_own_class(tmp_path):
+    for model_type, family in FAMILIES.items():
+        model = tiny_model(model_type=model_type)
+        model.save_pretrained(tmp_path / model_type)
+        loaded = load_detector(str(tmp_path / model_type))
+        assert type(loaded) is family
+        torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
 def test_another_family(tmp_path):
-    config = DetrConfig(
-        **{name: value for name, value in SMALL.items()},
-        backbone_config=tiny_config().backbone_config,
-    )
-    DetrForObjectDetection(config).save_pretrained(tmp_path)
-    with pytest.raises(DetectorLoadError, match="is a 'detr' model; only Conditional DETR"):
+    config = RTDetrConfig(backbone_config=tiny_config().backbone_config, backbone=None)
+    config.architectures = ["RTDetrForObjectDetection"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(DetectorLoadError, match="is a 'rt_detr' model; the families.* are conditional_detr, detr"):
         load_detector(str(tmp_path))
+    with pytest.raises(DetectorLoadError, match="(?s)^model_config is a 'rt_detr' model; the families"):
+        build(model_options() | {"model_type": "rt_detr"})
 
 
 @pytest.mark.parametrize("model_class", [ConditionalDetrModel, ConditionalDetrForSegmentation])

@@ -45,7 +45,7 @@ def small_pictures(request, monkeypatch):
 
     def draw(*arguments):
         path = next(argument for argument in arguments if isinstance(argument, Path))
-        Image.new("RGB", (len(path.name), 1)).save(path)  # each another
+        Image.new("RGB", (1, 1), f"#{len(path.stem):06d}").save(path)  # no two alike: equal files would be stored once
 
     for name in ("draw_training_curves", "draw_detection_grid", "draw_attention_of"):
         monkeypatch.setattr(run_pictures, name, draw)

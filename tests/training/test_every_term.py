@@ -9,7 +9,7 @@ import torch
 from transformers import ConditionalDetrForObjectDetection, ConvNextConfig
 
 from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
-from d3etr_hf.training.trainer import D3etrTrainer
+from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests import oracle
 from tests.tiny import perturb, random_labels, tiny_config
@@ -47,7 +47,10 @@ def examples(objects: list[int] | None = None) -> list[dict]:
     generator = torch.Generator().manual_seed(4)
     labels = random_labels(OBJECTS if objects is None else objects, seed=3)
     return [
-        {"pixel_values": torch.randn(3, *size, generator=generator), "labels": label}
+        {
+            "pixel_values": torch.randn(3, *size, generator=generator),
+            "labels": label | {"orig_size": torch.tensor(size)},
+        }
         for size, label in zip(SIZES, labels, strict=True)
     ]
 
@@ -71,7 +74,9 @@ def logged_terms(student, teacher, images, folder, settings: oracle.Settings, qu
         The log, the loss, and what trains of the auxiliary group: its projection's weight and bias, or its queries.
     """
     options = {f"{name}_weight": getattr(settings, name) for name in WEIGHTS}
-    options |= dict(zip(("class_weight", "l1_weight", "giou_weight"), settings.costs, strict=True))
+    options |= {
+        f"distillation_{name}_weight": cost for name, cost in zip(("class", "l1", "giou"), settings.costs, strict=True)
+    }
     args = D3etrTrainingArguments(
         output_dir=str(folder),
         report_to="none",

@@ -1,5 +1,7 @@
 """float16 and bfloat16: what leaves autocast, and steps that the gradient scaler passes over."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -35,33 +37,32 @@ class Overflow(TrainerCallback):
             self.kept = None
 
 
-def with_scaler(trainer):
-    """The trainer as under float16 on a GPU: its steps go through a gradient scaler, which a CPU has too."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    trainer.accelerator.scaler = scaler
-    trainer.accelerator.native_amp = True
-    trainer.objective.tolerant = True
-    prepare = trainer.accelerator.prepare_optimizer
+class UnscaleGradients(TrainerCallback):
+    """Accelerate unscales gradients under `native_amp`, which would also put the model in autocast if set before."""
 
-    def prepare_with_scaler(optimizer, *args, **kwargs):
-        prepared = prepare(optimizer, *args, **kwargs)
-        prepared.scaler = scaler
-        step = optimizer.step
-        prepared._optimizer_original_step_method = step
-        prepared._accelerate_step_called = False
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
 
-        def called(*arguments, **options):
-            prepared._accelerate_step_called = True
-            return step(*arguments, **options)
-
-        prepared._optimizer_patched_step_method = called
-        return prepared
-
-    trainer.accelerator.prepare_optimizer = prepare_with_scaler
-    return trainer
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.accelerator.native_amp = True
 
 
-def test_a_step_that_overflows_is_skipped_and_counted(shapes, tmp_path):
+@pytest.fixture
+def with_scaler(monkeypatch):
+    """Makes a trainer step as under float16 on a GPU: through a gradient scaler, which a CPU has too."""
+
+    def changed(trainer):
+        monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", property(lambda self: "fp16"))
+        trainer.accelerator.autocast = nullcontext  # float16 itself a CPU hardly knows
+        trainer.add_callback(UnscaleGradients(trainer.accelerator))
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        trainer.objective.tolerant = True
+        return trainer
+
+    return changed
+
+
+def test_a_step_that_overflows_is_skipped_and_counted(shapes, tmp_path, with_scaler):
     trainer = with_scaler(
         shapes_trainer(shapes, tmp_path, max_steps=3, callbacks=[Overflow({1})], logging_steps=3, max_grad_norm=0.1)
     )
@@ -80,14 +81,14 @@ def test_a_step_that_overflows_is_skipped_and_counted(shapes, tmp_path):
     assert trainer.accelerator.scaler.get_scale() == 2.0**9
 
 
-def test_a_run_that_skips_without_end_stops_with_the_reason(shapes, tmp_path, monkeypatch):
+def test_a_run_that_skips_without_end_stops_with_the_reason(shapes, tmp_path, monkeypatch, with_scaler):
     monkeypatch.setattr(half_precision, "MOST_SKIPPED_IN_A_ROW", 3)
     trainer = with_scaler(shapes_trainer(shapes, tmp_path, max_steps=9, callbacks=[Overflow(set(range(9)))]))
     with pytest.raises(NonFiniteLossError, match=r"3 steps in a row were skipped.*float16.*bf16"):
         trainer.train()
 
 
-def test_gradient_norms_are_of_the_scaled_loss(shapes, tmp_path):
+def test_gradient_norms_are_of_the_scaled_loss(shapes, tmp_path, with_scaler):
     """They are those of float32, whatever the scale."""
     entries = []
     for scaled in (False, True):

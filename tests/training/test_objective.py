@@ -1,40 +1,79 @@
 """The objective as a whole: fixed point, permutation, groups, assignments, classes by name."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import ConvNextConfig
 
 from d3etr_hf.errors import IncompatibleTeacherError
-from d3etr_hf.matching import AdaptiveMatcher, HungarianAssigner, Targets
-from d3etr_hf.models import AttentionMap, AuxiliaryQueries, DetectorOutput, QueryGroupOutput
+from d3etr_hf.matching import AdaptiveMatcher, TaughtGroup
+from d3etr_hf.models.query_adapters import QueryAdapter
+from d3etr_hf.outputs import (
+    AUXILIARY,
+    NO_OBJECT,
+    OWN,
+    AttentionMap,
+    DetectorOutput,
+    GroupOutput,
+    Queries,
+    Supervised,
+)
+from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.objective import D3etrObjective, Shares
-from d3etr_hf.training.teacher import class_index_by_name, spread_layers
+from d3etr_hf.training.teacher import Teacher, TeacherOutput, class_index_by_name, spread_layers, with_classes_of
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
-from tests.tiny import padded_batch, perturb, random_labels, tiny_config, tiny_model
+from tests.tiny import padded_batch, random_labels, request_for, targets_of, tiny_config, tiny_model
 
-MAPS = {"return_groups": True, "return_self_attention": True, "return_cross_attention": True}
+MAPS = request_for(maps=True)
 LABELS = random_labels([2, 3])
-TARGETS = Targets.from_labels(LABELS)
-SHARES = Shares(boxes=torch.tensor(5.0), images=torch.tensor(2.0), average=lambda tensor: tensor)
+TARGETS = targets_of(LABELS)
+NAMES = list(tiny_config().id2label.values())
+CRITERION = tiny_model().criterion()
 
 
-def objective(tmp_path, config=None, class_index=None, layer_map=None, **options) -> D3etrObjective:
+def shares_of(images: int = 2, objects: int = 5) -> Shares:
+    counted = dict.fromkeys(("class", "l1", "giou"), torch.tensor(float(objects)))
+    detection = {OWN: counted, AUXILIARY: counted}
+    return Shares(images=torch.tensor(float(images)), detection=detection, average=lambda tensor: tensor)
+
+
+SHARES = shares_of()
+
+
+def objective(tmp_path, criterion=CRITERION, **options) -> D3etrObjective:
     args = D3etrTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
-    config = config or tiny_config()
-    class_index = torch.arange(config.num_labels) if class_index is None else class_index
-    return D3etrObjective(args, config, class_index, layer_map or list(range(config.decoder_layers)))
+    return D3etrObjective(args.distillation, criterion, CRITERION)
 
 
-def with_queries_of(student, teacher, **options):
-    queries = teacher.model.query_position_embeddings.weight
-    student.add_query_group(AuxiliaryQueries(queries, student.config.d_model, **options))
-    return student
+def ask(model, batch, depth=3, layer_map=None, names=NAMES) -> TeacherOutput:
+    """What a model says as the teacher of a student of so many layers."""
+    return Teacher(model, names, depth, layer_map)(batch, MAPS, nullcontext)
 
 
-def detached(output: QueryGroupOutput) -> QueryGroupOutput:
-    return QueryGroupOutput(
+def taught(output: GroupOutput) -> TaughtGroup:
+    """A raw output in the student's own classes and layers, as a teacher's."""
+    return TaughtGroup(output.logits.sigmoid(), output.boxes, output.self_attention, output.cross_attention)
+
+
+def output_of(student, batch, teacher: TeacherOutput | None) -> DetectorOutput:
+    """The student's output, with the teacher's queries in the auxiliary group, whose points the student makes."""
+    queries = {}
+    if teacher is not None:
+        queries[AUXILIARY] = Queries(teacher.queries.content, teacher.queries.position).detach()
+    return student(**batch, request=request_for(queries, maps=True))
+
+
+def step(run, student, batch, teacher: TeacherOutput | None, targets=TARGETS, shares=SHARES):
+    """Terms and statistics, as the trainer asks for them."""
+    assignment = None if teacher is None else run.start_teacher_assignment(teacher, targets)
+    output = student if isinstance(student, DetectorOutput) else output_of(student, batch, teacher)
+    return run(output, teacher, targets, shares, assignment)
+
+
+def detached(output: GroupOutput) -> GroupOutput:
+    return GroupOutput(
         logits=output.logits.detach().clone(),
         boxes=output.boxes.detach().clone(),
         self_attention=tuple(AttentionMap(*(form.detach().clone() for form in m)) for m in output.self_attention),
@@ -42,19 +81,25 @@ def detached(output: QueryGroupOutput) -> QueryGroupOutput:
     )
 
 
+def teacher_output_of(group: GroupOutput, memory_mask) -> TeacherOutput:
+    """A raw group as all that a teacher of the same depth and classes says."""
+    last = TaughtGroup(group.logits[-1:].sigmoid(), group.boxes[-1:])
+    return TeacherOutput(taught(group), last, Queries(), memory_mask)
+
+
 def test_fixed_point_of_the_models(tmp_path):
     """Student = copy of the teacher: attention terms vanish, the matching is the identity."""
     teacher = tiny_model().double()
-    student = with_queries_of(copy.deepcopy(teacher), teacher)
-    batch = padded_batch()
+    student, batch = copy.deepcopy(teacher), padded_batch()
     batch["pixel_values"] = batch["pixel_values"].double()
+    teacher_output = ask(teacher, batch)
     with torch.no_grad():
-        teacher_output, student_output = teacher(**batch, **MAPS), student(**batch, **MAPS)
-    terms, statistics = objective(tmp_path)(student_output, teacher_output, TARGETS, SHARES)
+        student_output = output_of(student, batch, teacher_output)
+    terms, statistics = step(objective(tmp_path), student_output, batch, teacher_output)
     for name in ("student/self_attention", "student/cross_attention", "auxiliary/self_attention"):
         assert terms[name].abs().max() < 1e-12
     assert terms["auxiliary/cross_attention"].abs().max() < 1e-12
-    pairs = AdaptiveMatcher()(teacher_output.groups[0], student_output.groups[0])
+    pairs = AdaptiveMatcher(CRITERION.scores)(teacher_output.group, student_output.groups[OWN])
     assert torch.equal(pairs.teacher, torch.arange(7).expand(3, 2, 7))
     assert torch.equal(pairs.student, pairs.teacher)
     assert statistics["matched_foreground"] == 1
@@ -62,24 +107,21 @@ def test_fixed_point_of_the_models(tmp_path):
 
 def test_fixed_point_has_no_gradient(tmp_path):
     """Equal predictions are a minimum of every distillation term, in both groups, L1 and GIoU included."""
-    student = with_queries_of(tiny_model(), tiny_model())
-    output = student(**padded_batch(), **MAPS)
-    leaves = [detached(group) for group in output.groups]
-    for group in leaves:
-        maps = [attention.log for attention in (*group.self_attention, *group.cross_attention)]
-        for tensor in (group.logits, group.boxes, *maps):
-            tensor.requires_grad_()
-    teacher = DetectorOutput(groups=(detached(leaves[0]),), memory_mask=output.memory_mask)
+    output = tiny_model()(**padded_batch(), request=MAPS)
+    teacher = teacher_output_of(detached(output.groups[OWN]), output.memory_mask)
     # the auxiliary group holds the teacher's queries here, so both groups equal the teacher's output
-    twin = DetectorOutput(groups=(leaves[0], detached(leaves[0])), memory_mask=output.memory_mask)
-    for tensor in (twin.groups[1].logits, twin.groups[1].boxes):
-        tensor.requires_grad_()
+    twin = DetectorOutput(
+        groups={name: detached(output.groups[OWN]) for name in (OWN, AUXILIARY)}, memory_mask=output.memory_mask
+    )
+    for group in twin.groups.values():
+        for tensor in (group.logits, group.boxes):
+            tensor.requires_grad_()
     terms, _ = objective(tmp_path, detection_weight=0.0)(twin, teacher, TARGETS, SHARES)
     assert set(terms) == {
         f"{g}/{t}" for g in ("student", "auxiliary") for t in ("self_attention", "cross_attention", "prediction")
     }
     (terms["student/prediction"] + terms["auxiliary/prediction"]).sum().backward()
-    for group in twin.groups:
+    for group in twin.groups.values():
         assert group.logits.grad.abs().max() < 1e-7
         assert group.boxes.grad.abs().max() < 1e-6
 
@@ -93,15 +135,15 @@ def test_permutation_of_the_student_queries(tmp_path):
         shuffled.model.query_position_embeddings.weight.copy_(student.model.query_position_embeddings.weight[order])
     batch = padded_batch()
     batch["pixel_values"] = batch["pixel_values"].double()
-    teacher_output = teacher(**batch, **MAPS)
+    teacher_output = ask(teacher, batch)
     run = objective(tmp_path, auxiliary_queries="none")
-    terms, _ = run(student(**batch, **MAPS), teacher_output, TARGETS, SHARES)
-    shuffled_terms, _ = run(shuffled(**batch, **MAPS), teacher_output, TARGETS, SHARES)
+    outputs = [model(**batch, request=MAPS) for model in (student, shuffled)]
+    (terms, _), (shuffled_terms, _) = (step(run, output, batch, teacher_output) for output in outputs)
     assert set(terms) == set(shuffled_terms) and len(terms) == 6
     for name, value in terms.items():
         torch.testing.assert_close(shuffled_terms[name], value, rtol=1e-9, atol=1e-12)
-    first = AdaptiveMatcher()(teacher_output.groups[0], student(**batch, **MAPS).groups[0])
-    second = AdaptiveMatcher()(teacher_output.groups[0], shuffled(**batch, **MAPS).groups[0])
+    matcher = AdaptiveMatcher(CRITERION.scores)
+    first, second = (matcher(teacher_output.group, output.groups[OWN]) for output in outputs)
     # query j of the shuffled student is query order[j]: its teacher is that one's
     torch.testing.assert_close(second.teacher, first.teacher[..., order])
 
@@ -109,22 +151,22 @@ def test_permutation_of_the_student_queries(tmp_path):
 @pytest.mark.parametrize("term", ["self_attention", "cross_attention", "prediction"])
 def test_each_term_alone_falls_tenfold(tmp_path, term):
     """With detection off, on 8 images. Prediction is counted above the teacher's own entropy, its lower bound."""
-    teacher = with_queries_of(tiny_model(seed=1), tiny_model(seed=1))
-    student = with_queries_of(tiny_model(seed=2), teacher).train()
+    student = tiny_model(seed=2).train()
     weights = {f"{name}_weight": 0.0 for name in ("self_attention", "cross_attention", "prediction", "detection")}
     run = objective(tmp_path, **(weights | {f"{term}_weight": 1.0}))
-    batch, targets = padded_batch(8), Targets.from_labels(random_labels([1] * 8))
-    shares = Shares(torch.tensor(8.0), torch.tensor(8.0), lambda tensor: tensor)
+    batch, targets, shares = padded_batch(8), targets_of(random_labels([1] * 8)), shares_of(8, 8)
+    teacher_output = ask(tiny_model(seed=1), batch)
     with torch.no_grad():
-        output = teacher(**batch, **MAPS)
-        teacher_output = DetectorOutput(groups=output.groups[:1], memory_mask=output.memory_mask)
-        own = DetectorOutput(groups=(output.groups[0],) * 2, memory_mask=output.memory_mask)
-        floor = sum(value.sum() for value in run(own, teacher_output, targets, shares)[0].values())
+        output = tiny_model(seed=1)(**batch, request=MAPS)
+        own = DetectorOutput(
+            groups=dict.fromkeys((OWN, AUXILIARY), output.groups[OWN]), memory_mask=output.memory_mask
+        )
+        floor = sum(value.sum() for value in step(run, own, batch, teacher_output, targets, shares)[0].values())
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=400)
     values = []
     for _ in range(400):
-        terms, _ = run(student(**batch, **MAPS), teacher_output, targets, shares)
+        terms, _ = step(run, student, batch, teacher_output, targets, shares)
         loss = sum(value.sum() for value in terms.values())
         optimizer.zero_grad()
         loss.backward()
@@ -139,14 +181,16 @@ def test_each_term_alone_falls_tenfold(tmp_path, term):
 
 
 def test_no_gradient_into_the_teacher_or_its_queries(tmp_path):
-    teacher = tiny_model(seed=1)
-    student = with_queries_of(tiny_model(seed=2), teacher).train()
-    batch = padded_batch()
-    teacher_output = teacher(**batch, **MAPS)  # with a graph: not even a caller who forgot torch.no_grad trains it
-    terms, _ = objective(tmp_path)(student(**batch, **MAPS), teacher_output, TARGETS, SHARES)
+    student, batch = tiny_model(seed=2).train(), padded_batch()
+    teacher = Teacher(tiny_model(seed=1), NAMES, 3)
+    assert not any(parameter.requires_grad for parameter in teacher.detector.parameters())
+    teacher.detector.requires_grad_(True)  # not even one that somebody has set free is trained
+    teacher_output = teacher(batch, MAPS, nullcontext)
+    terms, _ = step(objective(tmp_path), student, batch, teacher_output)
     sum(value.sum() for value in terms.values()).backward()
-    assert all(parameter.grad is None for parameter in teacher.parameters())
-    assert not student.extra_query_groups[0].position_embeddings.requires_grad
+    assert all(parameter.grad is None for parameter in teacher.detector.parameters())
+    for queries in (teacher.queries(), teacher_output.queries.detach()):
+        assert not queries.position.requires_grad and not queries.anchors.requires_grad
     assert student.model.query_position_embeddings.weight.grad.abs().sum() > 0
 
 
@@ -155,32 +199,28 @@ def test_teacher_classes_are_gathered_by_name(tmp_path):
     names = [f"unused {i}" for i in range(88)] + ["triangle", "Circle ", "rectangle"]
     order = torch.randperm(91, generator=torch.Generator().manual_seed(0)).tolist()
     names = [names[i] for i in order]
-    many = tiny_config(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
-    torch.manual_seed(3)
-    teacher = perturb(type(tiny_model())(many)).eval()
-    index = class_index_by_name(many, list(tiny_config().id2label.values()))
+    teacher = tiny_model(3, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    index = class_index_by_name(teacher, NAMES)
     assert [names[i].strip().lower() for i in index] == ["circle", "rectangle", "triangle"]
 
     few = tiny_model(seed=3)
     few.load_state_dict(
         {name: value[index] if "class_labels" in name else value for name, value in teacher.state_dict().items()}
     )
-    student, batch = with_queries_of(tiny_model(seed=2), teacher), padded_batch()
-    ours, _ = objective(tmp_path, class_index=index)(
-        student(**batch, **MAPS), teacher(**batch, **MAPS), TARGETS, SHARES
-    )
-    theirs, _ = objective(tmp_path)(student(**batch, **MAPS), few(**batch, **MAPS), TARGETS, SHARES)
+    student, batch = tiny_model(seed=2), padded_batch()
+    ours, theirs = (step(objective(tmp_path), student, batch, ask(model, batch))[0] for model in (teacher, few))
+    assert len(theirs) == 12
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value)
 
 
 def test_missing_and_ambiguous_classes_are_refused():
-    other = tiny_config(id2label={0: "circle", 1: "square", 2: "triangle"}, label2id={})
+    other = tiny_model(id2label={0: "circle", 1: "square", 2: "triangle"}, label2id={})
     with pytest.raises(IncompatibleTeacherError, match="no class named \\['rectangle'\\].*id2label"):
-        class_index_by_name(other, list(tiny_config().id2label.values()))
-    twice = tiny_config(id2label={0: "circle", 1: "rectangle", 2: "triangle", 3: "Circle"}, label2id={})
+        class_index_by_name(other, NAMES)
+    twice = tiny_model(id2label={0: "circle", 1: "rectangle", 2: "triangle", 3: "Circle"}, label2id={})
     with pytest.raises(IncompatibleTeacherError, match="more than one class named \\['circle'\\]"):
-        class_index_by_name(twice, list(tiny_config().id2label.values()))
+        class_index_by_name(twice, NAMES)
 
 
 def test_layers_spread_last_to_last():
@@ -199,7 +239,8 @@ def test_everything_unequal_at_once(tmp_path):
     backbone = ConvNextConfig(
         num_stages=3, hidden_sizes=[8, 16, 16], depths=[1, 1, 1], out_features=["stage3"], layer_scale_init_value=1.0
     )
-    teacher_config = tiny_config(
+    teacher = tiny_model(
+        5,
         backbone_config=backbone,
         d_model=48,
         decoder_layers=4,
@@ -207,19 +248,17 @@ def test_everything_unequal_at_once(tmp_path):
         encoder_attention_heads=6,
         num_queries=11,
     )
-    torch.manual_seed(5)
-    teacher = perturb(type(tiny_model())(teacher_config)).eval()
-    student, batch = with_queries_of(tiny_model(seed=2), teacher), padded_batch()
-    with torch.no_grad():
-        teacher_output = teacher(**batch, **MAPS)
-    output = student(**batch, **MAPS)
+    student, batch = tiny_model(seed=2), padded_batch()
+    student.query_adapters[AUXILIARY] = QueryAdapter(teacher.width, student.width)
+    teacher_output = ask(teacher, batch)
+    output = output_of(student, batch, teacher_output)
     assert teacher_output.memory_mask.shape[1:] == (4, 4) and output.memory_mask.shape[1:] == (8, 8)
-    run = objective(tmp_path, layer_map=spread_layers(4, 3), prediction_normaliser="boxes")
-    terms, statistics = run(output, teacher_output, TARGETS, SHARES)
+    run = objective(tmp_path, prediction_normaliser="boxes")
+    terms, statistics = step(run, output, batch, teacher_output)
     loss = sum(value.sum() for value in terms.values())
     loss.backward()
     assert len(terms) == 12 and loss.isfinite() and 0 <= statistics["matched_foreground"] <= 1
-    assert student.extra_query_groups[0].projection.weight.grad.abs().sum() > 0
+    assert student.query_adapters[AUXILIARY].projection.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -232,10 +271,12 @@ def test_everything_unequal_at_once(tmp_path):
     ],
 )
 def test_auxiliary_assignment(tmp_path, policy, layers_from_teacher):
-    teacher = tiny_model(seed=1)
-    student, batch = with_queries_of(tiny_model(seed=2), teacher), padded_batch()
-    teacher_group, auxiliary = teacher(**batch, **MAPS).groups[0], student(**batch, **MAPS).groups[1]
-    own, its = HungarianAssigner()(auxiliary, TARGETS), HungarianAssigner()(teacher_group, TARGETS)
+    student, batch = tiny_model(seed=2), padded_batch()
+    teacher = ask(tiny_model(seed=1), batch)
+    output = output_of(student, batch, teacher)
+    own = CRITERION.assign(output.groups[AUXILIARY], TARGETS)
+    raw = tiny_model(seed=1)(**batch, request=MAPS).groups[OWN]
+    its = CRITERION.assign(raw, TARGETS)
     assert (own != its).flatten(1).any(1).all()  # else the test could not tell them apart
     expected = own.clone()
     for layer in range(3):
@@ -244,18 +285,22 @@ def test_auxiliary_assignment(tmp_path, policy, layers_from_teacher):
         elif layer in layers_from_teacher:
             expected[layer] = its[layer]
     run = objective(tmp_path, auxiliary_assignment=policy)
-    output = DetectorOutput(groups=(teacher_group,))
-    assert torch.equal(run._assignment("auxiliary", auxiliary, teacher_group, output, TARGETS), expected)
-    assert torch.equal(run._assignment("student", auxiliary, teacher_group, output, TARGETS), own)
+    seen = []
+    run._detection_terms = lambda student, targets, assignments, shares: seen.append(assignments) or {}
+    step(run, output, batch, teacher)
+    (assignments,) = seen
+    assert set(assignments) == {OWN, AUXILIARY}
+    assert torch.equal(assignments[AUXILIARY], expected)
+    assert torch.equal(assignments[OWN], CRITERION.assign(output.groups[OWN], TARGETS))
 
 
 def test_switches_turn_terms_off(tmp_path):
-    teacher = tiny_model(seed=1)
-    student, batch = with_queries_of(tiny_model(seed=2), teacher), padded_batch()
-    outputs = student(**batch, **MAPS), teacher(**batch, **MAPS), TARGETS, SHARES
+    student, batch = tiny_model(seed=2), padded_batch()
+    teacher = ask(tiny_model(seed=1), batch)
+    output = output_of(student, batch, teacher)
 
     def names(**options):
-        return set(objective(tmp_path, **options)(*outputs)[0])
+        return set(step(objective(tmp_path, **options), output, batch, teacher)[0])
 
     detection = {f"{g}/{t}" for g in ("student", "auxiliary") for t in ("class", "l1", "giou")}
     distilled = {"self_attention", "cross_attention", "prediction"}
@@ -269,15 +314,26 @@ def test_switches_turn_terms_off(tmp_path):
     }
 
 
+def test_groups_that_are_distilled():
+    assert Distillation().distilled_groups == (OWN, AUXILIARY)
+    assert Distillation(adaptive_matching=False).distilled_groups == (AUXILIARY,)
+    assert Distillation(fixed_matching=False).distilled_groups == (OWN,)
+    assert Distillation(auxiliary_queries="learned").distilled_groups == (OWN,)
+    assert Distillation(auxiliary_queries="none").distilled_groups == (OWN,)
+    off = {"self_attention_weight": 0.0, "cross_attention_weight": 0.0, "prediction_weight": 0.0}
+    assert Distillation(**off).distilled_groups == ()
+
+
 def test_detection_weights_and_group_reduction(tmp_path):
     """HF_NOTES 10: the class loss weighs 2; Group DETR averages the groups' losses, D3ETR sums them."""
-    student, batch = with_queries_of(tiny_model(seed=2), tiny_model(seed=1)), padded_batch()
-    output = student(**batch, **MAPS)
+    student, batch = tiny_model(seed=2), padded_batch()
+    output = output_of(student, batch, ask(tiny_model(seed=1), batch))
     options = {"auxiliary_queries": "learned", "adaptive_matching": False}
     summed, _ = objective(tmp_path, **options)(output, None, TARGETS, SHARES)
     mean, _ = objective(tmp_path, **options, group_reduction="mean")(output, None, TARGETS, SHARES)
-    light = tiny_config(cls_loss_coefficient=1)
+    light = tiny_model(cls_loss_coefficient=1).criterion()
     single, _ = objective(tmp_path, light, **options)(output, None, TARGETS, SHARES)
+    assert len(summed) == 6
     for name, value in summed.items():
         torch.testing.assert_close(mean[name] * 2, value)
         torch.testing.assert_close(single[name] * (2 if name.endswith("class") else 1), value)
@@ -285,27 +341,49 @@ def test_detection_weights_and_group_reduction(tmp_path):
 
 def test_teacher_assignment_is_of_its_own_last_layer(tmp_path):
     """Also where a layer map leaves that layer out."""
-    teacher = tiny_model(seed=1, decoder_layers=4)
-    student, batch = with_queries_of(tiny_model(seed=2, decoder_layers=2), teacher), padded_batch()
-    run = objective(tmp_path, layer_map=[0, 1], auxiliary_assignment="teacher_last_layer_everywhere")
+    targets = targets_of(random_labels([6, 7], seed=3))
+    model, batch = tiny_model(seed=1, decoder_layers=4), padded_batch()
+    teacher = ask(model, batch, depth=2, layer_map=[0, 1])
+    run = objective(tmp_path, auxiliary_assignment="teacher_last_layer_everywhere")
+    assigned = run.start_teacher_assignment(teacher, targets)()
+    every_layer = CRITERION.assign(model(**batch, request=MAPS).groups[OWN], targets)
+    assert torch.equal(assigned, every_layer[3:]) and not torch.equal(assigned, every_layer[1:2])
+    student = tiny_model(seed=2, decoder_layers=2)
     seen = []
-    original = run.assigner
-    run.assigner = lambda group, targets, whose="student": (
-        seen.append((whose, group)),
-        original(group, targets, whose),
-    )[1]
-    run.assigner.focal_alpha = original.focal_alpha
-    run.assigner.focal_gamma = original.focal_gamma
-    teacher_output = teacher(**batch, **MAPS)
-    run(student(**batch, **MAPS), teacher_output, TARGETS, SHARES)
-    (last,) = [group for whose, group in seen if whose.startswith("teacher")]
-    assert torch.equal(last.logits[0], teacher_output.groups[0].logits[3])
+    run._detection_terms = lambda student, targets, assignments, shares: seen.append(assignments) or {}
+    step(run, student, batch, teacher, targets)
+    assert torch.equal(seen[0][AUXILIARY], every_layer[3:].expand(2, -1, -1))
 
 
 def test_surplus_query_groups_are_refused(tmp_path):
-    student = with_queries_of(with_queries_of(tiny_model(), tiny_model()), tiny_model())
-    with pytest.raises(ValueError):
-        objective(tmp_path)(student(**padded_batch(), **MAPS), None, TARGETS, SHARES)
+    batch = padded_batch()
+    teacher = ask(tiny_model(), batch)
+    queries = dict.fromkeys((AUXILIARY, "third"), teacher.queries)
+    output = tiny_model()(**batch, request=request_for(queries, maps=True))
+    with pytest.raises(ValueError, match=r"query groups \['third'\] that no term is of"):
+        step(objective(tmp_path), output, batch, teacher)
+
+
+def test_supervised_predictions_get_detection_terms_of_their_own(tmp_path):
+    """Proposals that the criterion assigns, and denoising queries that bring their assignment and ask repeatedly."""
+    batch = padded_batch()
+    output = tiny_model(seed=2)(**batch, request=request_for())
+    group = output.groups[OWN]
+    denoising = GroupOutput(logits=group.logits[:, :, :4], boxes=group.boxes[:, :, :4])
+    assignment = torch.tensor([[0, 1, NO_OBJECT, 0], [2, NO_OBJECT, 1, 0]]).expand(3, 2, 4)
+    output.supervised = {
+        "proposals": Supervised(group=GroupOutput(logits=group.logits[-1:], boxes=group.boxes[-1:])),
+        "denoising": Supervised(group=denoising, assignment=assignment, repeats=2),
+    }
+    options = {"auxiliary_queries": "none", "adaptive_matching": False}
+    terms, _ = objective(tmp_path, **options)(output, None, TARGETS, SHARES)
+    assert set(terms) == {
+        f"{name}/{term}" for name in ("student", "proposals", "denoising") for term in ("class", "l1", "giou")
+    }
+    expected = CRITERION.losses(denoising, TARGETS, assignment)
+    for term, weight in CRITERION.weights.items():
+        torch.testing.assert_close(terms[f"proposals/{term}"], terms[f"student/{term}"][-1:])
+        torch.testing.assert_close(terms[f"denoising/{term}"], weight * expected[term] / (2 * 5))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +394,14 @@ def test_surplus_query_groups_are_refused(tmp_path):
         ({"adaptive_matching": "false"}, "adaptive_matching='false': must be true or false"),
         ({"detection_weight": 0.0, "adaptive_matching": False, "fixed_matching": False}, "every loss is off"),
         ({"prediction_weight": -1.0}, "prediction_weight=-1.0: must be 0 or more"),
-        ({"class_weight": 0.0, "l1_weight": 0.0, "giou_weight": 0.0}, "at least one must be positive"),
+        (
+            {
+                "distillation_class_weight": 0.0,
+                "distillation_l1_weight": 0.0,
+                "distillation_giou_weight": 0.0,
+            },
+            "at least one must be positive",
+        ),
         ({"learning_rate_drop": 1.5}, "learning_rate_drop=1.5: must lie between 0 and 1"),
         ({"remove_unused_columns": True}, "remove_unused_columns=True would drop the boxes"),
         ({"log_gradient_norms": True, "logging_strategy": "epoch"}, "needs logging_strategy='steps'"),
@@ -334,22 +419,42 @@ def test_what_reads_the_teacher(tmp_path):
     def args(**options):
         return D3etrTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
 
+    def options(**changes):
+        return args(**changes).distillation
+
     off = {"adaptive_matching": False, "fixed_matching": False}
-    assert args().reads_teacher_outputs and args(**off).reads_teacher_outputs
-    queries_alone = args(**off, auxiliary_assignment="own")
+    assert options().reads_teacher_outputs and options(**off).reads_teacher_outputs
+    queries_alone = options(**off, auxiliary_assignment="own")
     assert queries_alone.needs_teacher and not queries_alone.reads_teacher_outputs
-    assert not args(**off, auxiliary_queries="learned").needs_teacher
+    assert not options(**off, auxiliary_queries="learned").needs_teacher
     assert args(detection_weight=0.0, prediction_weight=0.0).ddp_find_unused_parameters is True
     assert args().ddp_find_unused_parameters is False
 
 
+@pytest.mark.parametrize("name", ["class_weight", "l1_weight", "giou_weight"])
+def test_options_that_were_renamed_name_their_successor(tmp_path, name):
+    with pytest.raises(TypeError, match=f"'{name}' is called 'distillation_{name}' now"):
+        D3etrTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: 1.0})
+
+
 def test_teacher_with_classes_beyond_the_students(tmp_path):
     """The first classes in order need no gathering, but the teacher's others must not be compared."""
-    wide = tiny_config(id2label={index: f"class {index}" for index in range(9)})
-    teacher = perturb(type(tiny_model())(wide)).eval()
-    batch, count = padded_batch(), tiny_config().num_labels
-    output = teacher(**batch, **MAPS)
-    run = objective(tmp_path, class_index=torch.arange(count))
-    aligned = run._aligned(output.groups[0], [0, 2])
-    assert output.groups[0].logits.shape[-1] == 9 and count < 9
-    assert torch.equal(aligned.logits, output.groups[0].logits[[0, 2]][..., :count])
+    teacher, batch = tiny_model(id2label={index: f"class {index}" for index in range(9)}), padded_batch()
+    logits = teacher(**batch, request=MAPS).groups[OWN].logits
+    assert logits.shape[-1] == 9
+    said = ask(teacher, batch, depth=2, layer_map=[0, 2], names=["class 0", "class 1", "class 2"])
+    assert torch.equal(said.group.probabilities, logits.sigmoid()[[0, 2]][..., :3])
+    said = ask(teacher, batch, depth=2, layer_map=[0, 2], names=["class 4", "class 1", "class 7"])
+    assert torch.equal(said.group.probabilities, logits.sigmoid()[[0, 2]][..., [4, 1, 7]])
+    assert torch.equal(said.last.probabilities, logits.sigmoid()[2:][..., [4, 1, 7]])
+
+
+def test_detector_with_another_order_of_classes_is_reduced_in_a_copy():
+    names = ["triangle", "square", "circle", "rectangle"]
+    detector, batch = tiny_model(id2label=dict(enumerate(names)), label2id={}), padded_batch()
+    before = detector(**batch).logits
+    same = with_classes_of(tiny_model(), NAMES, "model")
+    assert same.class_names == NAMES
+    reduced = with_classes_of(detector, NAMES, "model")
+    assert reduced is not detector and reduced.class_names == NAMES and detector.class_names == names
+    torch.testing.assert_close(reduced(**batch).logits, before[..., [2, 3, 0]])

@@ -8,7 +8,7 @@ from d3etr_hf.matching import solver
 from d3etr_hf.models.loading import FAMILIES
 from tests.shapes_fixture import SIDE, shapes_trainer
 from tests.synchronisations import counted_synchronisations
-from tests.tiny import tiny_model_of
+from tests.tiny import tiny_model
 
 # the teacher's assignment of ground truth, all other assignments together, the look at the loss after the backward
 # pass; a step that logs reads its means as well
@@ -38,9 +38,7 @@ def training_step(trainer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_waits_three_times(shapes, tmp_path, family):
-    trainer = shapes_trainer(
-        shapes, tmp_path, student=tiny_model_of(family, seed=2), teacher=tiny_model_of(family, seed=1)
-    )
+    trainer = shapes_trainer(shapes, tmp_path, student=tiny_model(2, family), teacher=tiny_model(1, family))
     step = training_step(trainer)
     step()  # the first one draws and allocates
     with counted_synchronisations([(solver, "on_host")]) as counts:

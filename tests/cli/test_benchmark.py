@@ -1,0 +1,45 @@
+"""`d3etr benchmark`: what saved detectors cost at inference."""
+
+import sys
+
+import pytest
+
+from d3etr_hf.cli import benchmark
+from d3etr_hf.errors import CommandLineError
+from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.publishing import inference_cost
+from tests.tiny import tiny_model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Two detectors, the second with two decoder layers more and images twice as large."""
+    paths = {}
+    for name, layers, side in (("small", 2, 64), ("large", 4, 128)):
+        tiny_model(decoder_layers=layers).save_pretrained(tmp_path / name)
+        load_image_processor(None, side, side).save_pretrained(tmp_path / name)
+        paths[name] = str(tmp_path / name)
+    return paths
+
+
+def test_table_of_two_detectors(saved, monkeypatch, capsys):
+    """The detectors come first, without a flag; each is measured at its own image processor's size."""
+    monkeypatch.setattr(inference_cost, "MOST_ROUNDS", 5)
+    monkeypatch.setattr(sys, "argv", ["d3etr benchmark", *saved.values(), "--height", "50", "--width", "50"])
+    benchmark.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: line for line in lines}
+    small, large = rows[saved["small"]], rows[saved["large"]]
+    assert (small[1], large[1]) == ("64x64", "128x128")
+    assert int(small[2].replace(",", "")) < int(large[2].replace(",", ""))
+    assert 0 < float(small[3]) < float(large[3]) and float(small[4]) > 0
+    assert [line[0] for line in lines] == ["model", small[0], *PARTS, large[0], *PARTS]
+
+
+PARTS = ["backbone", "encoder", "decoder", "heads"]
+
+
+def test_size_without_pixels_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["d3etr benchmark", saved["small"], "--height", "0"])
+    with pytest.raises(CommandLineError, match="height is 0: it must be at least 1"):
+        benchmark.main()

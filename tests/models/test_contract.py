@@ -1,0 +1,487 @@
+"""What every family in `FAMILIES` must do: the promises of `Detector`, on perturbed tiny models."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+from d3etr_hf.models.detector import ADAPTERS, DECODER, QUERIES, ROLES, inherit
+from d3etr_hf.models.loading import FAMILIES, load_detector, load_image_processor
+from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
+from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, AttentionMap, GroupRequest, Queries
+from tests import slow_reference
+from tests.tiny import (
+    TINY_CONFIGS,
+    padded_batch,
+    random_labels,
+    random_queries,
+    request_for,
+    targets_of,
+    tiny_config,
+    tiny_model,
+)
+
+BATCH = padded_batch()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+def test_there_is_a_tiny_configuration_of_every_family():
+    assert set(TINY_CONFIGS) == set(FAMILIES)
+    assert all(tiny_config(name).model_type == name for name in FAMILIES)
+
+
+def stock_twin(model, **changes):
+    """The stock class, built and loaded on its own, with the same weights as far as it has them."""
+    config = type(model.config).from_dict(model.config.to_dict() | changes)
+    twin = type(model).stock_class(config).eval()
+    info = twin.load_state_dict(model.state_dict(), strict=False)
+    assert not info.missing_keys
+    return twin
+
+
+def further_queries(model, seed: int = 9) -> dict[str, Queries]:
+    """Another model's queries as the trainer hands them over."""
+    return {AUXILIARY: random_queries(5, model.width, seed, model.anchor_size)}
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def values_of(attention) -> tuple[torch.Tensor, ...]:
+    """What can be compared within a tolerance: probabilities, or places and weights."""
+    return (attention.probability,) if isinstance(attention, AttentionMap) else tuple(attention)
+
+
+# one forward pass
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("maps", [False, True], ids=["no maps", "maps"])
+@pytest.mark.parametrize("changes", [{}, {"auxiliary_loss": True}], ids=["published", "auxiliary loss"])
+def test_own_group_equals_stock_forward(family, training, maps, changes):
+    model = tiny_model(model_type=family, **changes).train(training)
+    stock = stock_twin(model).train(training)(**BATCH)
+    output = model(**BATCH, request=request_for(maps=maps))
+    close(output.groups[OWN].logits[-1], stock.logits)
+    close(output.groups[OWN].boxes[-1], stock.pred_boxes)
+    own = model(**BATCH)
+    assert torch.equal(own.logits, stock.logits) and torch.equal(own.pred_boxes, stock.pred_boxes)
+
+
+def test_own_group_equals_stock_forward_without_a_mask(family):
+    model, pixels = tiny_model(model_type=family), BATCH["pixel_values"]
+    stock = stock_twin(model)(pixels)
+    close(model(pixels, request=GroupRequest()).groups[OWN].logits[-1], stock.logits)
+
+
+def test_dropout_falls_where_it_falls_in_the_stock_class(family):
+    model = tiny_model(model_type=family, dropout=0.3, attention_dropout=0.3, activation_dropout=0.3).train()
+    stock = stock_twin(model).train()
+    found = []
+    of_stock, of_group = lambda: stock(**BATCH).logits, lambda: model(**BATCH, request=GroupRequest()).groups[OWN]
+    for forward in (of_stock, lambda: of_group().logits[-1]):
+        torch.manual_seed(5)
+        found.append(forward())
+    close(*found)
+    assert (found[0] - model.eval()(**BATCH).logits).abs().max() > 0.01
+
+
+def test_every_layer_equals_a_stock_model_that_ends_there(family):
+    model = tiny_model(model_type=family)
+    group = model(**BATCH, request=GroupRequest()).groups[OWN]
+    assert len(group.logits) == len(group.boxes) == model.decoder_depth == 3
+    for layer in range(3):
+        stock = stock_twin(model, decoder_layers=layer + 1)(**BATCH)
+        close(group.logits[layer], stock.logits)
+        close(group.boxes[layer], stock.pred_boxes)
+    assert (group.boxes[0] - group.boxes[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("maps", [False, True], ids=["no maps", "maps"])
+def test_groups_do_not_see_each_other(family, maps):
+    """Neither way, in any layer, predictions and maps alike."""
+    model = tiny_model(model_type=family)
+    alone = model(**BATCH, request=request_for(maps=maps)).groups
+    both = model(**BATCH, request=request_for(further_queries(model), maps)).groups
+    assert list(alone) == [OWN] and list(both) == [OWN, AUXILIARY]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if model.role_of(name) == QUERIES:
+                parameter.normal_()
+    others = model(**BATCH, request=request_for(further_queries(model), maps)).groups
+    assert (others[OWN].logits - both[OWN].logits).abs().max() > 0.01
+    for first, second in ((alone[OWN], both[OWN]), (both[AUXILIARY], others[AUXILIARY])):
+        close(first.logits, second.logits)
+        close(first.boxes, second.boxes)
+        for kind in ("self_attention", "cross_attention"):
+            ours, theirs = getattr(first, kind), getattr(second, kind)
+            assert (ours is not None) == (theirs is not None) == maps
+            for layer, other in zip(ours or (), theirs or (), strict=True):
+                for part, another in zip(values_of(layer), values_of(other), strict=True):
+                    close(part, another)
+
+
+def test_own_queries_in_another_group_give_the_same(family):
+    """As one image's worth, as one batch's, and where only the content is known under another name."""
+    model = tiny_model(model_type=family)
+    own = model(**BATCH, request=GroupRequest()).queries
+    assert len(own) == model.query_count == 7
+
+    def of_batch(part):
+        return None if part is None else part.expand(2, -1, -1)
+
+    groups = {"again": own, "of each image": Queries(*map(of_batch, (own.content, own.position, own.anchors)))}
+    groups["without anchors"] = Queries(own.content, own.position)
+    first, *others = model(**BATCH, request=request_for(groups, maps=True)).groups.values()
+    assert len(others) == 3
+    for other in others:
+        close(other.logits, first.logits)
+        close(other.boxes, first.boxes)
+
+
+def test_maps_are_distributions_over_the_image(family):
+    model = tiny_model(model_type=family)
+    output = model(**padded_batch(3), request=request_for(further_queries(model), maps=True))
+    assert output.memory_mask.dtype == torch.bool and output.memory_mask.shape[0] == 3
+    padding = ~output.memory_mask.flatten(1)
+    assert padding.any() and not padding.all(1).any()
+    for group, queries in ((output.groups[OWN], 7), (output.groups[AUXILIARY], 5)):
+        assert len(group.self_attention) == len(group.cross_attention) == 3
+        for attention in group.self_attention:
+            assert attention.probability.shape[2:] == (queries, queries)
+        grids = [m if isinstance(m, AttentionMap) else m.on_grid(output.memory_mask) for m in group.cross_attention]
+        for attention in grids:
+            assert attention.probability.shape[0] == 3
+            assert attention.probability.shape[2:] == (queries, output.memory_mask[0].numel())
+            assert attention.probability.masked_select(padding[:, None, None]).max() == 0
+        for attention in (*group.self_attention, *grids):
+            assert attention.log.dtype == attention.probability.dtype == torch.float32
+            assert attention.log.isfinite().all()
+            close(attention.log.exp(), attention.probability)
+            close(attention.probability.sum(-1), torch.ones_like(attention.probability[..., 0]))
+        assert (group.cross_attention[0][-1] - group.cross_attention[1][-1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("asked", ["self_attention", "cross_attention"])
+def test_only_what_is_asked_for_is_returned(family, asked):
+    group = tiny_model(model_type=family)(**BATCH, request=GroupRequest(**{asked: True})).groups[OWN]
+    given = {name for name in ("self_attention", "cross_attention") if getattr(group, name) is not None}
+    assert given == {asked}
+
+
+def test_predictions_leave_autocast_in_full_precision(family):
+    """In bfloat16 a small object's box would be off by a tenth of its size."""
+    model = tiny_model(model_type=family)
+    exact = model(**BATCH, request=request_for(further_queries(model), maps=True)).groups
+    with torch.autocast("cpu", torch.bfloat16):
+        groups = model(**BATCH, request=request_for(further_queries(model), maps=True)).groups
+    for name, group in groups.items():
+        for kind in ("logits", "boxes"):
+            values = getattr(group, kind)
+            assert values.dtype == torch.float32
+            rounded = (values == values.bfloat16().float()).float().mean()
+            assert rounded < 0.1, f"{name}'s {kind} were computed in bfloat16"
+            close(values, getattr(exact[name], kind), 0.2)
+        for attention in (*group.self_attention, *group.cross_attention):
+            assert all(part.dtype == torch.float32 for part in attention)
+            total = attention[-1].sum(-1)  # probabilities, or weights of places
+            close(total, torch.ones_like(total), 1e-4)
+
+
+# gradient
+
+
+def test_gradient_reaches_own_queries_and_none_that_were_detached(family):
+    model = tiny_model(model_type=family).train()
+    given = further_queries(model)[AUXILIARY]
+    leaves = [part.requires_grad_() for part in (given.position, given.anchors) if part is not None]
+    for request in (request_for({AUXILIARY: given.detach()}), request_for({AUXILIARY: given})):
+        model(**BATCH, request=request).groups[AUXILIARY].boxes.sum().backward()
+        reached = [leaf.grad is not None and bool(leaf.grad.abs().sum() > 0) for leaf in leaves]
+        assert all(reached) if request.queries[AUXILIARY] is given else not any(reached)
+    model.zero_grad()
+    model(**BATCH, request=GroupRequest()).groups[OWN].boxes.sum().backward()
+    for name, parameter in model.named_parameters():
+        if model.role_of(name) == QUERIES:
+            assert parameter.grad.abs().sum() > 0
+
+
+def test_checkpointing_gives_the_same_gradient_of_maps_and_predictions(family):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(model_type=family).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        output = model(**BATCH, request=request_for(further_queries(model), maps=True))
+        loss = 0
+        for group in output.groups.values():
+            loss = loss + group.logits.square().sum() + group.boxes.sum()
+            maps = (*group.self_attention, *group.cross_attention)
+            loss = loss + sum(part[..., 0].square().sum() for attention in maps for part in attention[-1:])
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        close(gradients[1][name], gradient, 1e-4)
+    with pytest.raises(ValueError, match="use_reentrant"):
+        tiny_model(model_type=family).activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_what_trains_gets_a_gradient_and_what_loads_trains_the_same(family, tmp_path):
+    """Distributed training waits for the gradient of whatever trains."""
+    model = tiny_model(model_type=family).train()
+    group = model(**BATCH, request=GroupRequest()).groups[OWN]
+    (group.logits.sum() + group.boxes.sum()).backward()
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not {name for name in trains if model.get_parameter(name).grad is None}
+    model.requires_grad_(False)
+    model.freeze()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trains
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trains
+    for role in ROLES:
+        model.freeze_part(role)
+        left = {name for name, p in model.named_parameters() if p.requires_grad}
+        trains -= {name for name in trains if model.role_of(name) == role}
+        assert left == trains
+    assert not trains
+
+
+def test_every_parameter_plays_one_role(family):
+    model = tiny_model(model_type=family)
+    assert set(model.parts) == set(ROLES)
+    seen = set()
+    for name, _ in model.named_parameters():
+        roles = [role for role, prefixes in model.parts.items() if name.startswith(prefixes)]
+        assert roles == [model.role_of(name)], name
+        seen |= set(roles)
+    assert seen == set(ROLES)
+    model.query_adapters[AUXILIARY] = LearnedQueries(model.new_queries(4))
+    adapters = [name for name, _ in model.named_parameters() if name.startswith(ADAPTERS)]
+    assert adapters and all(model.role_of(name) is None for name in adapters)
+
+
+# queries
+
+
+def test_static_queries_are_those_of_a_forward_pass(family):
+    model = tiny_model(model_type=family)
+    static, of_batch = model.static_queries(), model(**BATCH, request=GroupRequest()).queries
+    assert (of_batch.anchors is None) == (model.anchor_size == 0)
+    if of_batch.anchors is not None:
+        assert of_batch.anchors.shape[-1] == model.anchor_size
+        assert of_batch.anchors.min() >= 0 and of_batch.anchors.max() <= 1
+    if static is None:
+        assert any(part is not None and part.dim() == 3 for part in (of_batch.content, of_batch.anchors))
+        return
+    for part, other in zip(vars(static).values(), vars(of_batch).values(), strict=True):
+        assert (part is None) == (other is None)
+        if part is not None:
+            close(part, other)
+    with torch.autocast("cpu", torch.bfloat16):  # the teacher's are read within a training step
+        assert all(part is None or part.dtype == torch.float32 for part in vars(model.static_queries()).values())
+
+
+def test_new_queries_are_learned_in_a_further_group(family):
+    torch.manual_seed(0)
+    model = tiny_model(model_type=family).train()
+    queries = model.new_queries(6)
+    assert len(queries) == 6
+    model.query_adapters[AUXILIARY] = LearnedQueries(queries)
+    group = model(**BATCH, request=request_for({AUXILIARY: None})).groups[AUXILIARY]
+    assert group.logits.shape == (3, 2, 6, group.logits.shape[-1])
+    group.boxes.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.query_adapters.parameters())
+    assert list(model.query_adapters.parameters())
+
+
+@pytest.mark.parametrize("known", ["content", "position", "both"])
+def test_queries_of_another_family_and_width_are_taken(family, known):
+    """Content alone, position alone, both; anchors of two or four numbers, for whoever uses them."""
+    model = tiny_model(model_type=family)
+    content, position = random_queries(5, 48, seed=1).position, random_queries(5, 48, seed=2).position
+    content, position = None if known == "position" else content, None if known == "content" else position
+    model.query_adapters[AUXILIARY] = QueryAdapter(48, model.width)
+    generator = torch.Generator().manual_seed(0)
+    for anchors in (None, torch.rand(5, 2, generator=generator), torch.rand(2, 5, 4, generator=generator)):
+        if anchors is not None and model.anchor_size > anchors.shape[-1]:
+            continue
+        group = model(**BATCH, request=request_for({AUXILIARY: Queries(content, position, anchors)})).groups[AUXILIARY]
+        assert group.logits.shape[:3] == (3, 2, 5) and group.logits.isfinite().all() and group.boxes.isfinite().all()
+
+
+# what is saved
+
+
+def test_saved_model_is_a_plain_stock_checkpoint(family, tmp_path):
+    model = tiny_model(model_type=family)
+    model.query_adapters[AUXILIARY] = QueryAdapter(16, model.width)
+    model.save_pretrained(tmp_path)
+    stock = type(model).stock_class
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [stock.__name__]
+    stock_twin(model).save_pretrained(tmp_path / "twin")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "twin"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not any(ADAPTERS in name for name in ours)
+    loaded = AutoModelForObjectDetection.from_pretrained(tmp_path)
+    assert type(loaded) is stock
+    before = model(**BATCH)
+    assert torch.equal(loaded(**BATCH).logits, before.logits)
+    assert torch.equal(loaded(**BATCH).pred_boxes, before.pred_boxes)
+    again = load_detector(str(tmp_path))
+    assert type(again) is FAMILIES[family] and torch.equal(again(**BATCH).logits, before.logits)
+
+
+def test_stock_twin_shares_tensors(family):
+    model = tiny_model(model_type=family)
+    stock = model.to_stock()
+    assert type(stock) is type(model).stock_class
+    assert torch.equal(stock(**BATCH).logits, model(**BATCH).logits)
+    ours = {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert {name: p.data_ptr() for name, p in stock.named_parameters()} == ours
+
+
+def test_precision_of_a_loaded_model(family, tmp_path):
+    """`from_pretrained` would keep a checkpoint's; what is asked for, under either name, counts."""
+    tiny_model(model_type=family).half().save_pretrained(tmp_path)
+    for options, dtype in (
+        ({}, torch.float32),
+        ({"dtype": torch.bfloat16}, torch.bfloat16),
+        ({"torch_dtype": torch.bfloat16}, torch.bfloat16),
+        ({"dtype": "auto"}, torch.float16),
+    ):
+        model = FAMILIES[family].from_pretrained(tmp_path, **options)
+        assert model.dtype == dtype and all(p.dtype == dtype for p in model.parameters()), options
+
+
+def test_a_head_of_other_classes_starts_afresh(family, tmp_path):
+    model = tiny_model(model_type=family)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    options = {"id2label": {i: f"class {i}" for i in range(5)}, "ignore_mismatched_sizes": True}
+    loaded = type(model).from_pretrained(tmp_path, **options)
+    fresh = type(model)(loaded.config)
+    theirs, started = model.state_dict(), fresh.state_dict()
+    different = {name for name, value in loaded.state_dict().items() if value.shape != theirs[name].shape}
+    assert different and all(loaded.role_of(name) == "heads" for name in different)
+    for name, value in loaded.state_dict().items():
+        if name not in different:
+            assert torch.equal(value, theirs[name]), name
+        elif name.endswith("bias"):  # within the spread of start values, not of a model that was perturbed
+            close(value, started[name], 0.5)
+    logits = loaded(**BATCH, request=GroupRequest()).groups[OWN].logits
+    assert loaded.criterion().scores.classes(logits) == 5
+
+
+def test_classes_that_are_kept_score_as_before(family, tmp_path):
+    """And no object, where a family has it; another order too; saved and loaded again."""
+    model = tiny_model(model_type=family)
+    before = model(**BATCH, request=GroupRequest()).groups[OWN].logits
+    scores, further = model.criterion().scores, before.shape[-1] - 3
+    model.keep_classes(torch.tensor([2, 0]), ["triangle", "circle"])
+    after = model(**BATCH, request=GroupRequest()).groups[OWN].logits
+    assert model.class_names == ["triangle", "circle"] and scores.classes(after) == 2
+    close(after, before[..., [2, 0, *range(3, 3 + further)]])
+    model.save_pretrained(tmp_path)
+    loaded = load_detector(str(tmp_path))
+    assert loaded.class_names == ["triangle", "circle"] and loaded.config.num_labels == 2
+    close(loaded(**BATCH, request=GroupRequest()).groups[OWN].logits, after)
+
+
+def test_inheriting_all_parts_gives_the_teachers_outputs(family):
+    """A student of the teacher's own shape and of half its depth, in another order of classes."""
+    teacher = tiny_model(1, family, decoder_layers=4)
+    student = tiny_model(2, family, decoder_layers=4)
+    copied, skipped = inherit(student, teacher, ROLES, torch.arange(3), [0, 1, 2, 3])
+    assert not skipped and set(copied) == set(student.state_dict())
+    assert torch.equal(student(**BATCH).logits, teacher(**BATCH).logits)
+    shallow = tiny_model(2, family, decoder_layers=2)
+    copied, skipped = inherit(shallow, teacher, ROLES, torch.arange(3), [1, 3])
+    assert not skipped and {name for name, _ in shallow.named_parameters()} <= set(copied)
+    sources = {name: shallow.source_of(name, [1, 3]) for name in copied}
+    assert any(name != source for name, source in sources.items())
+    assert not any(name != source and shallow.role_of(name) != DECODER for name, source in sources.items())
+    theirs = teacher.state_dict()
+    assert all(torch.equal(value, theirs[sources[name]]) for name, value in shallow.state_dict().items())
+
+
+# the loss
+
+
+def test_assignment_is_the_cheapest(family):
+    """Against all permutations; images with no object and with more than there are queries among them."""
+    model = tiny_model(model_type=family, num_queries=4)
+    group = model(**padded_batch(3), request=GroupRequest()).groups[OWN]
+    targets, criterion = targets_of(random_labels([3, 0, 5])), model.criterion()
+    assignment = criterion.assign(group, targets)
+    assert assignment.shape == (3, 3, 4) and assignment.dtype == torch.int64
+    cost = criterion.problem(criterion.scores.probabilities(group.logits), group.boxes, targets, "student").cost
+    for layer in range(3):
+        for image, count in enumerate([3, 0, 5]):
+            held = assignment[layer, image]
+            objects = held[held != NO_OBJECT].tolist()
+            assert len(objects) == len(set(objects)) == min(count, 4) and all(index < count for index in objects)
+            if not count:
+                continue
+            costs = cost[layer, image, :, :count].tolist()
+            total = sum(costs[query][index] for query, index in enumerate(held.tolist()) if index != NO_OBJECT)
+            assert total == pytest.approx(slow_reference.brute_force_cost(costs), abs=1e-5)
+
+
+def test_losses_equal_the_stock_loss(family):
+    """Term by term what `labels` give in the stock class, of the last layer."""
+    model, labels = tiny_model(model_type=family), random_labels([2, 3])
+    stock = stock_twin(model)(**BATCH, labels=labels)
+    group, targets = model(**BATCH, request=GroupRequest()).groups[OWN], targets_of(labels)
+    criterion = model.criterion()
+    losses = criterion.losses(group, targets, criterion.assign(group, targets))
+    normalisers = criterion.normalisers([2, 3], model.query_count)
+    means = {name: value[-1] / normalisers[name] for name, value in losses.items()}
+    for ours, theirs in (("class", "loss_ce"), ("l1", "loss_bbox"), ("giou", "loss_giou")):
+        torch.testing.assert_close(means[ours], stock.loss_dict[theirs], rtol=1e-4, atol=1e-5)
+    assert criterion.weights["l1"] == 5 and criterion.weights["giou"] == 2
+    total = sum(criterion.weights[name] * value for name, value in means.items())
+    if criterion.weights["class"] == 1:  # Transformers weighs Conditional DETR's class loss with 1, its authors with 2
+        torch.testing.assert_close(total, stock.loss, rtol=1e-4, atol=1e-5)
+    close(model(**BATCH, labels=labels).loss, stock.loss)
+
+
+# what stands beside it
+
+
+def test_image_processor_and_pipeline_are_the_familys(family, tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    model = tiny_model(model_type=family)
+    processor = load_image_processor(None, 64, 64, family)
+    assert type(processor).__name__ == IMAGE_PROCESSOR_MAPPING_NAMES[family]["pil"]
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path, backend="pil")) is type(processor)
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    found = pipeline("object-detection", model=str(tmp_path), image_processor=processor, threshold=0.0)(image)
+    group = model(**processor(images=image, return_tensors="pt"), request=GroupRequest()).groups[OWN]
+    best = model.criterion().scores.probabilities(group.logits[-1]).max()
+    assert found and {row["label"] for row in found} <= set(model.class_names)
+    assert max(row["score"] for row in found) == pytest.approx(float(best.detach()), abs=1e-4)
+
+
+def test_what_people_read_of_a_family(family):
+    model_class = FAMILIES[family]
+    assert model_class.title and model_class.tag and model_class.citation.startswith("@")
+    assert model_class.stock_class.config_class.model_type == family
+    assert model_class.anchor_size in (0, 2, 4)
+    model = tiny_model(model_type=family)
+    assert model.class_names == ["circle", "rectangle", "triangle"]
+    assert not model.skips_layers

@@ -1,0 +1,39 @@
+"""The ground truth of a batch as one tensor, and back."""
+
+import torch
+
+from d3etr_hf.outputs import Targets
+from d3etr_hf.outputs.targets import pack
+from tests.tiny import random_labels, targets_of
+
+
+def test_packing_and_unpacking_lose_nothing():
+    labels = random_labels([2, 0, 3, 1], classes=5)
+    packed = pack(labels)
+    assert packed.dtype == torch.float32 and packed.shape == (4, 3, 5)
+    targets = Targets.from_packed(packed, [2, 0, 3, 1])
+    assert targets.counts == [2, 0, 3, 1] and targets.class_labels.dtype == torch.int64
+    for image, label in enumerate(labels):
+        count = len(label["class_labels"])
+        assert torch.equal(targets.class_labels[image, :count], label["class_labels"])
+        assert torch.equal(targets.boxes[image, :count], label["boxes"])
+
+
+def test_packing_pads_with_harmless_boxes():
+    targets = targets_of(random_labels([2, 0, 1]))
+    assert targets.boxes.shape == (3, 2, 4)
+    whole = torch.tensor([0.5, 0.5, 1.0, 1.0])
+    assert torch.equal(targets.boxes[1], whole.expand(2, 4)) and torch.equal(targets.boxes[2, 1], whole)
+    assert (targets.class_labels[1] == 0).all() and targets.class_labels[2, 1] == 0
+
+
+def test_a_batch_without_any_object():
+    packed = pack(random_labels([0, 0]))
+    assert packed.shape == (2, 0, 5)
+    assert Targets.from_packed(packed, [0, 0]).boxes.shape == (2, 0, 4)
+
+
+def test_large_labels_survive_float32():
+    """Class numbers beyond what half precision holds exactly; float32 holds every one below 2 ** 24."""
+    label = {"class_labels": torch.tensor([2**24 - 1, 4097]), "boxes": torch.rand(2, 4)}
+    assert targets_of([label]).class_labels.tolist() == [[2**24 - 1, 4097]]
