@@ -198,6 +198,5 @@ def test_sampled_attention_lies_where_its_places_are():
     output = DetectorOutput(groups={OWN: group}, queries=Queries(content=torch.zeros(1, 4)), memory_mask=mask)
     expected = torch.zeros(1, 3, 4)
     expected[0, 1, 2], expected[0, 2, 0] = 0.75, 0.25
-    # a hundredth of the weight lies evenly over the image's twelve cells
     expected = (expected + EVENLY / 12) / (1 + EVENLY)
     torch.testing.assert_close(memory_maps(output, 0, 0), expected)
