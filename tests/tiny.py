@@ -76,6 +76,12 @@ def targets_of(labels: list[dict[str, torch.Tensor]]) -> Targets:
     return Targets.from_packed(pack(labels), [len(label["class_labels"]) for label in labels])
 
 
+def normalisers_of(criterion, objects: list[int], queries: int) -> dict[str, float]:
+    """What a criterion divides by, for images of so many objects in one batch on one process."""
+    counts = sum(objects), sum(min(count, queries) for count in objects), len(objects) * queries
+    return {name: float(value) for name, value in criterion.normalisers(*map(torch.tensor, counts)).items()}
+
+
 def padded_batch(batch: int = 2, size: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random pixels; every image but the first is padded at the right and at the bottom."""
     generator = torch.Generator().manual_seed(seed)

@@ -197,6 +197,10 @@ class ToyDetector(Detector, ToyForObjectDetection):
         sizes = torch.full((count, 2), 0.3)
         return Queries(content=torch.randn(count, self.width), anchors=torch.cat([torch.rand(count, 2), sizes], -1))
 
+    @property
+    def backbone_module(self) -> nn.Module:
+        return self.stem
+
     def prepare_attention(self) -> None:
         pass
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
-from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.models.loading import image_processor_of, load_detector
 from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
 
 
@@ -61,7 +61,7 @@ def measure_costs(models: list[str], height: int = 480, width: int = 640, use_cp
     for path in models:
         detector = load_detector(path)
         torch.nn.Module.to(detector.eval(), device)
-        processor = load_image_processor(path) or load_image_processor(None)
+        processor = image_processor_of(detector.config.model_type, path)
         pixel_values = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"].to(device)
         costs[path] = count_cost(detector, pixel_values)
         timed[path] = (detector.to_stock(), pixel_values)

@@ -13,7 +13,7 @@ from typing import Any
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments, load_splits
-from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.models.loading import image_processor_of, load_detector
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.runs.output_folder import refuse_split_launch, write_json
 from d3etr_hf.training.teacher import with_classes_of
@@ -60,7 +60,7 @@ def evaluate_detector(
     )
     refuse_split_launch(training_arguments)
     detector = load_detector(model)
-    processor: Any = load_image_processor(model) or load_image_processor(None)
+    processor: Any = image_processor_of(detector.config.model_type, model)
     _, val = load_splits(data_arguments, processor)
     detector = with_classes_of(detector, val.class_names, "model")
     trainer = D3etrTrainer(model=detector, args=training_arguments, eval_dataset=val, processing_class=processor)

@@ -13,9 +13,11 @@ from d3etr_hf.models.loading import (
     ModelArguments,
     TeacherArguments,
     build_model,
+    image_processor_of,
     inherit_from_teacher,
     load_detector,
     load_image_processor,
+    model_type_of,
     read_model_options,
 )
 from d3etr_hf.publishing.card import CardArguments
@@ -110,7 +112,7 @@ def build_trainer(
     """The trainer of a run from its seed on: data, student, teacher, and what the student inherits."""
     set_seed(training_arguments.seed)
     source = model_arguments.model or teacher_arguments.teacher
-    processor = load_image_processor(source) or load_image_processor(None)
+    processor = image_processor_of(model_type_of(model_arguments), source)
     train, val = load_splits(data_arguments, processor)
     model = build_model(model_arguments, train.class_names)
     teacher = teacher_processor = None

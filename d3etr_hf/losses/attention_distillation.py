@@ -61,7 +61,8 @@ def cross_attention_distillation(
 ) -> torch.Tensor:
     """D(teacher's row || student's row) of matched queries over the memory; padded tokens carry no mass.
 
-    Where the memories' grids differ the teacher's map is resampled to the student's, image by image. Sampled attention
+    Where the memories' grids differ the teacher's map is resampled to the student's, image by image; on one and the
+    same grid, what the teacher sees where the student has padding is left out. Sampled attention
     is put on the student's grid first.
 
     Args:
@@ -79,6 +80,7 @@ def cross_attention_distillation(
     dense_teacher, dense_student = _dense(teacher, student_memory_mask), _dense(student, student_memory_mask)
     same_grid = teacher_memory_mask.shape == student_memory_mask.shape
     keys = student_memory_mask.flatten(1).sum(-1)[:, None, None]
+    on_image = student_memory_mask.flatten(1)[:, None, None]
     terms = []
     for layer, (teacher_map, student_map) in enumerate(_same_heads(dense_teacher, dense_student)):
         order = None if pairs.identity else pairs.teacher[layer]
@@ -89,6 +91,9 @@ def cross_attention_distillation(
         if pairs.student.shape[-1] < student_map.log.shape[2]:
             student_map = AttentionMap(*(_rows(form, pairs.student[layer]) for form in student_map))
         target = teacher_map.probability if order is None else _rows(teacher_map.probability, order)
+        if same_grid:
+            # one grid may hold two ideas of what is padding: there the student has no mass, and its logarithm no bound
+            target = target * on_image
         terms.append(_divergence(teacher_map, target, student_map, keys, divergence))
         rows = target.shape[1] * target.shape[2]
     return torch.stack(terms) / (rows * images)

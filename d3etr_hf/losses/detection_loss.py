@@ -7,7 +7,6 @@ world size once too often).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,14 +57,15 @@ class DetectionCriterion(ABC):
             `(L,)`.
         """
 
-    def normalisers(self, objects: Sequence[int], queries: int) -> dict[str, float]:
-        """What each term's sum is divided by, as a sum over images, so that batches and processes add up.
+    def normalisers(self, objects: torch.Tensor, held: torch.Tensor, queries: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What each term's sum is divided by: linear in its arguments, so that batches and processes add up.
 
         Args:
-            objects: ground-truth objects of each image.
-            queries: N, of the group.
+            objects: ground-truth objects of the whole step (divided, as all three, by the number of processes).
+            held: those of them that find a query: no image has more than its queries.
+            queries: queries of all images of the step.
         """
-        return dict.fromkeys(TERMS, float(sum(objects)))
+        return dict.fromkeys(TERMS, objects)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -167,7 +167,5 @@ class CrossEntropyCriterion(DetectionCriterion):
         entropy = -logits.log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
         return (torch.where(holds_object, 1.0, self.no_object_weight) * entropy).sum(dim=(1, 2))
 
-    def normalisers(self, objects: Sequence[int], queries: int) -> dict[str, float]:
-        held = [min(count, queries) for count in objects]
-        of_classes = sum(count + self.no_object_weight * (queries - count) for count in held)
-        return super().normalisers(objects, queries) | {"class": float(of_classes)}
+    def normalisers(self, objects: torch.Tensor, held: torch.Tensor, queries: torch.Tensor) -> dict[str, torch.Tensor]:
+        return super().normalisers(objects, held, queries) | {"class": held + self.no_object_weight * (queries - held)}

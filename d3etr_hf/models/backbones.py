@@ -1,5 +1,7 @@
 """Pretrained weights for the backbone of a new detector."""
 
+from typing import Any
+
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -19,7 +21,8 @@ def load_backbone_weights(model: Detector, path: str) -> None:
     Raises:
         DetectorLoadError: they cannot be read, or are of another architecture.
     """
-    backbone, config = model.model.backbone.model, model.config.backbone_config
+    backbone: Any
+    backbone, config = model.backbone_module, model.config.backbone_config
     if config.model_type == "timm_backbone":
         raise DetectorLoadError(
             f"backbone_weights {path!r} go into a backbone of Transformers' own, and model_config has a timm "

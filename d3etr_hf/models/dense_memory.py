@@ -133,6 +133,19 @@ class DenseMemoryDetector(Detector):
         dropout = self.config.decoder_layerdrop
         return f"decoder_layerdrop is {dropout}" if dropout > 0 else None
 
+    @property
+    def backbone_module(self) -> nn.Module:
+        return self.model.backbone.model
+
+    @classmethod
+    def check_config(cls, config) -> None:
+        for name in ("encoder_attention_heads", "decoder_attention_heads"):
+            heads = getattr(config, name)
+            if heads < 1 or config.d_model % heads:
+                raise ValueError(f"d_model {config.d_model} must be a multiple of {name}, which is {heads}")
+        if config.d_model % 4:
+            raise ValueError(f"d_model {config.d_model} must be a multiple of 4, for its sine embeddings")
+
     def prepare_attention(self) -> None:
         layers = self.model.decoder.layers
         self_attention = [layer.self_attn for layer in layers]
@@ -175,7 +188,7 @@ class DenseMemoryDetector(Detector):
 
     def freeze(self) -> None:
         """All train but a ResNet's stem and first stage, and backbone stages after the last that is read."""
-        freeze_backbone_as_detr(self, self.model.backbone.model, self.config.backbone_config)
+        freeze_backbone_as_detr(self, self.backbone_module, self.config.backbone_config)
 
     def source_of(self, name: str, layer_map: list[int]) -> str:
         prefix = "model.decoder.layers."

@@ -110,6 +110,14 @@ class Detector(StockModel):
             layer_map: the teacher's decoder layer (from 0) for each of the student's.
         """
 
+    @classmethod
+    def check_config(cls, config) -> None:
+        """Refuse values with which Transformers would build a model that fails in its first forward pass.
+
+        Raises:
+            ValueError: the message names the field and its value.
+        """
+
     # what of its configuration others may ask
 
     @property
@@ -136,6 +144,11 @@ class Detector(StockModel):
     def backbone_type(self) -> str:
         """What Transformers calls the backbone: its `model_type`."""
         return self.config.backbone_config.model_type
+
+    @property
+    @abstractmethod
+    def backbone_module(self) -> nn.Module:
+        """The backbone as a model of its own, into which pretrained weights go."""
 
     @property
     def class_names(self) -> list[str]:
@@ -181,14 +194,19 @@ class Detector(StockModel):
         """
         if request is None:
             return super().forward(pixel_values, pixel_mask, *args, **kwargs)
+        if args or kwargs:
+            raise TypeError(
+                f"with a request forward takes pixel_values and pixel_mask only, and got {[*args, *kwargs]}"
+            )
         return self.forward_groups(pixel_values, pixel_mask, request)
 
     def queries_of_groups(self, own: Queries, request: GroupRequest) -> dict[str, Queries]:
         """The model's own queries and those of the request, carried into its width, by the group's name."""
-        further = {
-            name: self.query_adapters[name](queries) if name in self.query_adapters else queries
-            for name, queries in request.queries.items()
-        }
+        further = {}
+        for name, queries in request.queries.items():
+            if queries is None and name not in self.query_adapters:
+                raise ValueError(f"the query group {name!r} was given no queries, and the model holds none of its own")
+            further[name] = self.query_adapters[name](queries) if name in self.query_adapters else queries
         return {OWN: own} | further
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, *args, **kwargs) -> None:

@@ -4,12 +4,13 @@ import importlib.util
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, PreTrainedConfig
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
@@ -30,6 +31,8 @@ FAMILIES: dict[str, type[Detector]] = {
 }
 # of a model_config that names none
 DEFAULT_FAMILY = "conditional_detr"
+# what an image processor of one family hands on to one of another
+SHARED_SETTINGS = ("size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 INHERITABLE_PARTS = tuple(role for role in ROLES if role != "backbone")
 
 
@@ -83,15 +86,7 @@ def load_detector(path: str, role: str = "model") -> Detector:
     Raises:
         DetectorLoadError: nothing there, no detector, another family, tensors missing, or timm is needed and absent.
     """
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise DetectorLoadError(f"{role} {path!r}: there is no such folder, and it is no Hub id (owner/name)")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise DetectorLoadError(
-            f"{role} {path!r}: no model configuration could be read from there ({error}); give a folder with a "
-            "config.json, or the id of a model on the Hub"
-        ) from error
+    config = _read_config(path, f"{role} {path!r}")
     family = _family(config.model_type, f"{role} {path!r}")
     if not any("ForObjectDetection" in name for name in config.architectures or ()):
         raise DetectorLoadError(
@@ -112,6 +107,18 @@ def load_detector(path: str, role: str = "model") -> Detector:
             f"{sorted(info['missing_keys'])[:3]}; copy or download it again"
         )
     return model
+
+
+def _read_config(path: str, what: str) -> PreTrainedConfig:
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise DetectorLoadError(f"{what}: there is no such folder, and it is no Hub id (owner/name)")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise DetectorLoadError(
+            f"{what}: no model configuration could be read from there ({error}); give a folder with a config.json, or "
+            "the id of a model on the Hub"
+        ) from error
 
 
 def _family(model_type: str, what: str) -> type[Detector]:
@@ -161,7 +168,7 @@ def _new_model(options, class_names: list[str], place: str) -> Detector:
             **options, id2label=id2label, label2id={name: index for index, name in id2label.items()}
         )
         _refuse_missing_timm(config, place)
-        _refuse_uneven_heads(config, place)
+        FAMILIES[model_type].check_config(config)
         return FAMILIES[model_type](config)
     except DetectorLoadError:
         raise
@@ -171,9 +178,41 @@ def _new_model(options, class_names: list[str], place: str) -> Detector:
         ) from error
 
 
+def model_type_of(arguments: ModelArguments) -> str:
+    """The family of the model to train, as Transformers calls it, before it is loaded or built.
+
+    Raises:
+        DetectorLoadError: no model configuration could be read.
+    """
+    if arguments.model is not None:
+        return _read_config(arguments.model, f"model {arguments.model!r}").model_type
+    options = read_model_options(arguments)
+    return options.get("model_type", DEFAULT_FAMILY) if isinstance(options, dict) else DEFAULT_FAMILY
+
+
+def image_processor_of(
+    model_type: str, source: str | None, short_side: int | None = None, long_side: int | None = None
+) -> Any:
+    """The image processor of a family's model: as the one saved beside a checkpoint is set, else a new one.
+
+    It is of the family's own class even where the checkpoint is of another (a teacher's): whoever loads a model reads
+    its scores with it.
+
+    Args:
+        model_type: the family.
+        source: a folder or Hub id; None for a new one.
+        short_side, long_side: the size in pixels to resize to, instead of the saved one.
+    """
+    own = load_image_processor(None, short_side, long_side, model_type)
+    theirs = None if source is None else load_image_processor(source, short_side, long_side)
+    if theirs is None or type(theirs) is type(own):
+        return theirs or own
+    return type(own)(**{name: getattr(theirs, name) for name in SHARED_SETTINGS})
+
+
 def load_image_processor(
     path: str | None, short_side: int | None = None, long_side: int | None = None, model_type: str = DEFAULT_FAMILY
-) -> BaseImageProcessor | None:
+) -> Any:
     """The image processor saved beside a checkpoint (None if there is none), or a new one where `path` is None.
 
     Args:
@@ -185,8 +224,6 @@ def load_image_processor(
     """
     size = {} if short_side is None else {"size": {"shortest_edge": short_side, "longest_edge": long_side}}
     if path is None:
-        import transformers
-
         return getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["pil"])(**size)
     try:
         return AutoImageProcessor.from_pretrained(path, backend="pil", **size)
@@ -252,18 +289,6 @@ def check_model_options(options, place: str) -> None:
     backbone_class = CONFIG_MAPPING[backbone["model_type"]]
     if unknown := sorted(set(backbone) - set(backbone_class().to_dict()) - set(backbone_class.attribute_map)):
         raise DetectorLoadError(f"{place}: backbone_config: {backbone_class.__name__} has no {unknown}")
-
-
-def _refuse_uneven_heads(config: PreTrainedConfig, place: str) -> None:
-    """Transformers would build such a model and fail in its first forward pass."""
-    for name in ("encoder_attention_heads", "decoder_attention_heads"):
-        heads = getattr(config, name)
-        if heads < 1 or config.d_model % heads:
-            raise DetectorLoadError(
-                f"{place}: d_model {config.d_model} must be a multiple of {name}, which is {heads}"
-            )
-    if config.d_model % 4:
-        raise DetectorLoadError(f"{place}: d_model {config.d_model} must be a multiple of 4, for its sine embeddings")
 
 
 def _refuse_other_classes(config: PreTrainedConfig, class_names: list[str], what: str) -> None:

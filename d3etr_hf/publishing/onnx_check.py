@@ -14,7 +14,7 @@ from d3etr_hf.data import DataArguments, DetectionCollator, load_splits
 from d3etr_hf.errors import OnnxExportError
 from d3etr_hf.evaluation.timing import seconds_of
 from d3etr_hf.models.detector import Detector
-from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.models.loading import image_processor_of, load_detector
 from d3etr_hf.outputs.boxes import centre_to_corners
 from d3etr_hf.publishing.onnx_export import (
     AXES,
@@ -77,7 +77,7 @@ def export_and_check(
     path = _output_path(folder, output)
     data_arguments = data_arguments or _data_of_run(Path(folder))
     detector = load_detector(folder)
-    processor = load_image_processor(folder) or load_image_processor(None)
+    processor = image_processor_of(detector.config.model_type, folder)
     metadata = describe_for_onnx(detector, processor)  # first: the data arguments may set another size
     _, val = load_splits(data_arguments, processor)
     examples = [val[index] for index in range(min(check_images, len(val)))]

@@ -14,7 +14,7 @@ from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
 from d3etr_hf.errors import PublishError
 from d3etr_hf.models.detector import Detector
-from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.models.loading import image_processor_of, load_detector, load_image_processor
 from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
 from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, RENAMED_OPTIONS, D3etrTrainingArguments
 
@@ -137,8 +137,8 @@ def load_run(folder: Path, data_arguments: DataArguments | None = None, teacher:
     configuration = read_configuration(folder)
     moved = data_arguments is not None
     data_arguments = merged_data_arguments(configuration, data_arguments or DataArguments())
-    processor = load_image_processor(str(folder)) or load_image_processor(None)
     student = load_detector(str(folder), "student")
+    processor = image_processor_of(student.config.model_type, str(folder))
     train, val = load_splits(data_arguments, processor)
     teacher = teacher or configuration.get("teacher")
     if teacher is None or teacher == NO_TEACHER:

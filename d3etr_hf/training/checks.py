@@ -3,7 +3,6 @@
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
 
 from d3etr_hf.data import DetectionDataset
 from d3etr_hf.errors import IncompatibleDataError, IncompatibleTeacherError, UnsupportedOptionError
@@ -13,7 +12,7 @@ from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
-def check_models(student: PreTrainedModel, teacher: PreTrainedModel | None, args: D3etrTrainingArguments) -> None:
+def check_models(student: Detector, teacher: Detector | None, args: D3etrTrainingArguments) -> None:
     """Refuse what cannot be distilled.
 
     Raises:
@@ -40,12 +39,12 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel | None, args
             f"the student's {student.skipped_layers}: skipped layers have nothing to match; set it to 0"
         )
     if args.auxiliary_queries == "teacher" and args.auxiliary_reference_points == "teacher":
-        for role, model in (("student", student), ("teacher", teacher)):
-            if model.anchor_size == 0:
-                raise IncompatibleTeacherError(
-                    f"auxiliary_reference_points='teacher': the {role}, a {model.title}, has no reference points; "
-                    "leave the option at 'student'"
-                )
+        if student.anchor_size == 0 or teacher.anchor_size < student.anchor_size:
+            raise IncompatibleTeacherError(
+                f"auxiliary_reference_points='teacher': the teacher, a {teacher.title}, has reference points of "
+                f"{teacher.anchor_size} numbers, the student, a {student.title}, takes {student.anchor_size}; leave "
+                "the option at 'student'"
+            )
 
 
 def check_launch(accelerator: Accelerator, args: D3etrTrainingArguments) -> None:

@@ -26,7 +26,7 @@ class Distillation:
     prediction_normaliser: str = "pairs"
 
     @property
-    def pair_weights(self) -> tuple[float, float, float]:
+    def match_weights(self) -> tuple[float, float, float]:
         """Weights of class, L1 and GIoU between a teacher's prediction and a student's."""
         return self.distillation_class_weight, self.distillation_l1_weight, self.distillation_giou_weight
 

@@ -41,12 +41,14 @@ class Shares:
 
     Attributes:
         images: images of the whole step (all processes, all accumulated batches) / number of processes.
-        detection: for each group and term of its detection loss the criterion's normaliser, counted likewise.
+        objects: ground-truth objects, counted likewise; where the whole step has none they count as one.
+        held: by group, those objects that find a query in it.
         average: the mean of a tensor over processes (the identity on one).
     """
 
     images: torch.Tensor
-    detection: Mapping[str, Mapping[str, torch.Tensor]]
+    objects: torch.Tensor
+    held: Mapping[str, torch.Tensor]
     average: Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -69,10 +71,9 @@ class D3etrObjective:
     ):
         self.options, self.criterion, self.tolerant = options, criterion, tolerant
         self.teacher_criterion = teacher_criterion
-        self.matcher = AdaptiveMatcher(criterion.scores, *options.pair_weights)
+        self.matcher = AdaptiveMatcher(criterion.scores, *options.match_weights)
         averages = options.group_reduction == "mean" and options.auxiliary_queries != "none"
-        scale = options.detection_weight / (2 if averages else 1)
-        self.detection_weights = {term: scale * weight for term, weight in criterion.weights.items()}
+        self.group_weight = options.detection_weight / (2 if averages else 1)
 
     def start_teacher_assignment(self, teacher: TeacherOutput, targets: Targets) -> Callable[[], torch.Tensor] | None:
         """Begin to assign ground truth to the teacher's queries; to be called before the student's forward pass.
@@ -171,18 +172,21 @@ class D3etrObjective:
         return teachers.expand(len(group.boxes), -1, -1)
 
     def _detection_terms(self, student: DetectorOutput, targets: Targets, assignments, shares: Shares) -> Terms:
-        terms = {}
+        terms: Terms = {}
 
-        def add(name: str, group: GroupOutput, assignment: torch.Tensor, counted_as: str, repeats: int = 1) -> None:
+        def add(name: str, group: GroupOutput, assignment: torch.Tensor, weight: float, objects, held) -> None:
+            queries = shares.images * group.boxes.shape[2]
+            normalisers = self.criterion.normalisers(objects, held, queries)
             for term, value in self.criterion.losses(group, targets, assignment).items():
-                normaliser = shares.detection[counted_as][term] * repeats
-                terms[f"{TITLES.get(name, name)}/{term}"] = self.detection_weights[term] * value / normaliser
+                scale = weight * self.criterion.weights[term]
+                terms[f"{TITLES.get(name, name)}/{term}"] = scale * value / normalisers[term]
 
         for name, group in student.groups.items():
-            add(name, group, assignments[name], name)
+            add(name, group, assignments[name], self.group_weight, shares.objects, shares.held[name])
         for name, part in (student.supervised or {}).items():
             assignment = assignments[name] if part.assignment is None else part.assignment
-            add(name, part.group, assignment, OWN, part.repeats or 1)
+            asked = shares.objects * (part.repeats or 1)
+            add(name, part.group, assignment, self.options.detection_weight, asked, asked)
         return terms
 
     def _attention_terms(
@@ -218,7 +222,7 @@ class D3etrObjective:
                 self.criterion.scores,
                 weights[name],
                 totals[name],
-                self.options.pair_weights,
+                self.options.match_weights,
             )
             for name, matched in pairs.items()
         }

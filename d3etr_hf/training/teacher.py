@@ -88,8 +88,9 @@ class Teacher:
             request: which maps to return.
             autocast: makes the context of mixed precision; outside the model's own pass there is none but this.
         """
+        pixel_values = pixels["pixel_values"].to(self.detector.dtype)
         with autocast():
-            output = self.detector(**pixels, request=request)
+            output = self.detector(pixel_values, pixels["pixel_mask"], request=request)
         group = output.groups[OWN]
         last = replace(self._aligned(group, [-1]), self_attention=None, cross_attention=None)
         return TeacherOutput(self._aligned(group, self.layer_map), last, output.queries, output.memory_mask)

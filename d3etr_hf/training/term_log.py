@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import torch
+from transformers import TrainerCallback
 
 PARTS = "parts"
 
@@ -37,3 +38,14 @@ class TermLog:
         steps = means.pop(PARTS)
         self.sums = {}
         return {name: value / steps for name, value in means.items()}
+
+
+class StartAfresh(TrainerCallback):
+    """Lets logs forget, when a training starts, what an earlier one left unread."""
+
+    def __init__(self, *logs: TermLog):
+        self.logs = logs
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for log in self.logs:
+            log.sums = {}

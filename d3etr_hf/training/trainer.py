@@ -11,7 +11,7 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from d3etr_hf.data import DetectionCollator
-from d3etr_hf.errors import NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
+from d3etr_hf.errors import DetectorLoadError, NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
 from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
@@ -21,7 +21,7 @@ from d3etr_hf.training.half_precision import SkippedSteps
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.optimization import keeps_running_statistics, parameter_groups, single_drop
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors
-from d3etr_hf.training.term_log import TermLog
+from d3etr_hf.training.term_log import StartAfresh, TermLog
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -90,7 +90,8 @@ class DistillationTrainer(Trainer):
         self.skipped_steps = SkippedSteps(self.accelerator)
         self.add_callback(self.skipped_steps)
         self._term_log, self._norm_log = TermLog(self._average), TermLog(self._average)
-        self._finite: list[tuple[list[str], torch.Tensor, list[dict]]] = []
+        self.add_callback(StartAfresh(self._term_log, self._norm_log))
+        self._unread: tuple[list[str], torch.Tensor, list[dict]]
         self._evaluated_dataset = None
 
     def _prepare_objective(self) -> None:
@@ -105,12 +106,11 @@ class DistillationTrainer(Trainer):
         """What the whole optimizer step's sums are divided by, per process: Trainer counts tokens, for one tensor.
 
         Returns:
-            Images, then the normalisers of every group and term of the detection loss, in `_normaliser_names`' order.
+            Images, objects, and for each group the objects that find a query in it, in the order of `_group_sizes`.
         """
         objects = [label["objects"] for batch in batch_samples for label in batch["labels"]]
-        counts = [float(len(objects))]
-        for queries in self._group_sizes().values():
-            counts += self.criterion.normalisers(objects, queries).values()
+        held = [sum(min(count, queries) for count in objects) for queries in self._group_sizes().values()]
+        counts = [len(objects), sum(objects), *held]
         return self._average(torch.tensor(counts, dtype=torch.float32, device=device))
 
     def _group_sizes(self) -> dict[str, int]:
@@ -123,14 +123,10 @@ class DistillationTrainer(Trainer):
         return sizes
 
     def _shares(self, counts: torch.Tensor) -> Shares:
-        """The normalisers from their counts; where the whole step has nothing of a kind it counts as one."""
-        counts = torch.where(counts == 0, 1 / self.accelerator.num_processes, counts)
-        images, *normalisers = counts.unbind()
-        terms, detection = list(self.criterion.weights), {}
-        for index, group in enumerate(self._group_sizes()):
-            values = normalisers[index * len(terms) : (index + 1) * len(terms)]
-            detection[group] = dict(zip(terms, values, strict=True))
-        return Shares(images, detection, self._average)
+        """The counts by name; a whole step without an object counts as one, of all processes together."""
+        images, objects, *held = counts.unbind()
+        objects = torch.where(objects == 0, 1 / self.accelerator.num_processes, objects)
+        return Shares(images, objects, dict(zip(self._group_sizes(), held, strict=True)), self._average)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The D3ETR objective instead of the model's own loss; every term is kept for the log."""
@@ -147,7 +143,7 @@ class DistillationTrainer(Trainer):
         sums = {name: term.sum() for name, term in terms.items()}
         values = torch.stack(list(sums.values()))
         # read after the backward pass, so that the device need not be waited for here
-        self._finite.append((list(sums), values.detach().isfinite(), labels))
+        self._unread = list(sums), values.detach().isfinite(), labels
         if model.training:
             # this batch's part of the step: over its processes' mean and its accumulated batches it adds up to one
             part = len(labels) / shares.images
@@ -200,14 +196,12 @@ class DistillationTrainer(Trainer):
 
     def _refuse_non_finite(self) -> None:
         """Raises: NonFiniteLossError for a term that is not finite, unless a gradient scaler passes the step over."""
-        pending, self._finite = self._finite, []
-        if self._scaler is not None:
+        names, finite, labels = self._unread
+        if self._scaler is not None or all(good := finite.tolist()):
             return
-        for names, finite, labels in pending:
-            bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
-            if bad:
-                what = f"loss term {', '.join(bad)} is NaN or infinite"
-                raise NonFiniteLossError(self._divergence_report(what, _image_ids(labels)))
+        bad = [name for name, is_finite in zip(names, good, strict=True) if not is_finite]
+        what = f"loss term {', '.join(bad)} is NaN or infinite"
+        raise NonFiniteLossError(self._divergence_report(what, _image_ids(labels)))
 
     def _divergence_report(self, what: str, image_ids: list[int]) -> str:
         checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
@@ -215,11 +209,6 @@ class DistillationTrainer(Trainer):
         return f"step {self.state.global_step + 1}, image ids {image_ids}: {what}; {kept}"
 
     # logging
-
-    def train(self, *args, **kwargs):
-        """Forgets what an earlier training left unlogged."""
-        self._term_log, self._norm_log, self._finite = TermLog(self._average), TermLog(self._average), []
-        return super().train(*args, **kwargs)
 
     def _keep_for_log(self, sums: dict, terms: dict, statistics: dict, part: torch.Tensor) -> None:
         values = {f"loss/{name}": value.detach() for name, value in sums.items()}
@@ -264,7 +253,18 @@ class DistillationTrainer(Trainer):
                 raise UnsupportedOptionError(f"optim={args.optim!r} makes its own parameter groups: choose another")
             groups = parameter_groups(self.model, args.learning_rate, args.backbone_learning_rate, args.weight_decay)
             self.optimizer = optimizer_class(groups, **options)
+        self._refuse_left_out_parameters()
         return super().create_optimizer(model)
+
+    def _refuse_left_out_parameters(self) -> None:
+        """An optimizer that was made before this trainer knows nothing of the adapters that it adds to the student."""
+        known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        named = self.model.query_adapters.named_parameters(ADAPTERS)
+        if left_out := [name for name, parameter in named if id(parameter) not in known]:
+            raise UnsupportedOptionError(
+                f"the optimizer that was given does not train {left_out}, which this trainer adds to the student: "
+                "pass optimizer_cls_and_kwargs instead of optimizers"
+            )
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """With `learning_rate_drop` the paper's single drop to a tenth; otherwise Trainer's own schedules."""
@@ -299,14 +299,17 @@ class DistillationTrainer(Trainer):
 
     def _average_precision(self, prediction: EvalPrediction) -> dict[str, float]:
         """COCO average precision of the evaluated data set, computed once and sent to every process."""
-        metrics: list = [None]
+        found: list = [None, None]  # metrics and an error: a process that raised alone would leave the others waiting
         if self.is_world_process_zero():
+            detections = torch.as_tensor(prediction.predictions)
             try:
-                detections = torch.as_tensor(prediction.predictions)
-                metrics = [average_precision_of(detections, self._evaluated_dataset, prediction.label_ids)]
+                found[0] = average_precision_of(detections, self._evaluated_dataset, prediction.label_ids)
             except ValueError as error:
-                raise NonFiniteLossError(f"evaluation after step {self.state.global_step}: {error}") from error
-        return broadcast_object_list(metrics)[0]
+                found[1] = str(error)
+        metrics, reason = broadcast_object_list(found)
+        if reason is not None:
+            raise NonFiniteLossError(f"evaluation after step {self.state.global_step}: {reason}")
+        return metrics
 
     # checkpoints: the student is saved as a stock model, in Transformers' published tensor names
 
@@ -326,7 +329,12 @@ class DistillationTrainer(Trainer):
         most of the student would be left at its start values with nothing but a warning.
         """
         model = self.model if model is None else model
-        loaded = type(self.model).from_pretrained(resume_from_checkpoint).state_dict()
+        saved, info = type(self.model).from_pretrained(resume_from_checkpoint, output_loading_info=True)
+        if lost := sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]:
+            raise DetectorLoadError(
+                f"{resume_from_checkpoint} is damaged: {len(lost)} tensors are missing, as {lost[:3]}"
+            )
+        loaded = saved.state_dict()
         wanted = {f"{ADAPTERS}.{name}" for name, _ in self.model.query_adapters.named_parameters()}
         extra = Path(resume_from_checkpoint) / ADAPTER_WEIGHTS
         if extra.exists():

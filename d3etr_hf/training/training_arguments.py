@@ -8,31 +8,21 @@ from transformers import TrainingArguments
 from d3etr_hf.configurations import option
 from d3etr_hf.training.distillation import Distillation
 
-# fields of the training arguments that plain training has no use for
-DISTILLATION_OPTIONS = (
-    "auxiliary_queries",
-    "auxiliary_reference_points",
-    "auxiliary_assignment",
-    "group_reduction",
-    "adaptive_matching",
-    "fixed_matching",
-    "self_attention_weight",
-    "cross_attention_weight",
-    "prediction_weight",
-    "distillation_class_weight",
-    "distillation_l1_weight",
-    "distillation_giou_weight",
-    "attention_divergence",
-    "prediction_normaliser",
-    "layer_map",
-)
-
 # names of earlier versions, which could be taken for weights of the detection loss
 RENAMED_OPTIONS = {
     "class_weight": "distillation_class_weight",
     "l1_weight": "distillation_l1_weight",
     "giou_weight": "distillation_giou_weight",
 }
+
+
+def fields_of(dataclass_type: type) -> list[str]:
+    """Names of a dataclass's fields."""
+    return [field.name for field in fields(dataclass_type)]
+
+
+# fields of the training arguments that plain training has no use for
+DISTILLATION_OPTIONS = (*(name for name in fields_of(Distillation) if name != "detection_weight"), "layer_map")
 
 
 @dataclass
@@ -57,48 +47,64 @@ class D3etrTrainingArguments(TrainingArguments):
 
     # the auxiliary query group
     auxiliary_queries: Literal["teacher", "learned", "none"] = option(
-        "teacher",
+        Distillation.auxiliary_queries,
         "The second query group of the student's decoder: the teacher's fixed queries, learned queries of its own "
         "(the teacherless control, as many as the student has), or none.",
     )
     auxiliary_reference_points: Literal["student", "teacher"] = option(
-        "student",
+        Distillation.auxiliary_reference_points,
         "Whose head turns the teacher's queries into reference points: the student's (the paper's literal reading) or "
         "the teacher's (its points are handed over with the queries).",
     )
     auxiliary_assignment: Literal[
         "teacher_last_layer", "teacher_last_layer_everywhere", "teacher_per_layer", "own"
     ] = option(
-        "teacher_last_layer",
+        Distillation.auxiliary_assignment,
         "Which ground-truth object a query of the auxiliary group answers for: the one its teacher query was "
         "assigned in the last layer (earlier layers keep their own Hungarian assignment), the same in all layers, "
         "the teacher's assignment of each layer, or its own Hungarian assignment everywhere.",
     )
     group_reduction: Literal["sum", "mean"] = option(
-        "sum", "Detection losses of the two groups: summed (D3ETR), or averaged (Group DETR)."
+        Distillation.group_reduction, "Detection losses of the two groups: summed (D3ETR), or averaged (Group DETR)."
     )
 
     # distillation
-    adaptive_matching: bool = option(True, "Distil into the student group, by adaptive matching.")
-    fixed_matching: bool = option(True, "Distil into the auxiliary group, query i from query i.")
-    self_attention_weight: float = option(1.0, "Weight of self-attention distillation; 0 switches it off.")
-    cross_attention_weight: float = option(1.0, "Weight of cross-attention distillation; 0 switches it off.")
-    prediction_weight: float = option(1.0, "Weight of prediction distillation; 0 switches it off.")
-    detection_weight: float = option(1.0, "Weight of the detection loss of both groups; 0 switches it off.")
+    adaptive_matching: bool = option(
+        Distillation.adaptive_matching, "Distil into the student group, by adaptive matching."
+    )
+    fixed_matching: bool = option(
+        Distillation.fixed_matching, "Distil into the auxiliary group, query i from query i."
+    )
+    self_attention_weight: float = option(
+        Distillation.self_attention_weight, "Weight of self-attention distillation; 0 switches it off."
+    )
+    cross_attention_weight: float = option(
+        Distillation.cross_attention_weight, "Weight of cross-attention distillation; 0 switches it off."
+    )
+    prediction_weight: float = option(
+        Distillation.prediction_weight, "Weight of prediction distillation; 0 switches it off."
+    )
+    detection_weight: float = option(
+        Distillation.detection_weight, "Weight of the detection loss of both groups; 0 switches it off."
+    )
     distillation_class_weight: float = option(
-        1.0, "Weight of the class term in the adaptive matching cost and in prediction distillation."
+        Distillation.distillation_class_weight,
+        "Weight of the class term in the adaptive matching cost and in prediction distillation.",
     )
     distillation_l1_weight: float = option(
-        5.0, "Weight of the L1 box term in the adaptive matching cost and in prediction distillation."
+        Distillation.distillation_l1_weight,
+        "Weight of the L1 box term in the adaptive matching cost and in prediction distillation.",
     )
     distillation_giou_weight: float = option(
-        2.0, "Weight of the GIoU term in the adaptive matching cost and in prediction distillation."
+        Distillation.distillation_giou_weight,
+        "Weight of the GIoU term in the adaptive matching cost and in prediction distillation.",
     )
     attention_divergence: Literal["kl", "mse"] = option(
-        "kl", "How attention maps are compared: KL(teacher || student), or the mean squared difference."
+        Distillation.attention_divergence,
+        "How attention maps are compared: KL(teacher || student), or the mean squared difference.",
     )
     prediction_normaliser: Literal["pairs", "boxes"] = option(
-        "pairs",
+        Distillation.prediction_normaliser,
         "Prediction distillation is a mean over all pairs, or one weighted by the teacher's highest class score "
         "(with accumulated batches, the mean over batches of each one's).",
     )
@@ -134,8 +140,9 @@ class D3etrTrainingArguments(TrainingArguments):
         self.label_names = ["labels"]
         self._check_choices()
         if self.ddp_find_unused_parameters is None:
-            # without detection and prediction losses the heads get no gradient, and processes would wait for it
-            self.ddp_find_unused_parameters = self.detection_weight == self.prediction_weight == 0
+            # without the detection loss some part may get no gradient (heads, proposals, an adapter), and processes
+            # would wait for it
+            self.ddp_find_unused_parameters = self.detection_weight == 0
         self._check_weights()
         self._check_inherited_options()
 
@@ -146,7 +153,7 @@ class D3etrTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.detection_weight == 0 and not self.distillation.distilled_groups:
             raise ValueError("every loss is off: set detection_weight, or a distillation weight and a matching")
-        if not any(self.distillation.pair_weights):
+        if not any(self.distillation.match_weights):
             raise ValueError(
                 "distillation_class_weight, distillation_l1_weight and distillation_giou_weight are all 0: at least "
                 "one must be positive"
@@ -156,6 +163,11 @@ class D3etrTrainingArguments(TrainingArguments):
         """Options of Transformers that a detector's trainer cannot honour, or only in some ranges."""
         if self.log_gradient_norms and self.logging_strategy != "steps":
             raise ValueError("log_gradient_norms needs logging_strategy='steps'")
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError(
+                "bf16_full_eval and fp16_full_eval cast the student for good, and what is saved of it: leave them off "
+                "(bf16 and fp16 evaluate in mixed precision)"
+            )
         if self.label_smoothing_factor != 0:
             raise ValueError("label_smoothing_factor has no meaning for a detection loss: leave it at 0")
         if not self.eval_do_concat_batches:
@@ -179,8 +191,3 @@ class D3etrTrainingArguments(TrainingArguments):
     def distillation(self) -> Distillation:
         """The options that the objective takes."""
         return Distillation(**{name: getattr(self, name) for name in fields_of(Distillation)})
-
-
-def fields_of(dataclass_type: type) -> list[str]:
-    """Names of a dataclass's fields."""
-    return [field.name for field in fields(dataclass_type)]

@@ -34,9 +34,9 @@ CRITERION = tiny_model().criterion()
 
 
 def shares_of(images: int = 2, objects: int = 5) -> Shares:
-    counted = dict.fromkeys(("class", "l1", "giou"), torch.tensor(float(objects)))
-    detection = {OWN: counted, AUXILIARY: counted}
-    return Shares(images=torch.tensor(float(images)), detection=detection, average=lambda tensor: tensor)
+    counted = torch.tensor(float(objects))
+    held = {OWN: counted, AUXILIARY: counted}
+    return Shares(torch.tensor(float(images)), counted, held, average=lambda tensor: tensor)
 
 
 SHARES = shares_of()
