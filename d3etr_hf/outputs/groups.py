@@ -8,6 +8,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from d3etr_hf.outputs.attention_maps import AttentionMap, SampledAttention
+from d3etr_hf.outputs.scores import wide
 from d3etr_hf.outputs.targets import Targets
 
 OWN, AUXILIARY = "own", "auxiliary"
@@ -32,9 +33,9 @@ class Queries:
         return next(part.shape[-2] for part in (self.content, self.position, self.anchors) if part is not None)
 
     def detach(self) -> "Queries":
-        """The same values without gradient."""
+        """The same values without gradient, float32 or wider: the model that takes them may be of another precision."""
         parts = self.content, self.position, self.anchors
-        return Queries(*(None if part is None else part.detach() for part in parts))
+        return Queries(*(None if part is None else wide(part.detach()) for part in parts))
 
 
 class GroupRequest(NamedTuple):

@@ -8,7 +8,7 @@ from d3etr_hf.losses.grids import resample_map
 from d3etr_hf.matching import AdaptiveMatcher, MatchedPairs
 from d3etr_hf.outputs import AttentionMap, SampledAttention, SigmoidScores
 from tests import slow_reference
-from tests.slow_reference import taught
+from tests.slow_reference import random_group, taught
 
 MATCHER = AdaptiveMatcher(SigmoidScores())
 
@@ -175,3 +175,20 @@ def test_small_divergence_of_large_maps_in_float32():
             for first, second in ((other.double(), scores.double()), (other, scores))
         )
         assert ours.item() == pytest.approx(exact.item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+def test_one_grid_with_two_ideas_of_padding(divergence):
+    """What the teacher sees where the student has padding has no bound in the student's logarithm: it is left out."""
+    teacher_mask = torch.ones(1, 4, 4, dtype=torch.bool)
+    student_mask = teacher_mask.clone()
+    student_mask[:, :, 3:] = False
+    teacher, student = (
+        random_group(1, 1, 3, 2, 2, mask, seed) for seed, mask in enumerate((teacher_mask, student_mask))
+    )
+    index = torch.arange(3).expand(1, 1, 3)
+    pairs = MatchedPairs(index, index, identity=True)
+    loss = cross_attention_distillation(
+        teacher.cross_attention, student.cross_attention, pairs, teacher_mask, student_mask, 1, divergence
+    )
+    assert loss.isfinite().all() and loss.abs().max() < 10

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     ConditionalDetrForSegmentation,
@@ -15,6 +16,7 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     RTDetrConfig,
+    pipeline,
 )
 
 from d3etr_hf.errors import DetectorLoadError
@@ -23,6 +25,7 @@ from d3etr_hf.models.loading import (
     ModelArguments,
     TeacherArguments,
     build_model,
+    image_processor_of,
     load_detector,
     load_image_processor,
 )
@@ -406,3 +409,19 @@ def test_absent_image_processor_is_told_and_a_broken_one_refused(checkpoint, cap
     (checkpoint / "preprocessor_config.json").write_text("{nope")
     with pytest.raises(DetectorLoadError, match=f"{checkpoint}: preprocessor_config.json could not be read"):
         load_image_processor(str(checkpoint))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_processor_is_of_the_familys_class(tmp_path, family):
+    """Even where the settings come from a teacher of another: a sigmoid's processor reads a DETR wrongly."""
+    other = next(name for name in FAMILIES if name != family)
+    load_image_processor(None, 64, 96, other).save_pretrained(tmp_path)
+    made = image_processor_of(family, str(tmp_path))
+    assert type(made) is type(load_image_processor(None, model_type=family))
+    assert (made.size["shortest_edge"], made.size["longest_edge"]) == (64, 96)
+    assert type(image_processor_of(family, None)) is type(made)
+    model = tiny_model(0, family)
+    model.save_pretrained(tmp_path / "student")
+    made.save_pretrained(tmp_path / "student")
+    found = pipeline("object-detection", model=str(tmp_path / "student"))(Image.new("RGB", (64, 64)), threshold=0.0)
+    assert {each["label"] for each in found} <= set(model.class_names)
