@@ -33,7 +33,7 @@ class Queries:
         return next(part.shape[-2] for part in (self.content, self.position, self.anchors) if part is not None)
 
     def detach(self) -> "Queries":
-        """The same values without gradient, float32 or wider: the model that takes them may be of another precision."""
+        """The same values without gradient, float32 or wider: who takes them may be of another precision."""
         parts = self.content, self.position, self.anchors
         return Queries(*(None if part is None else wide(part.detach()) for part in parts))
 
