@@ -17,7 +17,14 @@ from typing import Literal
 
 import torch
 from benchmarking.growth import draw_growth, format_growth, growth_curves
-from benchmarking.report import format_report, measure
+from benchmarking.report import (
+    describe,
+    format_report,
+    measure_parts,
+    measure_public_loop,
+    measure_steps,
+    measure_surroundings,
+)
 from benchmarking.sizes import SIZES, on_gpu
 
 from d3etr_hf.cli.command_line import parse_arguments
@@ -35,6 +42,7 @@ class BenchmarkArguments:
     public_loop: str = option("../shared/reference/public_loop.py", "The slow loop's file.")
     data_folder: str = option("../shared/data/coco_mini", "Real images in COCO format.")
     growth: bool = option(False, "Measure instead how the parts grow with queries, batch, layers and classes.")
+    steps_alone: bool = option(False, "Leave out peak memory, the public loop, the wait for data and evaluation.")
     json: str | None = option(None, "Gets all figures; the growth curves' picture lies beside it.")
 
 
@@ -51,9 +59,16 @@ def main() -> None:
         size = SIZES[arguments.size]
         if torch.accelerator.is_available():
             size = on_gpu(size)
-        public_loop, data_folder = Path(arguments.public_loop), arguments.data_folder
-        with_evaluation = arguments.size == "real"
-        found = measure(size, arguments.precision, arguments.rounds, public_loop, data_folder, with_evaluation)
+        found = describe(size, arguments.precision)
+        public_loop = Path(arguments.public_loop)
+        # first: later the process's memory is in pieces, which slows either side by another factor
+        if not arguments.steps_alone:
+            found |= measure_public_loop(public_loop)
+        found |= measure_steps(size, arguments.precision, arguments.rounds)
+        found |= measure_parts(size, arguments.precision, arguments.rounds, found)
+        if not arguments.steps_alone:
+            with_evaluation = arguments.size == "real"
+            found |= measure_surroundings(size, arguments.precision, arguments.data_folder, found, with_evaluation)
         print(format_report(found))
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)

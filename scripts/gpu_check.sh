@@ -13,7 +13,8 @@ python=${PYTHON:-python}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 if [ -n "$quick" ]; then
-  steps=4 teacher_steps=4 images=32 cpu=(--use_cpu true) precisions=(float32 bf16) export OMP_NUM_THREADS=1
+  export OMP_NUM_THREADS=1
+  steps=2 teacher_steps=2 images=8 cpu=(--use_cpu true) precisions=(float32 bf16) val_images=4
 else
   steps=400 teacher_steps=1500 images=4000 cpu=() precisions=(float32 bf16 fp16)
 fi
@@ -49,7 +50,7 @@ P
 import torch
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU", "torch", torch.__version__)
 P
-part make_shapes 60 "$python" -m d3etr_hf.cli.main make-shapes --folder "$out/shapes" --train_images "$images" --val_images 50
+part make_shapes 60 "$python" -m d3etr_hf.cli.main make-shapes --folder "$out/shapes" --train_images "$images" --val_images "${val_images:-50}"
 
 # 1. a short distillation in every precision, and compiled: finite, and as good as in float32
 train train teacher teacher --max_steps "$teacher_steps"
@@ -58,18 +59,18 @@ for precision in "${precisions[@]}"; do
   [ "$precision" = float32 ] || options+=("--$precision" true)
   train distill distill "distilled_$precision" "${options[@]}"
 done
-if [ -n "$quick" ]; then
-  train distill distill distilled_compiled --max_steps 2 --teacher "$out/runs/teacher" --torch_compile true \
-    --torch_compile_backend aot_eager
-else
-  limit=200 train distill distill distilled_compiled --max_steps "$steps" --teacher "$out/runs/teacher" --torch_compile true
-fi
+# compiling takes a CPU minutes
+[ -n "$quick" ] || limit=200 train distill distill distilled_compiled --max_steps "$steps" \
+  --teacher "$out/runs/teacher" --torch_compile true
 
 # 2. and 3. what a step costs and waits for, and matching's part of it, at real size
 for precision in no bf16 fp16; do
   [ -n "$quick" ] && [ "$precision" != no ] && continue
-  part "benchmark_$precision" 120 "$python" scripts/benchmark.py --size "$([ -n "$quick" ] && echo shapes || echo real)" \
-    --rounds "$([ -n "$quick" ] && echo 2 || echo 8)" --precision "$precision" --json "$out/benchmark_$precision.json"
+  measured=(--size real --rounds 8)
+  [ "$precision" = no ] || measured+=(--steps_alone true)
+  [ -z "$quick" ] || measured=(--size shapes --rounds 2 --steps_alone true)
+  part "benchmark_$precision" 150 "$python" scripts/benchmark.py "${measured[@]}" --precision "$precision" \
+    --json "$out/benchmark_$precision.json"
   tail -n 40 "$out/benchmark_$precision.log"
 done
 

@@ -43,62 +43,67 @@ def measure_steps(size: Size, precision: str, rounds: int) -> dict:
     }
 
 
-def measure_parts(size: Size, precision: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of a step's parts; each waits for the device at its end, so on an accelerator the whole is slower."""
-    rows = step_parts(size, precision, rounds)
-    return {part: spread(np.array([row[part] for row in rows])) for part in rows[0]}
+def measure_parts(size: Size, precision: str, rounds: int, found: dict) -> dict:
+    """Seconds of a step's parts, of a third as many rounds, and matching's share of the step that `found` holds.
+
+    Each part waits for the device at its end, so on an accelerator the whole is slower.
+    """
+    rows = step_parts(size, precision, max(3, rounds // 3))
+    parts = {part: spread(np.array([row[part] for row in rows])) for part in rows[0]}
+    # costs and assignments of both: teacher to student, and ground truth to queries
+    matching = sum(parts[part]["median"] for part in MATCHING)
+    return {"parts": parts, "matching_share": matching / found["seconds"]["step"]["median"]}
 
 
-def measure(
-    size: Size, precision: str, rounds: int, public_loop: Path | None, data_folder: str | None, evaluation: bool
-) -> dict:
-    """All measurements of one size; what there is no material for is left out, with a warning.
+def describe(size: Size, precision: str) -> dict:
+    """What is measured, and on what."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    machine = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "assignment_threads": assignment_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {"machine": machine, "size": vars(size) | {}, "precision": precision}
+
+
+def measure_public_loop(path: Path) -> dict:
+    """Costs and losses against a public-style loop; nothing, with a warning, where its file is not there."""
+    if not path.exists():
+        logger.warning(f"not compared with a public loop: there is no file {path}")
+        return {}
+    compared = compare_with_public_loop(path, torch.accelerator.current_accelerator() or torch.device("cpu"))
+    return {"public_loop": compared, "public_loop_over_ours": compared["public_loop_over_ours"]}
+
+
+def measure_surroundings(size: Size, precision: str, data_folder: str, found: dict, evaluation: bool) -> dict:
+    """Peak memory, compiling, the wait for real images (with a warning where there are none) and COCO evaluation.
 
     Args:
-        rounds: of the interleaved steps; the parts take a third as many.
-        public_loop: the slow loop's file.
-        data_folder: a COCO-format folder of real images, for the time that a run waits for them.
+        data_folder: a COCO-format folder of real images.
+        found: what has been measured of the steps.
         evaluation: whether to time COCO average precision.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    found = {
-        "machine": {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-            "threads": torch.get_num_threads(),
-            "assignment_threads": assignment_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "size": vars(size) | {},
-        "precision": precision,
+    memory = peak_memories(size, precision)
+    measured = {
+        "not_compiled": {name: why_not_compiled(forms) for name, forms in FORMS.items()},
+        "memory": memory,
+        "memory_over_two_groups": memory["step"] / memory["two groups"],
     }
-    # first: later the process's memory is in pieces, which slows either side by another factor
-    if public_loop is not None and public_loop.exists():
-        found["public_loop"] = compare_with_public_loop(public_loop, device)
-        found["public_loop_over_ours"] = found["public_loop"]["public_loop_over_ours"]
-    else:
-        logger.warning(f"not compared with a public loop: there is no file {public_loop}")
-    found |= measure_steps(size, precision, rounds)
-    found["parts"] = measure_parts(size, precision, max(3, rounds // 3))
-    # costs and assignments of both: teacher to student, and ground truth to queries
-    matching = sum(found["parts"][part]["median"] for part in MATCHING)
-    found["matching_share"] = matching / found["seconds"]["step"]["median"]
-    found["not_compiled"] = {name: why_not_compiled(forms) for name, forms in FORMS.items()}
-    found["memory"] = peak_memories(size, precision)
-    found["memory_over_two_groups"] = found["memory"]["step"] / found["memory"]["two groups"]
-    if data_folder is not None and Path(data_folder).is_dir():
-        found["waiting"] = waiting_share(size, data_folder, precision)
+    if Path(data_folder).is_dir():
+        measured["waiting"] = waiting_share(size, data_folder, precision)
     else:
         logger.warning(f"waiting for data is not measured: there is no folder {data_folder}")
     if evaluation:
         seconds = evaluation_seconds()
         epoch = COCO_TRAIN_IMAGES / size.batch * found["seconds"]["step"]["median"]
-        found["evaluation"] = {"seconds": seconds, "share_of_coco_epoch": seconds / (seconds + epoch)}
-    return found
+        measured["evaluation"] = {"seconds": seconds, "share_of_coco_epoch": seconds / (seconds + epoch)}
+    return measured
 
 
 def format_report(found: dict) -> str:
-    """Markdown tables of what `measure` found."""
+    """Markdown tables of what was measured."""
     text = ["| ms | median | quartiles |", "|---|---|---|"]
     for name in (*STEPS, "floor", *FORMS):
         text.append(f"| {name} | {_milliseconds(found['seconds'][name])} |")
@@ -110,9 +115,10 @@ def format_report(found: dict) -> str:
     text += ["", "| part of a step, ms | median | quartiles |", "|---|---|---|"]
     text += [f"| {part} | {_milliseconds(seconds)} |" for part, seconds in found["parts"].items()]
     text += ["", f"matching: {found['matching_share']:.1%} of a step"]
-    text += [f"{name} in one graph: {reason or 'yes'}" for name, reason in found["not_compiled"].items()]
-    memory = ", ".join(f"{name} {value:.0f}" for name, value in found["memory"].items())
-    text.append(f"peak memory, MiB: {memory}; step over two groups {found['memory_over_two_groups']:.3f}")
+    if "memory" in found:
+        text += [f"{name} in one graph: {reason or 'yes'}" for name, reason in found["not_compiled"].items()]
+        memory = ", ".join(f"{name} {value:.0f}" for name, value in found["memory"].items())
+        text.append(f"peak memory, MiB: {memory}; step over two groups {found['memory_over_two_groups']:.3f}")
     if "public_loop" in found:
         for side in ("theirs", "ours"):
             parts = ", ".join(f"{part} {1e3 * value:.0f}" for part, value in found["public_loop"][side].items())

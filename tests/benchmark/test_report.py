@@ -29,7 +29,10 @@ def test_measurements_hold_what_they_promise(monkeypatch, shared_data):
         },
     )
     loop = shared_data.parent / "reference" / "public_loop.py"
-    found = report.measure(TINY, "no", 2, loop, None, evaluation=False)
+    found = report.describe(TINY, "no") | report.measure_public_loop(loop) | report.measure_steps(TINY, "no", 2)
+    found |= report.measure_parts(TINY, "no", 2, found)
+    assert "peak memory" not in report.format_report(found)
+    found |= report.measure_surroundings(TINY, "no", "nowhere", found, evaluation=False)
     for name in ("step_over_floor", "step_over_plain", "custom_forms_over_plain_forms", "matching_share"):
         assert found[name] > 0
     assert found["memory_over_two_groups"] == pytest.approx(1.1) and found["public_loop_over_ours"] == 2.0
