@@ -221,7 +221,11 @@ TABLE = [
         r"self\._push_from_checkpoint\(output_dir\)",
     ),
     Private(
-        "evaluate.EvaluationModule", "_info", "evaluation/coco_metric.py", "a metric says what it takes", source=r"self\._info\("
+        "evaluate.EvaluationModule",
+        "_info",
+        "evaluation/coco_metric.py",
+        "a metric says what it takes",
+        source=r"self\._info\(",
     ),
     Private(
         "evaluate.EvaluationModule",
@@ -230,7 +234,7 @@ TABLE = [
         "a metric's own computation",
         source=r"self\._compute\(",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.owner.rpartition('.')[2]}.{row.name}")
