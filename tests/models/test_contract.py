@@ -239,6 +239,20 @@ def test_predictions_leave_autocast_in_full_precision(any_family):
             close(total, torch.ones_like(total), 1e-4)
 
 
+def test_predictions_of_a_model_in_half_precision_are_wide(family):
+    """As evaluation under `--bf16_full_eval` runs it."""
+    model, pixels = tiny_model(model_type=family).bfloat16(), BATCH["pixel_values"].bfloat16()
+    request = request_for(further_queries(model), maps=True)
+    queries = {
+        name: Queries(*(part if part is None else part.bfloat16() for part in vars(group).values()))
+        for name, group in request.queries.items()
+    }
+    for group in model(pixels, BATCH["pixel_mask"], request=request._replace(queries=queries)).groups.values():
+        assert group.logits.dtype == group.boxes.dtype == torch.float32
+        for attention in (*group.self_attention, *group.cross_attention):
+            assert all(part.dtype == torch.float32 for part in attention)
+
+
 # gradient
 
 
