@@ -1,12 +1,14 @@
-"""Counts where a training step would wait for a device, without one.
+"""Counts where a training step would wait for a device, and what it would copy there, without one.
 
-On a device each of these waits for all the work that was given to it. A dispatch hook sees `.item()` and what reads
-the number of true entries on the host; `.tolist()`, `.cpu()`, `.to("cpu")` and Python's own conversions are patched.
-The solver's single copy of all costs counts as one, whatever it is made of on a CPU.
+On a device each wait is for all the work that was given to it. A dispatch hook sees `.item()` and what reads the
+number of true entries on the host; `.tolist()`, `.cpu()`, `.to("cpu")` and Python's own conversions are patched. The
+solver's single copy of all costs counts as one, whatever it is made of on a CPU.
 """
 
+import linecache
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
@@ -37,6 +39,58 @@ class _Hook(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Counting:
+    """Patches functions so that their calls are counted, those within a single copy left out."""
+
+    def __init__(self):
+        self.counts: Counter = Counter()
+        self._inside = False
+        self._stack = ExitStack()
+
+    def each(self, owner, name: str, title: str, applies: Callable[..., bool] = lambda *args, **kwargs: True) -> None:
+        """Count the calls of `owner.name` that apply."""
+        function = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            if not self._inside and applies(*args, **kwargs):
+                self.counts[title] += 1
+            return function(*args, **kwargs)
+
+        self._stack.enter_context(patch.object(owner, name, wrapper))
+
+    def once(self, owner, name: str) -> None:
+        """Count a call of `owner.name` as one, whatever it calls."""
+        function = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            self.counts[name] += 1
+            self._inside = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._inside = False
+
+        self._stack.enter_context(patch.object(owner, name, wrapper))
+
+    def __enter__(self) -> "_Counting":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.close()
+
+
+def _to_host(tensor, *args, **kwargs) -> bool:
+    """Whether `Tensor.to` names the CPU. Where everything lies on one, a device that is passed on says nothing: only
+    what the calling line writes out counts."""
+    given = (kwargs.get("device"), *args[:1])
+    if any(isinstance(device, str) and device == "cpu" for device in given):
+        return True
+    if not any(isinstance(device, torch.device) and device.type == "cpu" for device in given):
+        return False
+    caller = sys._getframe(2)
+    return 'device("cpu")' in linecache.getline(caller.f_code.co_filename, caller.f_lineno).replace("'", '"')
+
+
 @contextmanager
 def counted_synchronisations(single_copies: list[tuple[object, str]]) -> Iterator[Counter]:
     """Count what would wait for a device while the block runs, by its name.
@@ -44,37 +98,34 @@ def counted_synchronisations(single_copies: list[tuple[object, str]]) -> Iterato
     Args:
         single_copies: (module, function) pairs that copy to the host once, however they do it.
     """
-    counts: Counter = Counter()
-    inside = [False]
-
-    def counting(name, function, applies=lambda *args, **kwargs: True):
-        def wrapper(*args, **kwargs):
-            if not inside[0] and applies(*args, **kwargs):
-                counts[name] += 1
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    def once(name, function):
-        def wrapper(*args, **kwargs):
-            counts[name] += 1
-            inside[0] = True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                inside[0] = False
-
-        return wrapper
-
-    def to_host(tensor, *args, **kwargs):
-        # by name: where everything lies on a CPU a device that is passed says nothing
-        return "cpu" in (kwargs.get("device"), *args[:1])
-
-    with ExitStack() as stack:
+    with _Counting() as counting:
         for name in ("tolist", "cpu"):
-            stack.enter_context(patch.object(torch.Tensor, name, counting(name, getattr(torch.Tensor, name))))
-        stack.enter_context(patch.object(torch.Tensor, "to", counting("to cpu", torch.Tensor.to, to_host)))
+            counting.each(torch.Tensor, name, name)
+        counting.each(torch.Tensor, "to", "to cpu", _to_host)
         for owner, name in single_copies:
-            stack.enter_context(patch.object(owner, name, once(name, getattr(owner, name))))
-        stack.enter_context(_Hook(counts))
-        yield counts
+            counting.once(owner, name)
+        with _Hook(counting.counts):
+            yield counting.counts
+
+
+@contextmanager
+def counted_copies_to_device(single_copies: list[tuple[object, str]]) -> Iterator[Counter]:
+    """Count what would be copied from the host to a device while the block runs, by its name.
+
+    Such a copy waits for no result, but it is a transfer of its own, from memory that is not pinned. The move of a
+    batch is not seen: on a CPU it moves nothing.
+
+    Args:
+        single_copies: (module, function) pairs that copy to the device once, however they do it.
+    """
+
+    def to_a_device(*args, device=None, **kwargs) -> bool:
+        return device is not None
+
+    with _Counting() as counting:
+        for name in ("tensor", "as_tensor", "asarray"):
+            counting.each(torch, name, name, to_a_device)
+        counting.each(torch.Tensor, "new_tensor", "new_tensor")
+        for owner, name in single_copies:
+            counting.once(owner, name)
+        yield counting.counts

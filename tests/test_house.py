@@ -9,17 +9,29 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "d3etr_hf"
 CHECKED = ""  # the whole package
 MOST_LINES, MOST_PARAMETERS = 50, 7
-# "file::function": why it may be larger, for example a library's signature that it overrides
+# "file::Class.function": why it may be larger, for example a library's signature that it overrides
 ALLOWED = {
     "models/group_attention.py::query_group_attention": "the signature of Transformers' attention interface",
 }
 
 
 def functions_of(path: Path) -> dict[str, ast.FunctionDef]:
-    """Functions and methods of a file, by "file::name"."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    name = path.relative_to(PACKAGE).as_posix()
-    return {f"{name}::{node.name}": node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    """Functions and methods of a file, by "file::Class.name"; one within another by both names."""
+    return functions_within(ast.parse(path.read_text(encoding="utf-8")), f"{path.relative_to(PACKAGE).as_posix()}::")
+
+
+def functions_within(node: ast.AST, prefix: str) -> dict[str, ast.FunctionDef]:
+    """All of them, classes and functions in between named; one that is defined again gets its line, too."""
+    found: dict[str, ast.FunctionDef] = {}
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found |= functions_within(child, prefix)
+            continue
+        name = f"{prefix}{child.name}"
+        if not isinstance(child, ast.ClassDef):
+            found[f"{name}:{child.lineno}" if name in found else name] = child
+        found |= functions_within(child, f"{name}.")
+    return found
 
 
 def parameters_of(function: ast.FunctionDef) -> int:
@@ -44,6 +56,18 @@ def test_function_is_small(name):
     function = FUNCTIONS[name]
     assert function.end_lineno - function.lineno + 1 <= MOST_LINES
     assert parameters_of(function) <= MOST_PARAMETERS
+
+
+def test_no_function_hides_another():
+    """Methods of one name in two classes, and functions within functions, are all seen."""
+    nodes = [
+        node
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert len(FUNCTIONS) == len(nodes)
+    assert "models/detr.py::D3etrDetrForObjectDetection.criterion" in FUNCTIONS
 
 
 def test_nothing_is_allowed_that_is_gone():

@@ -145,7 +145,7 @@ def finish(trainer: D3etrTrainer, seconds: float, card_arguments: CardArguments)
     """Evaluate, save, record and, if asked for, publish what a trainer has trained; the results."""
     metrics = trainer.evaluate()
     # not `save_model()`, which pushes: the Hub may fail, and all that was found out must be on disk by then
-    trainer.save_model(_internal_call=True)
+    trainer.save_without_pushing()
     results = trainer.record_results(metrics, seconds)
     report(results, trainer.args)
     if trainer.args.push_to_hub:

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES, Detector
-from d3etr_hf.models.group_attention import GroupAttention, route_attention
+from d3etr_hf.models.group_attention import GroupAttention, implementation_of, route_attention
 from d3etr_hf.models.initialisation import freeze_backbone_as_detr
 from d3etr_hf.outputs import DetectorOutput, GroupOutput, GroupRequest, Queries, wide
 
@@ -59,7 +59,7 @@ def encode(model: PreTrainedModel, pixel_values: torch.Tensor, pixel_mask: torch
     )
     memory = Memory(base.input_projection(features).flatten(2).transpose(1, 2), position.flatten(2).mT, mask)
     # scaled-dot-product attention takes the mask as it is; any other implementation makes one of its own kind
-    fused = base.encoder.config._attn_implementation == "sdpa"
+    fused = implementation_of(base.encoder.config) == "sdpa"
     with nullcontext() if torch.compiler.is_compiling() else _AssumeFinite():
         encoded = base.encoder(
             inputs_embeds=memory.tokens,

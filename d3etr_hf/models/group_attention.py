@@ -79,6 +79,11 @@ def with_attention(config, name: str):
     return config
 
 
+def implementation_of(config) -> str:
+    """The attention implementation that a configuration asks for."""
+    return config._attn_implementation
+
+
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -140,7 +145,7 @@ def query_group_attention(
     """
     stock: _Stock = module.stock
     if groups is None:
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(stock.config._attn_implementation, stock.eager)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation_of(stock.config), stock.eager)
         return interface(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if stock.is_self_attention:
         parts = zip(*(groups.split(tensor, 2).values() for tensor in (query, key, value)), strict=True)

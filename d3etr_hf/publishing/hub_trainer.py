@@ -117,6 +117,10 @@ class D3etrTrainer(DistillationTrainer):
                 "on; the upload at its end makes it"
             )
 
+    def save_without_pushing(self) -> None:
+        """Save the student; with `push_to_hub` Trainer's own `save_model` would push it at once, without results."""
+        self.save_model(_internal_call=True)
+
     def create_model_card(
         self,
         license: str | None = None,
@@ -160,7 +164,7 @@ class D3etrTrainer(DistillationTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
-        self.save_model(_internal_call=True)
+        self.save_without_pushing()
         split = self._split_for_card()
         if self._has_new_results():
             self._record_afresh(self.evaluate(split))

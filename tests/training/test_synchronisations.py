@@ -1,18 +1,25 @@
 """How often a training step waits for the device: counted without one (tests/synchronisations.py)."""
 
+from functools import partial
+
 import pytest
+import torch
 
 from d3etr_hf.data import DetectionCollator
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.matching import solver
 from d3etr_hf.models.loading import FAMILIES
 from tests.shapes_fixture import SIDE, shapes_trainer
-from tests.synchronisations import counted_synchronisations
+from tests.synchronisations import counted_copies_to_device, counted_synchronisations
 from tests.tiny import tiny_model
+from tests.toy_detector import ToyDetector, toy_model
 
 # the teacher's assignment of ground truth, all other assignments together, the look at the loss after the backward
 # pass; a step that logs reads its means as well
 MOST_IN_A_STEP = 3
+# what the step's sums are divided by; both kinds of solutions, together
+MOST_COPIES_IN_A_STEP = 3
+MODELS = {family: partial(tiny_model, model_type=family) for family in FAMILIES} | {"toy detector": toy_model}
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +43,18 @@ def training_step(trainer):
     return step
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_waits_three_times(shapes, tmp_path, family):
-    trainer = shapes_trainer(shapes, tmp_path, student=tiny_model(2, family), teacher=tiny_model(1, family))
+@pytest.fixture(params=MODELS)
+def step_and_trainer(request, shapes, tmp_path):
+    """A step that is not the first one: that draws and allocates."""
+    model = MODELS[request.param]
+    trainer = shapes_trainer(shapes, tmp_path, student=model(2), teacher=model(1))
     step = training_step(trainer)
-    step()  # the first one draws and allocates
+    step()
+    return step, trainer
+
+
+def test_a_step_waits_three_times(step_and_trainer):
+    step, trainer = step_and_trainer
     with counted_synchronisations([(solver, "on_host")]) as counts:
         step()
     assert counts["on_host"] == 2
@@ -50,15 +64,34 @@ def test_a_step_waits_three_times(shapes, tmp_path, family):
     assert dict(counts) == {"tolist": 1}
 
 
-def test_the_counter_sees_what_waits():
-    """Else the test above could not fail."""
-    import torch
+def test_a_step_copies_little_to_the_device(step_and_trainer):
+    step, trainer = step_and_trainer
+    with counted_copies_to_device([(solver, "on_device")]) as counts:
+        step()
+    assert counts["on_device"] == 2
+    # four steps to neighbouring cells for each sampled map: two layers, two groups, teacher and student
+    sampled = 4 * 2 * 2 * 2 if isinstance(trainer.model, ToyDetector) else 0
+    assert sum(counts.values()) <= MOST_COPIES_IN_A_STEP + sampled, counts
 
-    values = torch.arange(3.0)
+
+def test_the_counters_see_what_they_count():
+    """Else the tests above could not fail."""
+    values, device = torch.arange(3.0), torch.device("cpu")
     with counted_synchronisations([]) as counts:
         values.sum().item()
         if values.any():
             values.tolist()
         values[values > 1].cpu()
         values.to("cpu")
-    assert counts == {"aten::_local_scalar_dense": 2, "tolist": 1, "aten::index": 1, "cpu": 1, "to cpu": 1}
+        values.to(torch.device("cpu"), torch.float64)
+        values.to(device=torch.device("cpu"))
+        values.to(device)  # nothing can tell where this goes elsewhere
+        values.to(torch.float64)
+    assert counts == {"aten::_local_scalar_dense": 2, "tolist": 1, "aten::index": 1, "cpu": 1, "to cpu": 3}
+    with counted_copies_to_device([]) as copies:
+        torch.tensor([1.0], device=device)
+        torch.as_tensor([1.0], device=device)
+        values.new_tensor([1.0])
+        torch.tensor([1.0])
+        torch.zeros(3, device=device)
+    assert copies == {"tensor": 1, "as_tensor": 1, "new_tensor": 1}
