@@ -496,3 +496,16 @@ def test_saved_student_is_the_same_where_this_package_is_absent(shapes, tmp_path
     files = {path.name for path in (tmp_path / "student").iterdir()}
     assert {"model.safetensors", "config.json", "preprocessor_config.json"} <= files
     assert json.loads((tmp_path / "student" / "preprocessor_config.json").read_text())["size"]["shortest_edge"] == SIDE
+
+
+def test_more_objects_than_queries_are_counted_once(shapes, tmp_path):
+    """DETR's class loss is a mean over queries weighted by class: no more objects are held than there are queries."""
+    trainer = shapes_trainer(
+        shapes, tmp_path, student=tiny_model(2, "detr", num_queries=3), teacher=tiny_model(1, "detr", num_queries=5)
+    )
+    batch = {"labels": [{"objects": 4}, {"objects": 1}]}
+    images, objects, own, auxiliary = trainer._get_num_items_in_batch([batch], trainer.args.device).tolist()
+    assert (images, objects, own, auxiliary) == (2, 5, 3 + 1, 4 + 1)
+    normalisers = trainer.criterion.normalisers(*map(torch.tensor, (objects, own, images * 3)))
+    # four queries with an object, two without
+    assert float(normalisers["class"]) == pytest.approx(4 + 2 * 0.1) and float(normalisers["l1"]) == 5
