@@ -69,14 +69,12 @@ MUTATIONS = [
     ("note 4: the groups' attention everywhere", ATTENTION, "    config = copy.copy(config)\n", "",
      f"{MODEL_TESTS}::test_only_what_is_asked_for_is_materialised"),
     # HF_NOTES 5: isolation
-    ("note 5: groups see each other", ATTENTION,
+    ("note 5: groups not split in self-attention", ATTENTION,
      "parts = zip(*(groups.split(tensor, 2).values() for tensor in (query, key, value)), strict=True)",
      "parts = [(part, key, value) for part in groups.split(query, 2).values()]",
      f"{MODEL_TESTS}::test_group_isolation"),
-    ("groups: not split in self-attention", ATTENTION,
-     "groups.split(tensor, 2).values() for tensor in (query, key, value)",
-     "[tensor] * len(groups.sizes) for tensor in (query, key, value)",
-     f"{CONTRACT}::test_groups_do_not_see_each_other"),
+    ("groups: maps of one group under the other's name", ATTENTION, "(found for _, found in attended)",
+     "(found for _, found in reversed(attended))", f"{CONTRACT}::test_groups_do_not_see_each_other"),
     # HF_NOTES 6: the stock loss
     ("note 6: loss by name", DETECTOR, "        self.query_adapters = nn.ModuleDict()",
      '        self.query_adapters = nn.ModuleDict()\n        self.loss_type = "ForObjectDetection"',
@@ -252,7 +250,7 @@ MUTATIONS = [
     ("terms: L1 and GIoU costs swapped in DETR's label assignment", DETR,
      "l1_cost=config.bbox_cost,\n            giou_cost=config.giou_cost",
      "giou_cost=config.bbox_cost,\n            l1_cost=config.giou_cost",
-     f"{CONTRACT}::test_losses_equal_the_stock_loss"),
+     f"{CONTRACT}::test_the_configuration_weighs_costs_and_losses"),
     ("terms: the teacher's first layers taken whatever layer_map says", TEACHER,
      "self._aligned(group, self.layer_map), last", "self._aligned(group, list(range(len(self.layer_map)))), last",
      EVERY_TERM),
@@ -322,7 +320,7 @@ MUTATIONS = [
      f"{HALF_TESTS}::test_a_run_that_skips_without_end_stops_with_the_reason"),
     ("float16: costs that are not finite refused", OBJECTIVE, "wait = start_solving(problems, self.tolerant) if",
      "wait = start_solving(problems) if", f"{HALF_TESTS}::test_a_step_that_overflows_is_skipped_and_counted"),
-    ("float16: gradient norms of an unscaled loss", TRAINER, "self._scaler.get_scale()  #", "2.0  #",
+    ("float16: gradient norms left scaled", TRAINER, "(gradient / scale).square()", "gradient.square()",
      f"{HALF_TESTS}::test_gradient_norms_are_of_the_scaled_loss"),
     ("launch: FSDP goes on", "d3etr_hf/training/checks.py", " or accelerator.distributed_type in UNSUPPORTED", "",
      f"{LAUNCH_TESTS}::test_sharding_is_refused_whoever_asked_for_it"),
@@ -345,11 +343,11 @@ MUTATIONS = [
      f"{LAUNCH_TESTS}::test_another_data_set_is_checked_when_it_is_evaluated"),
     ("schedule: warmup removed under learning_rate_drop", OPTIMIZATION,
      "min(1.0, (step + 1) / max(1, warmup)) * ", "", f"{TRAINER_TESTS}::test_learning_rate_drops_once_to_a_tenth"),
-    ("synchronisations: a mask read on the host in every layer", OBJECTIVE,
+    ("synchronisations: a mask read on the host", OBJECTIVE,
      "        options, groups = self.options, student.groups\n",
      "        options, groups = self.options, student.groups\n        student.memory_mask.any().item()\n",
      "tests/training/test_synchronisations.py::test_a_step_waits_three_times"),
-    ("synchronisations: weights copied to the device in every step", OBJECTIVE,
+    ("synchronisations: a number copied to the device", OBJECTIVE,
      "        options, groups = self.options, student.groups\n",
      "        options, groups = self.options, student.groups\n        student.memory_mask.new_tensor([True])\n",
      "tests/training/test_synchronisations.py::test_a_step_copies_little_to_the_device"),
@@ -367,6 +365,12 @@ signal.alarm({SECONDS})
 os.environ["PYTHONPATH"] = os.getcwd()
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
+
+
+def left_out(folder: str, names: list[str]) -> set[str]:
+    """What of a folder is not copied; at the top alone, since the package has a room called runs."""
+    hidden = {name for name in names if name.endswith("cache") or name == "__pycache__"}
+    return hidden | ({".git", ".venv", "runs", "data"} & set(names) if Path(folder) == REPOSITORY else set())
 
 
 def try_tests(processes: FreshProcesses, copy: Path, tests: list[str]) -> tuple[bool, str]:
@@ -398,7 +402,7 @@ def main() -> None:
     survivors = []
     with tempfile.TemporaryDirectory() as folder, FreshProcesses() as processes:
         copy = Path(folder) / "repository"
-        shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".ruff_cache"))
+        shutil.copytree(REPOSITORY, copy, ignore=left_out)
         passed, error = try_tests(processes, copy, sorted({row[-1] for row in chosen}))
         if not passed:
             raise SystemExit(f"a test is red without any mutation: {error}")

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from tests.mutations import MUTATIONS, REPOSITORY
+from tests.mutations import MUTATIONS, REPOSITORY, left_out
 
 
 @cache
@@ -33,3 +33,11 @@ def test_a_row_can_be_tried(file, old, new, test):
 
 def test_rows_are_told_apart():
     assert max(Counter(row[0] for row in MUTATIONS).values()) == 1
+
+
+def test_the_whole_package_is_copied():
+    """A room that is left out may be found elsewhere, unmutated."""
+    for folder in ("d3etr_hf", "d3etr_hf/data", "tests", "configs"):
+        names = [path.name for path in (REPOSITORY / folder).iterdir()]
+        assert left_out(str(REPOSITORY / folder), names) <= {"__pycache__"}
+    assert left_out(str(REPOSITORY), [".git", "runs", "tests"]) == {".git", "runs"}

@@ -226,8 +226,9 @@ def test_predictions_leave_autocast_in_full_precision(any_family):
     model = model_of(any_family)
     exact = model(**BATCH, request=request_for(further_queries(model), maps=True)).groups
     with torch.autocast("cpu", torch.bfloat16):
-        groups = model(**BATCH, request=request_for(further_queries(model), maps=True)).groups
-    for name, group in groups.items():
+        output = model(**BATCH, request=request_for(further_queries(model), maps=True))
+    assert all(part is None or part.dtype == torch.float32 for part in vars(output.queries).values())
+    for name, group in output.groups.items():
         for kind in ("logits", "boxes"):
             values = getattr(group, kind)
             assert values.dtype == torch.float32
@@ -539,6 +540,15 @@ def test_losses_equal_the_stock_loss(family):
     if criterion.weights["class"] == 1:  # Transformers weighs Conditional DETR's class loss with 1, its authors with 2
         torch.testing.assert_close(total, stock.loss, rtol=1e-4, atol=1e-5)
     close(model(**BATCH, labels=labels).loss, stock.loss)
+
+
+def test_the_configuration_weighs_costs_and_losses(family):
+    """No two alike, so that none can stand for another."""
+    costs = {"class_cost": 3, "bbox_cost": 7, "giou_cost": 4}
+    weights = {"bbox_loss_coefficient": 9, "giou_loss_coefficient": 8}
+    criterion = tiny_model(model_type=family, **costs, **weights).criterion()
+    assert (criterion.class_cost, criterion.l1_cost, criterion.giou_cost) == (3, 7, 4)
+    assert (criterion.weights["l1"], criterion.weights["giou"]) == (9, 8)
 
 
 # what stands beside it
