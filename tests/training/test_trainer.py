@@ -97,6 +97,24 @@ def test_accumulated_batches_equal_one_batch(shapes, tmp_path):
             assert parts_log[name] == pytest.approx(value, rel=1e-4), name
 
 
+@pytest.mark.parametrize(("queries", "held"), [("teacher", [10, 8]), ("learned", [10, 10]), ("none", [10])])
+def test_objects_beyond_a_groups_queries_are_not_counted_as_held(shapes, tmp_path, queries, held):
+    """The class loss of DETR is divided by what finds a query: of nine objects seven, or a smaller teacher's five."""
+    trainer = shapes_trainer(
+        shapes,
+        tmp_path,
+        student=tiny_model(num_queries=7),
+        teacher=tiny_model(num_queries=5),
+        auxiliary_queries=queries,
+    )
+    batches = [{"labels": [{"objects": 9}, {"objects": 0}]}, {"labels": [{"objects": 3}]}]
+    counts = trainer._get_num_items_in_batch(batches, trainer.args.device)
+    assert counts.tolist() == [3, 12, *held]
+    shares = trainer._shares(counts)
+    assert (shares.images, shares.objects) == (3, 12)
+    assert list(shares.held.values()) == held
+
+
 def test_teacher_is_frozen_and_kept_out_of_the_student(shapes, tmp_path):
     """HF_NOTES 7: a teacher held as a submodule is saved along and flipped by `.train()`."""
     trainer = shapes_trainer(shapes, tmp_path, teacher=tiny_model(seed=1).train())  # as a training leaves it
