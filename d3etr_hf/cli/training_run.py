@@ -13,6 +13,7 @@ from d3etr_hf.models.loading import (
     ModelArguments,
     TeacherArguments,
     build_model,
+    family_of_checkpoint,
     image_processor_of,
     inherit_from_teacher,
     load_detector,
@@ -36,6 +37,7 @@ from d3etr_hf.runs.output_folder import (
     describe_launch,
     refuse_split_launch,
     write_json,
+    write_whole,
 )
 from d3etr_hf.training.teacher import class_index_by_name, spread_layers
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
@@ -81,7 +83,7 @@ def train_detector(
     trainer.add_callback(stopwatch)
     if trainer.is_world_process_zero():
         # only now: a call that failed on its data or its teacher leaves the folder free for the next
-        (output / CONFIGURATION).write_text(configuration)
+        write_whole(output / CONFIGURATION, configuration)
         write_json(output / LAUNCH, launch)
         links = links_to_hub(
             teacher=teacher_arguments.teacher,
@@ -111,6 +113,9 @@ def build_trainer(
 ) -> D3etrTrainer:
     """The trainer of a run from its seed on: data, student, teacher, and what the student inherits."""
     set_seed(training_arguments.seed)
+    if teacher_arguments.teacher is not None:
+        # before its image processor is looked for, and the data is read
+        family_of_checkpoint(teacher_arguments.teacher, "teacher")
     source = model_arguments.model or teacher_arguments.teacher
     processor = image_processor_of(model_type_of(model_arguments), source)
     train, val = load_splits(data_arguments, processor)

@@ -86,14 +86,7 @@ def load_detector(path: str, role: str = "model") -> Detector:
     Raises:
         DetectorLoadError: nothing there, no detector, another family, tensors missing, or timm is needed and absent.
     """
-    config = _read_config(path, f"{role} {path!r}")
-    family = _family(config.model_type, f"{role} {path!r}")
-    if not any("ForObjectDetection" in name for name in config.architectures or ()):
-        raise DetectorLoadError(
-            f"{role} {path!r} is no detector: its architectures are {config.architectures}, and "
-            f"{family.stock_class.__name__} is needed"
-        )
-    _refuse_missing_timm(config, f"{role} {path!r}")
+    family = family_of_checkpoint(path, role)
     try:
         model, info = family.from_pretrained(path, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -107,6 +100,23 @@ def load_detector(path: str, role: str = "model") -> Detector:
             f"{sorted(info['missing_keys'])[:3]}; copy or download it again"
         )
     return model
+
+
+def family_of_checkpoint(path: str, role: str = "model") -> type[Detector]:
+    """The family of a checkpoint, by its configuration alone: whether it can be loaded, before anything is.
+
+    Args, Raises: as `load_detector`.
+    """
+    what = f"{role} {path!r}"
+    config = _read_config(path, what)
+    family = _family(config.model_type, what)
+    if not any("ForObjectDetection" in name for name in config.architectures or ()):
+        raise DetectorLoadError(
+            f"{what} is no detector: its architectures are {config.architectures}, and "
+            f"{family.stock_class.__name__} is needed"
+        )
+    _refuse_missing_timm(config, what)
+    return family
 
 
 def _read_config(path: str, what: str) -> PreTrainedConfig:

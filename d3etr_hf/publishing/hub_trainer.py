@@ -30,6 +30,7 @@ from d3etr_hf.runs.output_folder import (
     RESULTS,
     describe_launch,
     write_json,
+    write_whole,
 )
 from d3etr_hf.training.trainer import DistillationTrainer
 
@@ -76,7 +77,7 @@ class D3etrTrainer(DistillationTrainer):
             links = links_to_hub(teacher=teacher, started_from=self.model.name_or_path)
             write_json(folder / LAUNCH, describe_launch(self.args))
             write_json(folder / ENVIRONMENT, describe_environment() | {"links": links})
-            (folder / CONFIGURATION).write_text(describe_run(self.args), encoding="utf-8")
+            write_whole(folder / CONFIGURATION, describe_run(self.args))
         self.record_results(metrics)
 
     def _name_of_teacher(self) -> str | None:

@@ -76,7 +76,8 @@ def check_output_folder(output: Path, configuration: str, launch: dict) -> str |
         raise OutputFolderError(
             f"{output} is not empty and holds no {CONFIGURATION} of a run: choose another output_dir, or empty it"
         )
-    old, new = (read_yaml(text) or {} for text in ((output / CONFIGURATION).read_text(), configuration))
+    recorded = (output / CONFIGURATION).read_text(encoding="utf-8")
+    old, new = (read_yaml(text) or {} for text in (recorded, configuration))
     checkpoint = last_complete_checkpoint(output)
     if checkpoint is None and not (output / RESULTS).exists():
         return None  # it stopped before it had saved anything: nothing is lost by another configuration
@@ -120,7 +121,12 @@ def last_complete_checkpoint(output: Path) -> str | None:
 
 
 def write_json(path: Path, content) -> None:
+    """Content as JSON; see `write_whole`."""
+    write_whole(path, json.dumps(content, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all: a run may be stopped at any moment."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=1))
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

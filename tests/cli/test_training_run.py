@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -386,3 +388,27 @@ def test_call_that_fails_on_its_arguments_leaves_the_folder_free(shapes, tmp_pat
         train_detector(*arguments(shapes, output, teacher=tmp_path / "no_teacher"))
     assert not output.exists() or not list(output.iterdir())
     assert train_detector(*arguments(shapes, output, max_steps=1, save_strategy="no"))["steps"] == 1
+
+
+def test_teacher_is_looked_for_before_the_data_is_read(tmp_path):
+    """A slip in its name costs seconds, not the reading of a large data set and retries on the Hub."""
+    with pytest.raises(DetectorLoadError, match="teacher .*no such folder"):
+        train_detector(*arguments(tmp_path / "no_data", tmp_path / "run", teacher=tmp_path / "no_teacher"))
+
+
+def test_configuration_is_written_whole_or_not_at_all(shapes, finished, tmp_path, monkeypatch):
+    """A run that goes on writes it again: cut off there, the folder must not be taken for another run's."""
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    (output / "results.json").unlink()
+    before = (output / "run.yaml").read_text()
+    original = Path.write_text
+
+    def write_text(self, text, **options):
+        original(self, text[: len(text) // 2], **options)
+        raise Interruption
+
+    with monkeypatch.context() as patched, pytest.raises(Interruption):
+        patched.setattr(Path, "write_text", write_text)
+        train_detector(*arguments(shapes, output))
+    assert (output / "run.yaml").read_text() == before

@@ -12,6 +12,7 @@ from transformers import ConditionalDetrForObjectDetection, TrainerCallback
 from d3etr_hf.data import DetectionCollator
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import IncompatibleDataError, IncompatibleTeacherError, NonFiniteLossError
+from d3etr_hf.evaluation import average_precision_of, predict_detections
 from d3etr_hf.models.loading import load_detector, load_image_processor
 from d3etr_hf.outputs import AUXILIARY
 from tests.shapes_fixture import SIDE, crop_every_other, load_shapes, shapes_trainer, weights_of
@@ -96,9 +97,27 @@ def test_accumulated_batches_equal_one_batch(shapes, tmp_path):
             assert parts_log[name] == pytest.approx(value, rel=1e-4), name
 
 
+@pytest.mark.parametrize(("queries", "held"), [("teacher", [10, 8]), ("learned", [10, 10]), ("none", [10])])
+def test_objects_beyond_a_groups_queries_are_not_counted_as_held(shapes, tmp_path, queries, held):
+    """The class loss of DETR is divided by what finds a query: of nine objects seven, or a smaller teacher's five."""
+    trainer = shapes_trainer(
+        shapes,
+        tmp_path,
+        student=tiny_model(num_queries=7),
+        teacher=tiny_model(num_queries=5),
+        auxiliary_queries=queries,
+    )
+    batches = [{"labels": [{"objects": 9}, {"objects": 0}]}, {"labels": [{"objects": 3}]}]
+    counts = trainer._get_num_items_in_batch(batches, trainer.args.device)
+    assert counts.tolist() == [3, 12, *held]
+    shares = trainer._shares(counts)
+    assert (shares.images, shares.objects) == (3, 12)
+    assert list(shares.held.values()) == held
+
+
 def test_teacher_is_frozen_and_kept_out_of_the_student(shapes, tmp_path):
     """HF_NOTES 7: a teacher held as a submodule is saved along and flipped by `.train()`."""
-    trainer = shapes_trainer(shapes, tmp_path)
+    trainer = shapes_trainer(shapes, tmp_path, teacher=tiny_model(seed=1).train())  # as a training leaves it
     teacher, before = trainer.teacher.detector, weights_of(trainer.teacher.detector)
     assert not any(name.startswith("query_adapters") for name, _ in trainer.model.named_parameters())
     queries = trainer.teacher.queries().position.clone()
@@ -129,6 +148,15 @@ def test_teacher_runs_under_the_same_autocast(shapes, tmp_path):
     assert dtypes["teacher's head"] == dtypes["student's head"] == [torch.float32]
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
     assert np.isfinite(training_logs(trainer)[0]["loss"])
+
+
+def test_evaluation_runs_in_mixed_precision(shapes, tmp_path):
+    """As training does; what it finds is scaled in float32 all the same."""
+    trainer, dtypes = shapes_trainer(shapes, tmp_path, bf16=True), set()
+    layer = trainer.model.model.decoder.layers[0].mlp.fc1
+    layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    trainer.evaluate()
+    assert dtypes == {torch.bfloat16}
 
 
 def stock_metrics(stock, dataset, annotations, masked=True) -> list[float]:
@@ -181,6 +209,19 @@ def test_evaluation_equals_cocoeval_image_by_image(shapes, two_sizes, tmp_path, 
     assert expected[8] > 0.01  # something was found, so the comparison says something
     if sizes == "two sizes":
         assert stock_metrics(stock, *data, masked=False) != pytest.approx(expected, abs=1e-4)
+
+
+def test_every_evaluation_reads_the_ground_truth_of_its_own_data_set(shapes, tmp_path):
+    """One trainer evaluates several: the images of the first must not be looked up for the next."""
+    trainer = shapes_trainer(shapes, tmp_path, student=tiny_model(seed=4, num_queries=20))
+    first = trainer.evaluate()["eval_AR_100"]
+    second = trainer.evaluate(trainer.train_dataset, metric_key_prefix="train")["train_AR_100"]
+    expected = [
+        average_precision_of(predict_detections(trainer.model, data, batch_size=5), data)["AR_100"]
+        for data in (trainer.eval_dataset, trainer.train_dataset)
+    ]
+    assert [first, second] == pytest.approx(expected, abs=1e-6)
+    assert first != pytest.approx(second, abs=1e-3)
 
 
 def test_resumed_run_equals_an_uninterrupted_one(shapes, tmp_path):
