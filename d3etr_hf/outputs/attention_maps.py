@@ -61,7 +61,7 @@ class SampledAttention(NamedTuple):
         grid = (EVENLY / (rows * columns).to(self.weights.dtype))[:, None, None, None]
         grid = grid.expand(*self.weights.shape[:3], height * width)
         for step in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            cell = low + self.places.new_tensor(step)
+            cell = torch.stack([low[..., 0] + step[0], low[..., 1] + step[1]], dim=-1)
             share = (1 - (corner - cell).abs()).prod(-1) * self.weights
             inside = ((cell >= 0) & (cell < extent)).all(-1)
             x, y = cell.clamp(min=0).minimum(extent - 1).long().unbind(-1)
