@@ -8,16 +8,19 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from transformers.utils import PushInProgress
 
 from d3etr_hf.cli import publish as publish_command
 from d3etr_hf.cli.training_run import train_detector
 from d3etr_hf.errors import HubError
+from d3etr_hf.publishing import hub_trainer
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.publish import PublishArguments, publish
 from d3etr_hf.visualization import run_pictures
@@ -93,6 +96,19 @@ def test_hub_strategy(finished_runs, hub, tmp_path, strategy, folders, commits):
     assert hub.repositories["user/student"].private
     for request in hub.requests:
         assert not any(name in request.body for name in (b"optimizer.pt", b"training_args.bin", b"rng_state"))
+
+
+@pytest.mark.parametrize(("always", "jobs"), [(True, 2), (False, 1)])
+def test_a_save_during_an_upload_leaves_that_upload_waited_for(finished_runs, tmp_path, monkeypatch, always, jobs):
+    """The push at the end waits for all that is under way: an older save that arrived later would overwrite it."""
+    options = {"hub_strategy": "every_save", "hub_always_push": always}
+    trainer = shapes_trainer(finished_runs / "data", tmp_path, **options)
+    slow, trainer.hub_model_id = Future(), "user/student"
+    trainer.push_in_progress = PushInProgress([slow])
+    monkeypatch.setattr(hub_trainer, "upload_in_background", lambda *args, **kwargs: Future())
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert trainer.push_in_progress.jobs[0] is slow
+    assert len(trainer.push_in_progress.jobs) == jobs
 
 
 def test_hub_that_fails_at_the_end(finished_runs, hub, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import ConvNextConfig
 
-from d3etr_hf.errors import IncompatibleTeacherError
+from d3etr_hf.errors import IncompatibleTeacherError, NonFiniteCostError
 from d3etr_hf.matching import AdaptiveMatcher, TaughtGroup
 from d3etr_hf.models.query_adapters import QueryAdapter
 from d3etr_hf.outputs import (
@@ -458,3 +458,24 @@ def test_detector_with_another_order_of_classes_is_reduced_in_a_copy():
     reduced = with_classes_of(detector, NAMES, "model")
     assert reduced is not detector and reduced.class_names == NAMES and detector.class_names == names
     torch.testing.assert_close(reduced(**batch).logits, before[..., [2, 3, 0]])
+
+
+def test_costs_that_are_not_finite_stop_the_objective_unless_it_is_told_to_go_on(tmp_path):
+    """Predictions of a diverged model would be matched at random."""
+    output = tiny_model()(**padded_batch(), request=MAPS)
+    teacher = teacher_output_of(detached(output.groups[OWN]), output.memory_mask)
+    output.groups[OWN].boxes = output.groups[OWN].boxes * torch.nan
+    run = objective(tmp_path, auxiliary_queries="none")
+    with pytest.raises(NonFiniteCostError):
+        run(output, teacher, TARGETS, SHARES)
+    run.tolerant = True
+    terms, _ = run(output, teacher, TARGETS, SHARES)
+    assert terms["student/prediction"].isnan().all()
+
+
+def test_teacher_moves_whole():
+    """Its weights and its class index, which gathers its scores on the device."""
+    teacher = Teacher(tiny_model(), NAMES[::-1], 3)
+    assert teacher.to(torch.device("meta")) is teacher
+    assert teacher.class_index.is_meta
+    assert all(parameter.is_meta for parameter in teacher.detector.parameters())

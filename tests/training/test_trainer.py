@@ -216,10 +216,12 @@ def test_every_evaluation_reads_the_ground_truth_of_its_own_data_set(shapes, tmp
     trainer = shapes_trainer(shapes, tmp_path, student=tiny_model(seed=4, num_queries=20))
     first = trainer.evaluate()["eval_AR_100"]
     second = trainer.evaluate(trainer.train_dataset, metric_key_prefix="train")["train_AR_100"]
+    trainer.model.train()
     expected = [
         average_precision_of(predict_detections(trainer.model, data, batch_size=5), data)["AR_100"]
         for data in (trainer.eval_dataset, trainer.train_dataset)
     ]
+    assert not trainer.model.training
     assert [first, second] == pytest.approx(expected, abs=1e-6)
     assert first != pytest.approx(second, abs=1e-3)
 
