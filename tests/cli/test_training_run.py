@@ -412,3 +412,15 @@ def test_configuration_is_written_whole_or_not_at_all(shapes, finished, tmp_path
         patched.setattr(Path, "write_text", write_text)
         train_detector(*arguments(shapes, output))
     assert (output / "run.yaml").read_text() == before
+
+
+def test_model_that_goes_on_keeps_its_own_image_processor(shapes, teacher, tmp_path):
+    """A new model takes its teacher's; one that is loaded was trained on pixels of its own."""
+    tiny_model(seed=3).save_pretrained(tmp_path / "model")
+    processor = load_image_processor(None, SIDE, SIDE)
+    theirs, processor.resample = processor.resample, 0
+    processor.save_pretrained(tmp_path / "model")
+    new, *others = arguments(shapes, tmp_path / "run", teacher)
+    assert runs.build_trainer(new, *others).processing_class.resample == theirs
+    loaded = ModelArguments(model=str(tmp_path / "model"))
+    assert runs.build_trainer(loaded, *others).processing_class.resample == 0

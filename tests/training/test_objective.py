@@ -24,7 +24,16 @@ from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, class_index_by_name, spread_layers, with_classes_of
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
-from tests.tiny import padded_batch, random_labels, request_for, targets_of, tiny_config, tiny_model
+from tests.tiny import (
+    normalisers_of,
+    padded_batch,
+    random_labels,
+    random_queries,
+    request_for,
+    targets_of,
+    tiny_config,
+    tiny_model,
+)
 
 MAPS = request_for(maps=True)
 LABELS = random_labels([2, 3])
@@ -337,6 +346,25 @@ def test_detection_weights_and_group_reduction(tmp_path):
     for name, value in summed.items():
         torch.testing.assert_close(mean[name] * 2, value)
         torch.testing.assert_close(single[name] * (2 if name.endswith("class") else 1), value)
+
+
+def test_class_loss_of_a_softmax_student_is_divided_by_its_queries(tmp_path):
+    """Group by group: those without an object weigh a tenth, and objects beyond a group's queries do not count."""
+    student, labels = tiny_model(seed=2, model_type="detr"), random_labels([9, 1])
+    criterion, targets = student.criterion(), targets_of(labels)
+    request = request_for({AUXILIARY: random_queries(5)})
+    output = student(**padded_batch(), request=request)
+    held = {OWN: torch.tensor(8.0), AUXILIARY: torch.tensor(6.0)}
+    shares = Shares(torch.tensor(2.0), torch.tensor(10.0), held, average=lambda tensor: tensor)
+    run = objective(tmp_path, criterion, auxiliary_queries="learned", adaptive_matching=False)
+    terms, _ = run(output, None, targets, shares)
+    for name, title, queries in ((OWN, "student", 7), (AUXILIARY, AUXILIARY, 5)):
+        group = output.groups[name]
+        losses = criterion.losses(group, targets, criterion.assign(group, targets))
+        divided = normalisers_of(criterion, [9, 1], queries)
+        assert divided["class"] == pytest.approx({7: 8 + 0.1 * 6, 5: 6 + 0.1 * 4}[queries])
+        for term, value in losses.items():
+            torch.testing.assert_close(terms[f"{title}/{term}"], value * criterion.weights[term] / divided[term])
 
 
 def test_teacher_assignment_is_of_its_own_last_layer(tmp_path):
