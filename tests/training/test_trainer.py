@@ -287,6 +287,15 @@ def test_nan_stops_with_step_images_and_checkpoint(shapes, tmp_path, where):
     assert all(value.isfinite().all() for value in kept.state_dict().values())
 
 
+def test_nan_in_an_evaluation_stops_with_step_and_image(shapes, tmp_path):
+    """It would pass for a model that finds nothing."""
+    trainer = shapes_trainer(shapes, tmp_path)
+    with torch.no_grad():
+        trainer.model.bbox_predictor.layers[-1].bias.fill_(torch.nan)
+    with pytest.raises(NonFiniteLossError, match="evaluation after step 0: image id .* not finite"):
+        trainer.evaluate()
+
+
 def test_nan_term_is_named(shapes, tmp_path):
     trainer = shapes_trainer(shapes, tmp_path)
     inputs, original = batch_of(trainer, 2), trainer.objective
