@@ -8,6 +8,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers import ConditionalDetrForObjectDetection, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
 
 from d3etr_hf.data import DetectionCollator
 from d3etr_hf.data.shapes import make_shapes
@@ -224,6 +225,15 @@ def test_every_evaluation_reads_the_ground_truth_of_its_own_data_set(shapes, tmp
     assert not trainer.model.training
     assert [first, second] == pytest.approx(expected, abs=1e-6)
     assert first != pytest.approx(second, abs=1e-3)
+
+
+def test_detections_count_for_the_image_whose_id_came_with_them(shapes, tmp_path):
+    """A sampler may hand out images in another order than the data set's."""
+    trainer = shapes_trainer(shapes, tmp_path, student=tiny_model(seed=4, num_queries=20))
+    expected = trainer.evaluate()["eval_AR_100"]
+    detections, ids = predict_detections(trainer.model, trainer.eval_dataset, batch_size=5), trainer.eval_dataset.rows
+    backwards = EvalPrediction(detections.flip(0).numpy(), np.array(ids["image_id"])[::-1])
+    assert trainer._average_precision(backwards)["AR_100"] == pytest.approx(expected, abs=1e-6) != 0
 
 
 def test_resumed_run_equals_an_uninterrupted_one(shapes, tmp_path):
