@@ -276,9 +276,14 @@ def test_gradient_reaches_own_queries_and_none_that_were_detached(any_family):
 
 
 def test_checkpointing_gives_the_same_gradient_of_maps_and_predictions(family):
-    gradients = []
+    """And runs decoder layers a second time: without that no memory is saved."""
+    gradients, calls = [], []
     for checkpointing in (False, True):
         model = tiny_model(model_type=family).train()
+        calls.append([])
+        for name, module in model.named_modules():
+            if model.role_of(f"{name}.") == DECODER and isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda *_, called=calls[-1], name=name: called.append(name))
         if checkpointing:
             model.activation_checkpointing_enable()
         output = model(**BATCH, request=request_for(further_queries(model), maps=True))
@@ -292,6 +297,7 @@ def test_checkpointing_gives_the_same_gradient_of_maps_and_predictions(family):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         close(gradients[1][name], gradient, 1e-4)
+    assert len(calls[1]) > 1.5 * len(calls[0]) > 0
     with pytest.raises(ValueError, match="use_reentrant"):
         tiny_model(model_type=family).activation_checkpointing_enable({"use_reentrant": True})
 

@@ -179,11 +179,9 @@ def test_push_after_another_training(finished_runs, hub, tmp_path):
         assert f"seed {seed}" in card.text and "The training arguments (training.yaml)" in card.text
 
 
-def test_push_in_half_precision_evaluation(finished_runs, hub, tmp_path):
-    """The card measures what was saved, whatever the live model is in."""
-    trainer = shapes_trainer(
-        finished_runs / "data", tmp_path / "run", hub_model_id="user/student", bf16_full_eval=True
-    )
+def test_push_in_mixed_precision(finished_runs, hub, tmp_path):
+    """The card measures what was saved, whatever the live model runs in."""
+    trainer = shapes_trainer(finished_runs / "data", tmp_path / "run", hub_model_id="user/student", bf16=True)
     trainer.train()
     trainer.push_to_hub()
     assert hub.files("user/student").keys() == MODEL | CARD | PICTURES

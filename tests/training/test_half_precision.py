@@ -88,6 +88,16 @@ def test_a_run_that_skips_without_end_stops_with_the_reason(shapes, tmp_path, mo
         trainer.train()
 
 
+def test_steps_that_were_skipped_between_others_stop_nothing(shapes, tmp_path, monkeypatch, with_scaler):
+    """A scaler probes its scale now and then: only steps in a row say that a run has diverged."""
+    monkeypatch.setattr(half_precision, "MOST_SKIPPED_IN_A_ROW", 3)
+    overflow = Overflow({0, 1, 3, 4})
+    trainer = with_scaler(shapes_trainer(shapes, tmp_path, max_steps=6, callbacks=[overflow], logging_steps=6))
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entry["skipped_steps"] == 4
+
+
 def test_gradient_norms_are_of_the_scaled_loss(shapes, tmp_path, with_scaler):
     """They are those of float32, whatever the scale."""
     entries = []

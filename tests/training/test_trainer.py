@@ -8,6 +8,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers import ConditionalDetrForObjectDetection, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
 
 from d3etr_hf.data import DetectionCollator
 from d3etr_hf.data.shapes import make_shapes
@@ -226,6 +227,15 @@ def test_every_evaluation_reads_the_ground_truth_of_its_own_data_set(shapes, tmp
     assert first != pytest.approx(second, abs=1e-3)
 
 
+def test_detections_count_for_the_image_whose_id_came_with_them(shapes, tmp_path):
+    """A sampler may hand out images in another order than the data set's."""
+    trainer = shapes_trainer(shapes, tmp_path, student=tiny_model(seed=4, num_queries=20))
+    expected = trainer.evaluate()["eval_AR_100"]
+    detections, ids = predict_detections(trainer.model, trainer.eval_dataset, batch_size=5), trainer.eval_dataset.rows
+    backwards = EvalPrediction(detections.flip(0).numpy(), np.array(ids["image_id"])[::-1])
+    assert trainer._average_precision(backwards)["AR_100"] == pytest.approx(expected, abs=1e-6) != 0
+
+
 def test_resumed_run_equals_an_uninterrupted_one(shapes, tmp_path):
     """Trainer's own loading leaves most of Conditional DETR at its start values: published names differ.
 
@@ -285,6 +295,15 @@ def test_nan_stops_with_step_images_and_checkpoint(shapes, tmp_path, where):
         trainer.train()
     kept = ConditionalDetrForObjectDetection.from_pretrained(tmp_path / "checkpoint-2")
     assert all(value.isfinite().all() for value in kept.state_dict().values())
+
+
+def test_nan_in_an_evaluation_stops_with_step_and_image(shapes, tmp_path):
+    """It would pass for a model that finds nothing."""
+    trainer = shapes_trainer(shapes, tmp_path)
+    with torch.no_grad():
+        trainer.model.bbox_predictor.layers[-1].bias.fill_(torch.nan)
+    with pytest.raises(NonFiniteLossError, match="evaluation after step 0: image id .* not finite"):
+        trainer.evaluate()
 
 
 def test_nan_term_is_named(shapes, tmp_path):
