@@ -223,7 +223,7 @@ def test_links_are_those_of_the_time(tmp_path, monkeypatch):
     ("content", "message"),
     [
         ("", "no JSON"),
-        ("[1]", "not of scripts"),
+        ("[1]", "not of `d3etr"),
         ('{"AP": 1}', "not of"),
         ('{"weights": "", "student": {}, "data": {}}', "of an earlier version: move it away"),
     ],
