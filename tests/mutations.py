@@ -38,13 +38,13 @@ LOSS_TESTS = "tests/losses/test_detection_loss.py"
 
 MUTATIONS = [
     # HF_NOTES 1: auxiliary_loss semantics, the norm on the side
-    ("note 1: norm fed onwards", MODEL, "if normed_between:\n                hidden",
+    ("note 1: norm fed onwards", DENSE, "if normed_between:\n                hidden",
      "if True:\n                hidden",
      f"{MODEL_TESTS}::test_layer_predictions_are_normed_once_on_the_side"),
-    ("note 1: checkpoint semantics", MODEL, "normed_between = self.model.decoder, self.config.auxiliary_loss",
+    ("note 1: checkpoint semantics", DENSE, "normed_between = self.model.decoder, self.config.auxiliary_loss",
      "normed_between = self.model.decoder, False", f"{MODEL_TESTS}::test_group_pass_equals_stock_forward"),
-    ("note 1: earlier layers unnormed", MODEL, "per_layer.append(decoder.layernorm(hidden_states))",
-     "per_layer.append(decoder.layernorm(hidden_states) if layer is decoder.layers[-1] else hidden_states)",
+    ("note 1: earlier layers unnormed", DENSE, "per_layer.append(decoder.layernorm(hidden_states))",
+     "per_layer.append(decoder.layernorm(hidden_states) if index + 1 == self.decoder_depth else hidden_states)",
      f"{MODEL_TESTS}::test_layer_predictions_are_normed_once_on_the_side"),
     # HF_NOTES 2: what is frozen
     ("note 2: after loading", DETECTOR, "        model.settle()\n", "",

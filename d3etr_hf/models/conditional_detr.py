@@ -83,17 +83,13 @@ class D3etrConditionalDetrForObjectDetection(DenseMemoryDetector, ConditionalDet
     def _decode(
         self, memory: Memory, position: torch.Tensor, anchors: torch.Tensor, groups: GroupAttention
     ) -> torch.Tensor:
-        """Run the decoder's own layers over all groups; the normed hidden states of each layer `(L, B, sum of N, d)`.
-
-        The original records norm(output) on the side. A configuration with `auxiliary_loss` means a checkpoint that
-        was trained as Transformers computes it then: the norm feeds the next layer, and the last one is normed twice.
-        """
-        decoder, normed_between = self.model.decoder, self.config.auxiliary_loss
+        """Run the decoder's own layers over all groups; see `normed_layers`."""
+        decoder = self.model.decoder
         query_sine = encode_sinusoidal_position_embedding(anchors, num_pos_feats=self.width // 2)
-        hidden_states, per_layer = torch.zeros_like(position), []
-        for index, layer in enumerate(decoder.layers):
+
+        def run(index: int, hidden_states: torch.Tensor) -> torch.Tensor:
             scale = decoder.query_scale(hidden_states) if index else 1
-            hidden_states = layer(
+            return decoder.layers[index](
                 hidden_states,
                 None,
                 memory.position,
@@ -104,12 +100,8 @@ class D3etrConditionalDetrForObjectDetection(DenseMemoryDetector, ConditionalDet
                 is_first=index == 0,
                 groups=groups,
             )
-            per_layer.append(decoder.layernorm(hidden_states))
-            if normed_between:
-                hidden_states = per_layer[-1]
-        if normed_between:
-            per_layer[-1] = decoder.layernorm(hidden_states)
-        return torch.stack(per_layer)
+
+        return self.normed_layers(position, run)
 
     def criterion(self) -> DetectionCriterion:
         config = self.config

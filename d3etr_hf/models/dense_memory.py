@@ -153,6 +153,27 @@ class DenseMemoryDetector(Detector):
             self.config, self_attention, [layer.encoder_attn for layer in layers], type(self).eager_attention
         )
 
+    def normed_layers(self, position: torch.Tensor, run: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The normed hidden states of every decoder layer, `(L, B, sum of N, d)`, from zeros.
+
+        The original records norm(output) on the side. A configuration with `auxiliary_loss` means a checkpoint that
+        was trained as Transformers computes it then: the norm feeds the next layer, and the last one is normed twice.
+
+        Args:
+            position: of all queries, `(B, sum of N, d)`.
+            run: applies a layer, by its index, to hidden states of the same shape.
+        """
+        decoder, normed_between = self.model.decoder, self.config.auxiliary_loss
+        hidden_states, per_layer = torch.zeros_like(position), []
+        for index in range(self.decoder_depth):
+            hidden_states = run(index, hidden_states)
+            per_layer.append(decoder.layernorm(hidden_states))
+            if normed_between:
+                hidden_states = per_layer[-1]
+        if normed_between:
+            per_layer[-1] = decoder.layernorm(hidden_states)
+        return torch.stack(per_layer)
+
     def new_queries(self, count: int) -> Queries:
         return Queries(position=torch.randn(count, self.width))
 

@@ -56,15 +56,10 @@ class D3etrDetrForObjectDetection(DenseMemoryDetector, DetrForObjectDetection):
         return collect_groups(logits, boxes, groups, own, memory)
 
     def _decode(self, memory: Memory, position: torch.Tensor, groups: GroupAttention) -> torch.Tensor:
-        """Run the decoder's own layers over all groups; the normed hidden states of each layer `(L, B, sum of N, d)`.
+        """Run the decoder's own layers over all groups; see `normed_layers`."""
 
-        The original records norm(output) on the side. A configuration with `auxiliary_loss` means a checkpoint that
-        was trained as Transformers computes it then: the norm feeds the next layer, and the last one is normed twice.
-        """
-        decoder, normed_between = self.model.decoder, self.config.auxiliary_loss
-        hidden_states, per_layer = torch.zeros_like(position), []
-        for layer in decoder.layers:
-            hidden_states = layer(
+        def run(index: int, hidden_states: torch.Tensor) -> torch.Tensor:
+            return self.model.decoder.layers[index](
                 hidden_states,
                 None,
                 memory.position,
@@ -73,12 +68,8 @@ class D3etrDetrForObjectDetection(DenseMemoryDetector, DetrForObjectDetection):
                 encoder_attention_mask=memory.attention_mask,
                 groups=groups,
             )
-            per_layer.append(decoder.layernorm(hidden_states))
-            if normed_between:
-                hidden_states = per_layer[-1]
-        if normed_between:
-            per_layer[-1] = decoder.layernorm(hidden_states)
-        return torch.stack(per_layer)
+
+        return self.normed_layers(position, run)
 
     def criterion(self) -> DetectionCriterion:
         config = self.config
