@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from transformers import ConditionalDetrConfig, ConvNextConfig, DetrConfig, PreTrainedConfig
+from transformers import ConditionalDetrConfig, ConvNextConfig, DetrConfig, PreTrainedConfig, RTDetrConfig
 
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.loading import FAMILIES
@@ -37,10 +37,42 @@ def _dense_options(**changes) -> dict:
     return options | changes
 
 
+def _hybrid_options(**changes) -> dict:
+    """Of RT-DETR and its heirs: two levels, strides 4 and 8."""
+    backbone = ConvNextConfig(
+        num_stages=2,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        out_features=["stage1", "stage2"],
+        layer_scale_init_value=1.0,
+    )
+    options = {
+        "backbone_config": backbone,
+        "d_model": 32,
+        "encoder_hidden_dim": 32,
+        "encoder_in_channels": [8, 16],
+        "feat_strides": [4, 8],
+        "encode_proj_layers": [1],
+        "encoder_ffn_dim": 48,
+        "encoder_attention_heads": 4,
+        "decoder_in_channels": [32, 32],
+        "num_feature_levels": 2,
+        "decoder_ffn_dim": 48,
+        "decoder_layers": 3,
+        "decoder_attention_heads": 4,
+        "num_queries": 7,
+        "num_denoising": 10,
+        "id2label": {0: "circle", 1: "rectangle", 2: "triangle"},
+        "label2id": {"circle": 0, "rectangle": 1, "triangle": 2},
+    }
+    return options | changes
+
+
 # by model type; a new family adds a line here and is then held to the contract by tests/models/test_contract.py
 TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "conditional_detr": lambda **changes: ConditionalDetrConfig(**_dense_options(**changes)),
     "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
+    "rt_detr": lambda **changes: RTDetrConfig(**_hybrid_options(**changes)),
 }
 
 

@@ -7,6 +7,7 @@ from d3etr_hf.losses.attention_distillation import (
 )
 from d3etr_hf.losses.detection_loss import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
 from d3etr_hf.losses.prediction_distillation import PREDICTION_NORMALISERS, pair_weights, prediction_distillation
+from d3etr_hf.losses.stock_criterion import StockCriterion
 
 __all__ = [
     "DIVERGENCES",
@@ -14,6 +15,7 @@ __all__ = [
     "CrossEntropyCriterion",
     "DetectionCriterion",
     "FocalCriterion",
+    "StockCriterion",
     "cross_attention_distillation",
     "pair_weights",
     "prediction_distillation",

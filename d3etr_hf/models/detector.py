@@ -44,6 +44,7 @@ class Detector(StockModel):
         anchor_size: numbers of an anchor that a group may bring with its queries; 0 where the family takes none.
         makes_anchors: whether a head of the decoder makes anchors of queries, so that those of another model's queries
             can be made afresh; false where they belong to the queries, as proposals of an image do.
+        reads_padding: whether it reads the pixel mask; what does not, takes images of one size.
         citation: BibTeX of the family's paper.
     """
 
@@ -53,6 +54,7 @@ class Detector(StockModel):
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
     anchor_size: ClassVar[int]
     makes_anchors: ClassVar[bool]
+    reads_padding: ClassVar[bool] = True
     citation: ClassVar[str]
 
     # what a family says

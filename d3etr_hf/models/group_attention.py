@@ -27,7 +27,10 @@ class GroupAttention:
 
     Attributes:
         sizes: number of queries by the group's name, in their order along the query axis.
-        self_attention, cross_attention: whether to record these maps (unrecorded attention runs fused).
+        sees: by the group's name, which groups it attends to in self-attention; itself alone where it is not named.
+        masks: by the group's name, bool `(N, queries that it sees)`, true where it may look; everywhere if not named.
+        self_attention, cross_attention: whether to record these maps (unrecorded attention runs fused); those of a
+            group that sees others are not recorded.
         self_maps, cross_maps: per layer an `AttentionMap` by the group's name.
         open: true during the forward pass; activation checkpointing runs layers again in the backward pass.
     """
@@ -35,6 +38,8 @@ class GroupAttention:
     sizes: dict[str, int]
     self_attention: bool
     cross_attention: bool
+    sees: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
     self_maps: list[dict[str, AttentionMap]] = field(default_factory=list)
     cross_maps: list[dict[str, AttentionMap]] = field(default_factory=list)
     open: bool = True
@@ -42,6 +47,20 @@ class GroupAttention:
     def split(self, tensor: torch.Tensor, dim: int) -> dict[str, torch.Tensor]:
         """The parts of a tensor along its query axis, by the group's name."""
         return dict(zip(self.sizes, tensor.split(list(self.sizes.values()), dim=dim), strict=True))
+
+    def attend_to_themselves(self, query, key, value, dropout: float, scaling: float) -> torch.Tensor:
+        """Self-attention, group by group: `(B, M, sum of N, ·)` each and in return; maps are recorded."""
+        queries, keys, values = (self.split(tensor, 2) for tensor in (query, key, value))
+        attended, maps = [], {}
+        for name, part in queries.items():
+            seen = self.sees.get(name, (name,))
+            with_map = self.self_attention and seen == (name,)
+            k, v = (torch.cat([of[other] for other in seen], dim=2) for of in (keys, values))
+            found, maps[name] = attend(part, k, v, self.masks.get(name), dropout, scaling, with_map)
+            attended.append(found)
+        if self.self_attention and self.open:
+            self.self_maps.append(maps)
+        return torch.cat(attended, dim=2)
 
     def maps_of(self, group: str) -> dict[str, Any]:
         """The maps of one group as fields of its `GroupOutput`."""
@@ -148,11 +167,7 @@ def query_group_attention(
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation_of(stock.config), stock.eager)
         return interface(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if stock.is_self_attention:
-        parts = zip(*(groups.split(tensor, 2).values() for tensor in (query, key, value)), strict=True)
-        attended = [attend(q, k, v, None, dropout, scaling, groups.self_attention) for q, k, v in parts]
-        if groups.self_attention and groups.open:
-            groups.self_maps.append(dict(zip(groups.sizes, (found for _, found in attended), strict=True)))
-        output = torch.cat([part for part, _ in attended], dim=2)
+        output = groups.attend_to_themselves(query, key, value, dropout, scaling)
     else:
         if groups.cross_attention and attention_mask is not None:
             attention_mask = attention_mask[:, :, :1]  # padding is the same for every query

@@ -1,8 +1,14 @@
 """What of a detector's backbone trains, as in DETR's authors' code (Transformers does not do it)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
 from d3etr_hf.models.detector import Detector
 
 # the stem and the first stage of a ResNet, in the names of Transformers' own backbone and of timm's
+RESET = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
 FROZEN_RESNET_PARTS = ("embedder.", "encoder.stages.0.", "conv1.", "bn1.", "layer1.")
 
 
@@ -23,6 +29,22 @@ def freeze_backbone_as_detr(model: Detector, backbone, backbone_config) -> None:
         parameter.requires_grad_(not name.startswith(frozen_parts))
 
 
+def freeze_stem(model: Detector, backbone, config) -> None:
+    """Let everything train but unread stages and, where the configuration freezes the backbone's batch norm, its stem.
+
+    As RT-DETR's and D-FINE's authors: their large backbones have both frozen, the small ones neither.
+
+    Args:
+        backbone: the model's backbone module.
+        config: the model's configuration.
+    """
+    frozen = unread_stages(config.backbone_config)
+    frozen += ("embedder.",) if config.freeze_backbone_batch_norms else ()
+    model.requires_grad_(True)
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+
+
 def unread_stages(backbone_config) -> tuple[str, ...]:
     """Prefixes of the parameters of backbone stages after the last one that the detector reads."""
     if backbone_config.model_type == "timm_backbone":
@@ -38,3 +60,24 @@ def is_resnet(backbone_config) -> bool:
     return backbone_config.model_type == "resnet" or (
         backbone_config.model_type == "timm_backbone" and backbone_config.backbone.startswith("resnet")
     )
+
+
+@contextmanager
+def reset_but(model: Detector, backbone: nn.Module, chosen: set[str]) -> Iterator[None]:
+    """Give all layers outside the backbone PyTorch's own start values; afterwards what was not chosen is as it was.
+
+    Within the context a family sets what its authors set otherwise.
+
+    Args:
+        chosen: names of the parameters that start afresh.
+    """
+    inside = set(backbone.modules())
+    kept = {name: value.clone() for name, value in model.named_parameters() if name not in chosen}
+    kept |= {name: value.clone() for name, value in backbone.named_parameters("backbone")}
+    for module in model.modules():
+        if module not in inside and isinstance(module, RESET):
+            module.reset_parameters()
+    yield
+    own = dict(model.named_parameters()) | dict(backbone.named_parameters("backbone"))
+    for name, value in kept.items():
+        own[name].copy_(value)

@@ -63,6 +63,7 @@ class GroupOutput(ModelOutput):
         self_attention: L maps over the N queries of the group itself; None unless they were asked for.
         cross_attention: per layer the attention to the memory, dense or sampled; None unless it was asked for.
         box_distribution: `(L, B, N, 4, bins)` logits over the distances of each edge, where boxes come from such.
+        box_reference: `(B, N, 4)`, the boxes from whose edges those distances are counted, cxcywh in 0..1.
     """
 
     logits: torch.Tensor | None = None
@@ -70,6 +71,7 @@ class GroupOutput(ModelOutput):
     self_attention: tuple[AttentionMap, ...] | None = None
     cross_attention: tuple[AttentionMap, ...] | tuple[SampledAttention, ...] | None = None
     box_distribution: torch.Tensor | None = None
+    box_reference: torch.Tensor | None = None
 
 
 @dataclass
@@ -80,12 +82,14 @@ class Supervised(ModelOutput):
         assignment: int64 `(L, B, N)`, the object of each query or `NO_OBJECT`; None: the criterion assigns.
         group: logits and boxes.
         repeats: how often every object is asked for (None: once); the loss is divided by so many times the objects.
+        targets: what supervises them; None: the ground truth as it is.
     """
 
     # ModelOutput would take a mapping that comes alone in its first field for its own items: `group` is none
     assignment: torch.Tensor | None = None
     group: GroupOutput | None = None
     repeats: int | None = None
+    targets: Targets | None = None
 
 
 @dataclass
@@ -98,6 +102,8 @@ class DetectorOutput(ModelOutput):
         groups: outputs by the group's name; `OWN` is the model's own object queries.
         queries: those of the model's own group, as they could be given to another decoder.
         supervised: predictions by name that only ground truth supervises; None where there are none.
+        repeats: of how many groups that ask for every object the model's own is one (Group DETR; None: the only one);
+            its detection loss is divided by so many times the objects.
     """
 
     # first, as in `Supervised`: a mapping there would be taken apart
@@ -105,3 +111,4 @@ class DetectorOutput(ModelOutput):
     groups: dict[str, GroupOutput] | None = None
     queries: Queries | None = None
     supervised: dict[str, Supervised] | None = None
+    repeats: int | None = None

@@ -21,7 +21,7 @@ from d3etr_hf.matching import (
     matched_foreground_share,
     start_solving,
 )
-from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupOutput, Targets
+from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupOutput, Supervised, Targets
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.teacher import TeacherOutput
 
@@ -151,13 +151,16 @@ class D3etrObjective:
         if self.options.detection_weight == 0:
             return problems, chosen
         asked = {name: group for name, group in student.groups.items() if self._assigns_itself(name)}
-        asked |= {name: part.group for name, part in (student.supervised or {}).items() if part.assignment is None}
+        truth = dict.fromkeys(asked, targets)
+        for name, part in (student.supervised or {}).items():
+            if part.assignment is None:
+                asked[name], truth[name] = part.group, part.targets or targets
         for name, group in asked.items():
             logits, boxes = group.logits, group.boxes
             if name == AUXILIARY and self.options.teacher_assigns:
                 logits, boxes = logits[:-1], boxes[:-1]  # of the last layer the teacher decides
             probabilities = self.criterion.scores.probabilities(logits)
-            problems[name] = self.criterion.problem(probabilities, boxes, targets, TITLES.get(name, name))
+            problems[name] = self.criterion.problem(probabilities, boxes, truth[name], TITLES.get(name, name))
         return problems, chosen
 
     def _assigns_itself(self, group: str) -> bool:
@@ -174,19 +177,19 @@ class D3etrObjective:
     def _detection_terms(self, student: DetectorOutput, targets: Targets, assignments, shares: Shares) -> Terms:
         terms: Terms = {}
 
-        def add(name: str, group: GroupOutput, assignment: torch.Tensor, weight: float, objects, held) -> None:
-            queries = shares.images * group.boxes.shape[2]
-            normalisers = self.criterion.normalisers(objects, held, queries)
-            for term, value in self.criterion.losses(group, targets, assignment).items():
+        def add(name: str, part: Supervised, weight: float, held: torch.Tensor) -> None:
+            queries, repeats = shares.images * part.group.boxes.shape[2], part.repeats or 1
+            normalisers = self.criterion.normalisers(shares.objects * repeats, held * repeats, queries)
+            assignment = assignments[name] if part.assignment is None else part.assignment
+            for term, value in self.criterion.losses(part.group, part.targets or targets, assignment).items():
                 scale = weight * self.criterion.weights[term]
                 terms[f"{TITLES.get(name, name)}/{term}"] = scale * value / normalisers[term]
 
         for name, group in student.groups.items():
-            add(name, group, assignments[name], self.group_weight, shares.objects, shares.held[name])
+            repeats = student.repeats if name == OWN else None
+            add(name, Supervised(group=group, repeats=repeats), self.group_weight, shares.held[name])
         for name, part in (student.supervised or {}).items():
-            assignment = assignments[name] if part.assignment is None else part.assignment
-            asked = shares.objects * (part.repeats or 1)
-            add(name, part.group, assignment, self.options.detection_weight, asked, asked)
+            add(name, part, self.options.detection_weight, shares.objects)
         return terms
 
     def _attention_terms(

@@ -1,0 +1,145 @@
+"""A stock decoder that takes the queries of further groups beside those that its model hands it.
+
+For families whose decoder is given its queries as arguments: a family derives `class Group...(GroupDecoder, stock
+decoder)` and turns its model's decoder into one. The stock model, encoder, query selection and denoising included,
+runs as it is; without `taking` so does the decoder.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from d3etr_hf.models.group_attention import GroupAttention
+from d3etr_hf.outputs import OWN, GroupOutput, GroupRequest, Queries, SampledAttention, wide
+
+
+@dataclass
+class DecoderPass:
+    """What goes into one pass over several groups and what is seen on the way.
+
+    Attributes:
+        request: the maps that are asked for.
+        queries_of: all groups' queries, given the model's own.
+        groups: how the queries are grouped; known when the decoder has been called.
+        own: the queries of the model's own group.
+        arguments: the decoder's, with the queries of all groups.
+        sampled: per layer the attention to the memory, of all groups.
+    """
+
+    request: GroupRequest
+    queries_of: Callable[[Queries], dict[str, Queries]]
+    groups: GroupAttention = field(default_factory=lambda: GroupAttention({}, False, False))
+    own: Queries = field(default_factory=Queries)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    sampled: list[SampledAttention] = field(default_factory=list)
+
+    def outputs(self, logits: torch.Tensor, boxes: torch.Tensor) -> dict[str, GroupOutput]:
+        """By the group's name, predictions `(L, B, sum of N, ·)` and maps."""
+        logits_of, boxes_of = (self.groups.split(wide(part), 2) for part in (logits, boxes))
+        sampled_of = [tuple(self.groups.split(wide(part), 2) for part in layer) for layer in self.sampled]
+        return {
+            name: GroupOutput(
+                logits=logits_of[name],
+                boxes=boxes_of[name],
+                self_attention=self._self_attention(name),
+                cross_attention=tuple(SampledAttention(p[name], w[name]) for p, w in sampled_of) or None,
+            )
+            for name in self.groups.sizes
+        }
+
+    def _self_attention(self, name: str):
+        maps = tuple(layer[name] for layer in self.groups.self_maps)
+        return maps if maps and maps[0] is not None else None
+
+
+class GroupDecoder(nn.Module):
+    """Stands before a stock decoder class.
+
+    Attributes:
+        query_arguments: the decoder's keyword arguments that hold one row a query, `(B, N, ·)`; the first is content.
+    """
+
+    query_arguments: ClassVar[tuple[str, ...]]
+    going_on: DecoderPass | None = None
+
+    # what a family says
+
+    def own_groups(self, count: int) -> dict[str, int]:
+        """The groups among the queries that the stock model hands over, by name, in their order."""
+        raise NotImplementedError
+
+    def queries_from(self, arguments: Mapping[str, torch.Tensor]) -> Queries:
+        """Query arguments, `(B, N, ·)` each, as queries."""
+        raise NotImplementedError
+
+    def arguments_from(self, queries: Queries) -> dict[str, torch.Tensor]:
+        """Another model's queries, carried into this one's width, as query arguments `(N, ·)` or `(B, N, ·)`."""
+        raise NotImplementedError
+
+    def sampling_modules(self) -> list[nn.Module]:
+        """Per layer the module whose forward pass `sampled_by` reads."""
+        raise NotImplementedError
+
+    def sampled_by(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output) -> SampledAttention:
+        """Attention to the memory, from one call of a sampling module."""
+        raise NotImplementedError
+
+    def see(self, groups: GroupAttention, arguments: dict[str, Any]) -> None:
+        """Say which of the model's own groups see which, and take the mask that said so from the arguments."""
+
+    # what all share
+
+    @contextmanager
+    def taking(self, request: GroupRequest, queries_of: Callable) -> Iterator[DecoderPass]:
+        """Within this context the next pass is over all groups; it is told of in what is handed over."""
+        self.going_on = DecoderPass(request, queries_of)
+        try:
+            yield self.going_on
+        finally:
+            self.going_on = None
+
+    def forward(self, *args, **kwargs):
+        """As the stock decoder, which its model calls by keyword."""
+        if self.going_on is None:
+            return super().forward(*args, **kwargs)
+        going_on = self.going_on
+        going_on.arguments = self._widened(going_on, kwargs)
+        with ExitStack() as stack:
+            if going_on.request.cross_attention:
+                for module in self.sampling_modules():
+                    hook = partial(self._record, going_on.sampled)
+                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            output = super().forward(**going_on.arguments, groups=going_on.groups)
+        going_on.groups.open = False
+        return output
+
+    def _widened(self, going_on: DecoderPass, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's arguments with the queries of all groups."""
+        given = {name: arguments[name] for name in self.query_arguments}
+        batch, count = given[self.query_arguments[0]].shape[:2]
+        sizes = self.own_groups(count)
+        start = sum(size for name, size in list(sizes.items())[: list(sizes).index(OWN)])
+        own = {name: value[:, start : start + sizes[OWN]] for name, value in given.items()}
+        going_on.own = self.queries_from(own)
+        further = {name: queries for name, queries in going_on.queries_of(going_on.own).items() if name != OWN}
+        sizes |= {name: len(queries) for name, queries in further.items()}
+        going_on.groups = GroupAttention(sizes, going_on.request.self_attention, False)
+        self.see(going_on.groups, arguments)
+        added = [self.arguments_from(queries) for queries in further.values()]
+        for name, value in given.items():
+            rows = [part[name].to(value.dtype).expand(batch, -1, -1) for part in added]
+            arguments[name] = torch.cat([value, *rows], dim=1)
+        return arguments
+
+    def _record(self, sampled: list[SampledAttention], module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        sampled.append(self.sampled_by(module, args, kwargs, output))
+
+
+def sampled_in(locations: torch.Tensor, weights: torch.Tensor) -> SampledAttention:
+    """Places `(B, N, M, levels, P, 2)` and weights `(B, N, M, levels, P)`, as decoders have them, over all levels."""
+    return SampledAttention(locations.transpose(1, 2).flatten(3, 4), weights.transpose(1, 2).flatten(3))

@@ -1,0 +1,162 @@
+"""RT-DETR (Zhao et al., CVPR 2024)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import RTDetrForObjectDetection
+from transformers.loss.loss_rt_detr import RTDetrLoss
+from transformers.models.rt_detr.modeling_rt_detr import (
+    RTDetrDecoder,
+    RTDetrMultiscaleDeformableAttention,
+    eager_attention_forward,
+)
+
+from d3etr_hf.losses import DetectionCriterion, StockCriterion
+from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
+from d3etr_hf.models.group_attention import GroupAttention
+from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in
+from d3etr_hf.models.initialisation import freeze_stem
+from d3etr_hf.models.sampled_memory import SampledMemoryDetector, boxes_of, labels_of
+from d3etr_hf.outputs import NO_OBJECT, OWN, GroupOutput, GroupRequest, Queries, SampledAttention, Supervised
+
+DENOISING = "denoising"
+FOREGROUND_PRIOR = 0.01
+
+
+class GroupRTDetrDecoder(GroupDecoder, RTDetrDecoder):
+    """RT-DETR's decoder for several groups: queries are content and boxes before the sigmoid."""
+
+    query_arguments = ("inputs_embeds", "reference_points")
+
+    def own_groups(self, count: int) -> dict[str, int]:
+        denoising = count - self.config.num_queries
+        return ({DENOISING: denoising} if denoising else {}) | {OWN: self.config.num_queries}
+
+    def see(self, groups: GroupAttention, arguments: dict[str, Any]) -> None:
+        """Denoising queries see the model's own; which of each other, the mask says (0, or minus infinity)."""
+        mask = arguments.pop("encoder_attention_mask", None)
+        if mask is not None:
+            groups.sees[DENOISING] = (DENOISING, OWN)
+            groups.masks[DENOISING] = mask[: groups.sizes[DENOISING]] == 0
+
+    def queries_from(self, arguments) -> Queries:
+        return Queries(content=arguments["inputs_embeds"], anchors=arguments["reference_points"].sigmoid())
+
+    def arguments_from(self, queries: Queries) -> dict[str, torch.Tensor]:
+        content = queries.position if queries.content is None else queries.content
+        return {"inputs_embeds": content, "reference_points": boxes_of(queries).logit(1e-5)}
+
+    def sampling_modules(self) -> list[nn.Module]:
+        return [layer.get_submodule("encoder_attn.attn") for layer in self.layers]
+
+    def sampled_by(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output) -> SampledAttention:
+        return sampled_in(*args[4:6])
+
+
+class D3etrRTDetrForObjectDetection(SampledMemoryDetector, RTDetrForObjectDetection):
+    """`RTDetrForObjectDetection` with further query groups and attention on demand; see `Detector`.
+
+    In training its denoising queries are a group of their own, which only ground truth supervises.
+    """
+
+    stock_class = RTDetrForObjectDetection
+    title = "RT-DETR"
+    tag = "rt-detr"
+    citation = """@inproceedings{zhao2024detrs,
+  title={{DETRs} Beat {YOLOs} on Real-time Object Detection},
+  author={Zhao, Yian and Lv, Wenyu and Xu, Shangliang and Wei, Jinman and Wang, Guanzhong and Dang, Qingqing and
+    Liu, Yi and Chen, Jie},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2024}
+}"""
+    parts = {
+        BACKBONE: ("model.backbone.",),
+        ENCODER: ("model.encoder.", "model.encoder_input_proj."),
+        HEADS: ("model.decoder.class_embed.", "model.decoder.bbox_embed."),
+        DECODER: ("model.decoder.layers.", "model.decoder.query_pos_head.", "model.decoder_input_proj."),
+        QUERIES: ("model.enc_", "model.denoising_class_embed.", "model.weight_embedding."),
+    }
+    group_decoder = GroupRTDetrDecoder
+    eager_attention = staticmethod(eager_attention_forward)
+    class_outputs = ("model.decoder.class_embed.", "model.enc_score_head", "model.denoising_class_embed")
+    layer_modules = ("model.decoder.layers.", "model.decoder.class_embed.", "model.decoder.bbox_embed.")
+
+    @property
+    def backbone_module(self) -> nn.Module:
+        return self.model.backbone.model
+
+    def check_image(self, height: int, width: int) -> None:
+        tokens = sum((height // stride) * (width // stride) for stride in self.config.feat_strides)
+        if tokens < self.query_count:
+            raise ValueError(
+                f"num_queries is {self.query_count}, but the memory of an image of {width} x {height} pixels has only "
+                f"{tokens} tokens: take larger images or fewer queries"
+            )
+
+    def model_arguments(self, request: GroupRequest) -> dict[str, Any]:
+        """The ground truth of which denoising queries are made."""
+        targets = request.targets if self.training else None
+        return {"labels": None if targets is None else labels_of(targets)}
+
+    def predictions(self, output, decoder_pass: DecoderPass) -> tuple[torch.Tensor, torch.Tensor]:
+        return output.intermediate_logits.transpose(0, 1), output.intermediate_reference_points.transpose(0, 1)
+
+    def supervised(
+        self, outputs: dict[str, GroupOutput], output, decoder_pass: DecoderPass, request: GroupRequest
+    ) -> dict[str, Supervised]:
+        """The encoder's chosen proposals, and denoising queries as far as there are any."""
+        proposals = GroupOutput(logits=output.enc_topk_logits[None], boxes=output.enc_topk_bboxes[None])
+        found = {"proposals": Supervised(group=proposals)}
+        meta = output.denoising_meta_values
+        if meta is not None:
+            found[DENOISING] = self._denoised(outputs[DENOISING], meta)
+        elif self.config.num_denoising > 0:
+            # no object in this process's batch: its class embedding has a gradient all the same, or others would wait
+            nothing = 0 * self.model.denoising_class_embed.weight.sum()
+            outputs[OWN].logits = outputs[OWN].logits + nothing
+        return found
+
+    @staticmethod
+    def _denoised(group: GroupOutput, meta: dict[str, Any]) -> Supervised:
+        """Denoising queries and the objects that they were made of, repeated group by group."""
+        layers, batch, queries = group.boxes.shape[:3]
+        assignment = torch.full((batch, queries), NO_OBJECT, device=group.boxes.device)
+        for image, positive in enumerate(meta["dn_positive_idx"]):
+            objects = len(positive) // meta["dn_num_group"]
+            assignment[image, positive] = torch.arange(objects, device=positive.device).tile(meta["dn_num_group"])
+        return Supervised(assignment.expand(layers, -1, -1), group, repeats=meta["dn_num_group"])
+
+    def criterion(self) -> DetectionCriterion:
+        config = self.config
+        return StockCriterion(
+            class_cost=config.matcher_class_cost,
+            l1_cost=config.matcher_bbox_cost,
+            giou_cost=config.matcher_giou_cost,
+            class_weight=config.weight_loss_vfl,
+            l1_weight=config.weight_loss_bbox,
+            giou_weight=config.weight_loss_giou,
+            alpha=config.matcher_alpha,
+            gamma=config.matcher_gamma,
+            module=RTDetrLoss(config),
+            losses_of=("vfl", "boxes"),
+            names={"class": "loss_vfl", "l1": "loss_bbox", "giou": "loss_giou"},
+        )
+
+    def start_values(self) -> None:
+        """Boxes start at their anchors and classes at a prior of 0.01; sampling as in Deformable DETR."""
+        decoder = self.model.decoder
+        for module in decoder.modules():
+            if isinstance(module, RTDetrMultiscaleDeformableAttention):
+                self._init_weights(module)
+        for head in (*decoder.class_embed, self.model.enc_score_head):
+            nn.init.constant_(head.bias, -math.log((1 - FOREGROUND_PRIOR) / FOREGROUND_PRIOR))
+        for head in (*decoder.bbox_embed, self.model.enc_bbox_head):
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+        for layer in (self.model.enc_output[0], *decoder.query_pos_head.layers):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def freeze(self) -> None:
+        freeze_stem(self, self.backbone_module, self.config)

@@ -1,0 +1,195 @@
+"""What the families share whose decoder samples a memory of several levels, with queries that its model chooses."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.group_attention import route_attention
+from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder
+from d3etr_hf.models.initialisation import reset_but
+from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupOutput, GroupRequest, Queries, Supervised, Targets
+
+# sides of a fresh query's box, as a share of the image
+FRESH_SIDE = 0.2
+
+
+class SampledMemoryDetector(Detector):
+    """A family whose stock model hands a decoder its queries, and whose decoder samples the memory.
+
+    Attributes:
+        group_decoder: the family's decoder for several groups.
+        eager_attention: its eager attention function.
+        memory_module: name of the module whose output is the memory.
+        class_outputs: prefixes of the modules with one row a class (and, in an embedding, a last one for padding).
+        layer_modules: prefixes of module lists with one entry a decoder layer.
+    """
+
+    group_decoder: ClassVar[type[GroupDecoder]]
+    eager_attention: ClassVar[Any]
+    memory_module: ClassVar[str] = "model.encoder"
+    class_outputs: ClassVar[tuple[str, ...]]
+    layer_modules: ClassVar[tuple[str, ...]]
+    model: Any
+    anchor_size = 4
+    makes_anchors = False
+    reads_padding = False
+
+    # what a family says
+
+    @abstractmethod
+    def predictions(self, output, decoder_pass: DecoderPass) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and boxes `(L, B, sum of N, ·)` of all groups, from what the stock base model returned."""
+
+    @abstractmethod
+    def start_values(self) -> None:
+        """Set parameters outside the backbone as the family's authors do, after PyTorch's own start values."""
+
+    def supervised(
+        self, outputs: dict[str, GroupOutput], output, decoder_pass: DecoderPass, request: GroupRequest
+    ) -> dict[str, Supervised]:
+        """Predictions that only ground truth supervises, in training; groups of that kind are taken out of outputs."""
+        return {}
+
+    def model_arguments(self, request: GroupRequest) -> dict[str, Any]:
+        """What the stock base model takes beside the image."""
+        return {}
+
+    @abstractmethod
+    def check_image(self, height: int, width: int) -> None:
+        """Refuse an image whose memory has fewer tokens than queries are chosen from it.
+
+        Raises:
+            ValueError: the message names both numbers.
+        """
+
+    # what all share
+
+    @property
+    def width(self) -> int:
+        return self.config.d_model
+
+    @property
+    def query_count(self) -> int:
+        return self.config.num_queries
+
+    @property
+    def decoder_depth(self) -> int:
+        return self.config.decoder_layers
+
+    def prepare_attention(self) -> None:
+        decoder = self.model.decoder
+        decoder.__class__ = self.group_decoder  # the same module, and the same names in every checkpoint
+        route_attention(self.config, [layer.self_attn for layer in decoder.layers], (), type(self).eager_attention)
+
+    def forward_groups(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, request: GroupRequest
+    ) -> DetectorOutput:
+        self.check_image(*pixel_values.shape[-2:])
+
+        def queries_of(own: Queries) -> dict[str, Queries]:
+            return self.queries_of_groups(own, request)
+
+        with self.model.decoder.taking(request, queries_of) as decoder_pass, self.full_precision():
+            output = self.model(pixel_values, pixel_mask=pixel_mask, **self.model_arguments(request))
+            outputs = decoder_pass.outputs(*self.predictions(output, decoder_pass))
+            supervised = self.supervised(outputs, output, decoder_pass, request) if self.training else {}
+        return DetectorOutput(
+            groups={name: group for name, group in outputs.items() if name in (OWN, AUXILIARY, *request.queries)},
+            queries=decoder_pass.own,
+            memory_mask=self.memory_mask(decoder_pass, pixel_mask),
+            supervised=supervised or None,
+        )
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Within this context the stock model leaves autocast with its memory.
+
+        Half precision would round the anchors, the places that are sampled and the boxes by a tenth of a small
+        object's size.
+        """
+        with ExitStack() as stack:
+
+            def leave_autocast(module: nn.Module, args: tuple, memory):
+                stack.enter_context(torch.autocast(self.device.type, enabled=False))
+                return _as(memory, self.dtype)
+
+            stack.callback(self.get_submodule(self.memory_module).register_forward_hook(leave_autocast).remove)
+            yield
+
+    def memory_mask(self, decoder_pass: DecoderPass, pixel_mask: torch.Tensor | None) -> torch.Tensor:
+        """bool `(B, H, W)`, all true, on the second finest level: a family that knows no padding."""
+        shapes = decoder_pass.arguments["spatial_shapes_list"]
+        memory = decoder_pass.arguments["encoder_hidden_states"]
+        return memory.new_ones((len(memory), *shapes[min(1, len(shapes) - 1)]), dtype=torch.bool)
+
+    def static_queries(self) -> Queries | None:
+        return None
+
+    def new_queries(self, count: int) -> Queries:
+        """Content N(0, 1), as what is normed; boxes anywhere."""
+        sides = torch.full((count, 2), FRESH_SIDE)
+        return Queries(content=torch.randn(count, self.width), anchors=torch.cat([torch.rand(count, 2), sides], dim=1))
+
+    @torch.no_grad()
+    def initialise(self, names: Iterable[str] | None = None) -> None:
+        chosen = set(dict(self.named_parameters(remove_duplicate=False)) if names is None else names)
+        with reset_but(self, self.backbone_module, chosen):
+            self.start_values()
+
+    @torch.no_grad()
+    def keep_classes(self, index: torch.Tensor, names: list[str]) -> None:
+        kept: dict[int, nn.Parameter] = {}  # heads may be one and the same, or share their weights
+        for name, module in self.named_modules():
+            if name.startswith(self.class_outputs) and isinstance(module, (nn.Linear, nn.Embedding)):
+                _keep_rows(module, index, kept)
+        self.config.id2label = dict(enumerate(names))
+        self.config.label2id = {name: label for label, name in enumerate(names)}
+
+    def source_of(self, name: str, layer_map: list[int]) -> str:
+        for prefix in self.layer_modules:
+            if name.startswith(prefix):
+                layer, rest = name.removeprefix(prefix).split(".", 1)
+                return f"{prefix}{layer_map[int(layer)]}.{rest}"
+        return name
+
+
+def _keep_rows(module: nn.Linear | nn.Embedding, index: torch.Tensor, kept: dict[int, nn.Parameter]) -> None:
+    rows = index
+    if isinstance(module, nn.Embedding):
+        rows = torch.cat([index, index.new_tensor([module.num_embeddings - 1])])
+        module.num_embeddings, module.padding_idx = len(rows), len(rows) - 1
+    else:
+        module.out_features = len(rows)
+    for leaf, value in list(module.named_parameters(recurse=False)):
+        if id(value) not in kept:
+            kept[id(value)] = nn.Parameter(value[rows], requires_grad=value.requires_grad)
+        setattr(module, leaf, kept[id(value)])
+
+
+def boxes_of(queries: Queries) -> torch.Tensor:
+    """Any model's queries as boxes, cxcywh in 0..1: around points, and the whole image where there is neither."""
+    anchors, content = queries.anchors, queries.position if queries.content is None else queries.content
+    if anchors is None:
+        return content.new_tensor([0.5, 0.5, 1, 1]).expand(*content.shape[:-1], 4)
+    return anchors if anchors.shape[-1] == 4 else torch.cat([anchors, torch.full_like(anchors, FRESH_SIDE)], dim=-1)
+
+
+def _as(value, dtype: torch.dtype):
+    """Floating-point tensors in this precision, in whatever holds them; everything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, ModelOutput):
+        return type(value)(**{name: _as(part, dtype) for name, part in value.items()})
+    return type(value)(_as(part, dtype) for part in value) if isinstance(value, list | tuple) else value
+
+
+def labels_of(targets: Targets) -> list[dict[str, torch.Tensor]]:
+    """The ground truth as Transformers' models take it, image by image."""
+    images = zip(targets.class_labels, targets.boxes, targets.counts, strict=True)
+    return [{"class_labels": classes[:count], "boxes": boxes[:count]} for classes, boxes, count in images]
