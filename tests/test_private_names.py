@@ -404,7 +404,7 @@ def undocumented_imports() -> Iterator[tuple[str, str]]:
 
 
 def family_files() -> set[str]:
-    """The files of the families: each is built on its stock model's own parts, and its parity tests hold it to them."""
+    """The files of the families: each is built on its stock model's own parts, which its parity tests watch."""
     return {family.__module__.removeprefix("d3etr_hf.").replace(".", "/") + ".py" for family in FAMILIES.values()}
 
 
