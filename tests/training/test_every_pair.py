@@ -1,4 +1,4 @@
-"""One step of every family as a student of itself, of its neighbour in the table, and of the first family, and back."""
+"""One step of every family as a student of itself, of its neighbour in the table and of the first family, and back."""
 
 import pytest
 import torch
@@ -24,10 +24,10 @@ def examples(objects: list[int]) -> list[dict]:
     ]
 
 
-def step(teacher: str, student: str, folder, objects=(3, 0), queries: str = "teacher") -> tuple[dict, D3etrTrainer]:
+def step(teacher: str, student: str, folder, objects=(3, 0), **options) -> tuple[dict, D3etrTrainer]:
     """The log of one step whose teacher is deeper and has more queries."""
     args = D3etrTrainingArguments(
-        output_dir=str(folder), report_to="none", use_cpu=True, auxiliary_queries=queries, log_each_layer=True
+        output_dir=str(folder), report_to="none", use_cpu=True, log_each_layer=True, **options
     )
     models = {"model": tiny_model(1, student), "teacher": tiny_model(2, teacher, decoder_layers=4, num_queries=9)}
     trainer = D3etrTrainer(args=args, **models)
@@ -53,6 +53,18 @@ def test_a_step_has_every_term_and_reaches_every_parameter(teacher, student, tmp
 @pytest.mark.parametrize("student", NAMES)
 def test_a_step_of_the_teacherless_control_without_an_object(student, tmp_path):
     """Every parameter has a gradient all the same, or distributed processes would wait for each other."""
-    log, trainer = step(NAMES[0], student, tmp_path, objects=(0, 0), queries="learned")
+    log, trainer = step(NAMES[0], student, tmp_path, objects=(0, 0), auxiliary_queries="learned")
     assert torch.tensor(log["loss"]).isfinite()
     assert not [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("space", ["moments", "places"])
+def test_cross_attention_is_compared_where_the_options_say(space, tmp_path):
+    """Two samplers of one kind; the term is not that of the grid."""
+    terms = []
+    for chosen in ("grid", space):
+        log, trainer = step("rt_detr", "rt_detr", tmp_path, cross_attention_space=chosen)
+        terms.append([log[f"loss/{group}/cross_attention"] for group in ("student", "auxiliary")])
+        offsets = trainer.model.model.decoder.layers[0].encoder_attn.sampling_offsets.weight
+        assert offsets.grad.abs().sum() > 0
+    assert all(0 < other != on_grid for on_grid, other in zip(*terms, strict=True))
