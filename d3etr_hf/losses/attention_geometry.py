@@ -44,8 +44,8 @@ def moment_distillation(
 
 
 def place_distillation(
-    teacher: Sequence[SampledAttention],
-    student: Sequence[SampledAttention],
+    teacher: Sequence[Attention],
+    student: Sequence[Attention],
     pairs: MatchedPairs,
     images: float | torch.Tensor,
 ) -> torch.Tensor:
