@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from transformers.image_processing_utils import BaseImageProcessor
@@ -287,6 +287,9 @@ class DistillationTrainer(Trainer):
         """Remembers which data set is evaluated: the metric reads its untouched ground truth."""
         check_data_classes(self.model, {"eval_dataset": dataloader.dataset})
         self._evaluated_dataset = dataloader.dataset
+        if self.accelerator.num_processes > 1 and keeps_running_statistics(self.model):
+            # each process has counted images of its own since the last forward pass of training
+            broadcast(dict(self.model.named_buffers()), from_process=0)
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         if self.model_wrapped is self.model and not self.is_in_train:
             # Evaluated before it was trained. Accelerate marks the model as prepared and would then leave it unwrapped
