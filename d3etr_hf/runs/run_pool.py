@@ -78,17 +78,17 @@ def run_jobs(
     running: dict[str, subprocess.Popen] = {}
     failures: dict[str, str] = {}
     by_name = {job.name: job for job in jobs}
-    with tqdm(total=len(jobs), desc="runs", unit="run") as bar, ending(running):
+    with tqdm(total=len(jobs), desc="runs", unit="run", disable=not jobs) as bar, ending(running):
         while waiting or running:
             for job in [job for job in waiting if job.needs in failures]:
                 waiting.remove(job)
                 fail(job, f"not started, since {job.needs} failed", failures, bar)
-            under_way = {*running, *(job.name for job in waiting)}
-            ready = [job for job in waiting if job.needs not in under_way]
+            not_done = {*running, *failures, *(job.name for job in waiting)}
+            ready = [job for job in waiting if job.needs not in not_done]
             for job in ready[: workers - len(running)]:
                 waiting.remove(job)
                 running[job.name] = start(job, descriptor)
-            bar.set_postfix_str(", ".join(running))
+                bar.set_postfix_str(", ".join(running))
             time.sleep(SECONDS_BETWEEN_LOOKS)
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 settle(by_name[name], running.pop(name).returncode, finish, failures, bar)

@@ -17,6 +17,7 @@ TEACHER_COLOUR = "#999999"
 INCHES_PER_BAR, INCHES_BETWEEN = 0.4, 0.4
 SMALLEST_WIDTH, HEIGHT = 5.0, 4.2  # inches
 ENTRIES_WITH_LEVEL_NAMES = 3
+BAR_OPACITY = 0.75
 
 
 def format_comparison(comparison: Comparison, lines: Sequence[dict]) -> str:
@@ -82,7 +83,7 @@ def format_differences(comparison: Comparison, lines: Sequence[dict]) -> str:
             difference = spread(found)
             by_seed = ", ".join(f"{signed(value)} ({seed})" for seed, value in found.items())
             rows.append([name, mode, signed(difference.mean), by_seed, format_interval(difference)])
-    columns = ["family", "mode", "difference", "each seed's", "95 % t-interval of the mean"]
+    columns = ["family", "mode", "difference", "each seed's (seed)", "95 % t-interval of the mean"]
     return markdown(columns, rows) if rows else ""
 
 
@@ -198,7 +199,7 @@ def draw_bars(axes: Axes, groups: dict[str, dict[str, Spread]], colours: dict[st
         for index, (mode, found) in enumerate(bars.items()):
             label = None if mode in named else mode
             named.add(mode)
-            axes.bar(left + index, 100 * found.mean, width=0.85, color=colours[mode], alpha=0.75, label=label)
+            axes.bar(left + index, 100 * found.mean, width=0.85, color=colours[mode], alpha=BAR_OPACITY, label=label)
             axes.scatter(
                 [left + index] * len(found.by_seed),
                 [100 * value for value in found.by_seed.values()],
