@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from d3etr_hf.cli import distill, train
 from d3etr_hf.cli.command_line import build_arguments, parse_arguments
 from d3etr_hf.configurations import option, write_yaml
@@ -75,7 +77,9 @@ def compare(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
         to_do = {run.name: run for run in runs if run not in finished}
 
         def finish(job: Job) -> None:
-            record(results, line_of(to_do[job.name]))
+            line = line_of(to_do[job.name])
+            record(results, line)
+            tqdm.write(f"{job.name}: AP {100 * line['AP']:.1f}, {line['seconds']:.0f} s", file=sys.stderr)
             report(comparison, runs)
 
         for run in to_do.values():
