@@ -1,5 +1,6 @@
 """`DistillationTrainer`: Transformers' Trainer with a teacher, a second query group and COCO evaluation."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from d3etr_hf.training.optimization import keeps_running_statistics, parameter_g
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors
 from d3etr_hf.training.term_log import StartAfresh, TermLog
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+from d3etr_hf.training.weight_average import WeightAverage
 
 logger = logging.get_logger(__name__)
 
@@ -90,6 +92,11 @@ class DistillationTrainer(Trainer):
         self.teacher_processing_class = teacher_processing_class
         # after Trainer has set the seed: learned queries are drawn
         attach_query_adapter(model, self.teacher, self.distillation)
+        self.weight_average: WeightAverage | None = None
+        if args.ema_decay is not None:
+            self.weight_average = WeightAverage(model, args.ema_decay, args.ema_warmup_steps)
+            self.add_callback(self.weight_average)
+        self._saves_checkpoint = False
         self._prepare_objective()
         self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
         self.skipped_steps = SkippedSteps(self.accelerator)
@@ -290,7 +297,8 @@ class DistillationTrainer(Trainer):
         if self.accelerator.num_processes > 1 and keeps_running_statistics(self.model):
             # each process has counted images of its own since the last forward pass of training
             broadcast(dict(self.model.named_buffers()), from_process=0)
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        with self._averaged():
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
         if self.model_wrapped is self.model and not self.is_in_train:
             # Evaluated before it was trained. Accelerate marks the model as prepared and would then leave it unwrapped
             # in training: every process would go on with gradients of its own, and say nothing.
@@ -328,7 +336,22 @@ class DistillationTrainer(Trainer):
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             save_file({name: value.detach().contiguous() for name, value in state.items()}, folder / ADAPTER_WEIGHTS)
+        if self.weight_average is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.weight_average.save(folder)
+        self._saves_checkpoint = True
         super()._save_checkpoint(model, trial)
+        self._saves_checkpoint = False
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer, with averaged weights where there are any; a checkpoint goes on from those that train."""
+        with nullcontext() if self._saves_checkpoint else self._averaged():
+            super().save_model(output_dir, _internal_call)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The context in which the student has its averaged weights, where an average is kept."""
+        return nullcontext() if self.weight_average is None else self.weight_average.in_place()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Reads a checkpoint back through `from_pretrained`.
@@ -349,6 +372,8 @@ class DistillationTrainer(Trainer):
             loaded |= {f"{ADAPTERS}.{name}": value for name, value in load_file(extra).items()}
         if missing := sorted(wanted - set(loaded)):
             raise ValueError(f"{resume_from_checkpoint} is no checkpoint of this run: {missing} are not in {extra}")
+        if self.weight_average is not None:
+            self.weight_average.load(Path(resume_from_checkpoint))
         model.load_state_dict(loaded, strict=False)  # all of the student, and of the rest what is trained
 
     def _load_best_model(self) -> None:

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from d3etr_hf.configurations import option
 from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.weight_average import check_decay
 
 # names of earlier versions, which could be taken for weights of the detection loss
 RENAMED_OPTIONS = {
@@ -120,6 +121,16 @@ class D3etrTrainingArguments(TrainingArguments):
         "last to last.",
     )
 
+    # what is saved
+    ema_decay: float | None = option(
+        None,
+        "Decay of an exponential moving average of the student's weights, which is evaluated and saved instead of "
+        "them (RT-DETR, D-FINE: 0.9999); none by default.",
+    )
+    ema_warmup_steps: int = option(
+        2000, "Steps after which the average keeps 63 % of `ema_decay` a step; it forgets the first steps fast."
+    )
+
     # logging
     log_each_layer: bool = option(False, "Log every loss term per decoder layer too.")
     log_gradient_norms: bool = option(
@@ -150,6 +161,7 @@ class D3etrTrainingArguments(TrainingArguments):
             # would wait for it
             self.ddp_find_unused_parameters = self.detection_weight == 0
         self._check_weights()
+        check_decay(self.ema_decay, self.ema_warmup_steps)
         self._check_inherited_options()
 
     def _check_weights(self) -> None:
