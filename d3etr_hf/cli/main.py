@@ -16,6 +16,7 @@ COMMANDS = {
     "distill": "a student from a teacher, by D3ETR",
     "evaluate": "COCO average precision of a detector",
     "publish": "a model card, and the upload to the Hub",
+    "convert": "a stock checkpoint from what the authors of a detector published",
     "export": "ONNX, checked against PyTorch",
     "visualize": "pictures of detections and of attention",
     "benchmark": "parameters, FLOPs and milliseconds of saved detectors",
