@@ -178,7 +178,7 @@ def _native_model(
 
 def _renamed(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
     """The tensors by other names, with PyTorch's joint projection of an attention taken apart."""
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if name.endswith("num_batches_tracked"):
             continue  # a frozen batch norm counts nothing

@@ -91,13 +91,14 @@ def native_resnet(backbone: Any) -> ResNetConfig:
         backbone: a `TimmBackboneConfig` for which `why_not_native` is None.
     """
     layer_type, depths = RESNETS[backbone.backbone.split(".")[0]]
-    return ResNetConfig(
+    config = ResNetConfig(
         num_channels=backbone.num_channels,
         depths=list(depths),
         hidden_sizes=list(WIDTHS[layer_type]),
         layer_type=layer_type,
-        out_features=[f"stage{stage}" for stage in _stages(backbone)],
     )
+    config.out_features = [f"stage{stage}" for stage in _stages(backbone)]
+    return config
 
 
 def _stages(backbone: Any) -> list[int]:
