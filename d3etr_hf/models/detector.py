@@ -167,12 +167,9 @@ class Detector(StockModel):
         return scores if self._read_classes is None else SelectedScores(scores, self._read_classes[0])
 
     def read_classes(self, index: torch.Tensor, names: list[str]) -> None:
-        """Let detections be of these classes alone, in this order; heads, logits and what is saved stay as they are.
+        """Let detections be of these classes alone (int64 `(C,)`, the model's class for each of `names`).
 
-        So a class scores what it scored among all: a softmax takes the others for no object.
-
-        Args:
-            index: int64 `(C,)`, the model's class for each of `names`.
+        Heads, logits and what is saved stay as they are, so a class scores what it scored among all.
         """
         self._read_classes = index.tolist(), names
 
@@ -283,8 +280,7 @@ class Detector(StockModel):
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs) -> None:
         """Write a plain stock checkpoint: no query adapter, no code of ours.
 
-        Raises:
-            DetectorLoadError: it would not be this model that is loaded from there.
+        Raises DetectorLoadError where `unsaveable` says why it would be another model.
         """
         if self.unsaveable is not None:
             raise DetectorLoadError(f"this model cannot be saved: {self.unsaveable}")

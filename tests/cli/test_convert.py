@@ -168,6 +168,7 @@ class Hostile:
         return os.mkdir, ("it_ran",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", ["code", "another global", "plain pickle", "damaged", "no file", "other content"])
 def test_only_tensors_and_options_are_let_in(tmp_path, kind, monkeypatch):
     monkeypatch.chdir(tmp_path)
