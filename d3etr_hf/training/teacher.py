@@ -142,7 +142,8 @@ def class_index_by_name(detector: Detector | OtherDetector, names: list[str], ro
         raise IncompatibleTeacherError(
             f"the {role} has no class named {missing[:5]}{' ...' if len(missing) > 5 else ''} ({len(missing)} of "
             f"{len(names)}); its classes are {list(id2label.values())[:8]} ...: set id2label in its "
-            "config.json to the names of the data set, or train a teacher on this data with `d3etr train`"
+            "config.json to the names of the data set, or fine-tune it on this data first: "
+            f"d3etr train --model {detector.name_or_path or role.upper()} --new_head true"
         )
     twice = [name for name in names if len(places[key(name)]) > 1]
     if twice:
@@ -153,7 +154,9 @@ def class_index_by_name(detector: Detector | OtherDetector, names: list[str], ro
 
 
 def with_classes_of(detector: Detector, names: list[str], role: str) -> Detector:
-    """The detector, or where it has other classes, or another order, a copy with its head reduced to these, by name.
+    """The detector, or where it has other classes, or another order, a copy that detects these alone, by name.
+
+    Each scores as it did: what the detector gives to its other classes no class of the data gets.
 
     Raises:
         IncompatibleTeacherError: it lacks one of the classes, or has one twice.
@@ -162,7 +165,7 @@ def with_classes_of(detector: Detector, names: list[str], role: str) -> Detector
         return detector
     index = class_index_by_name(detector, names, role)
     detector = copy.deepcopy(detector)
-    detector.keep_classes(index, names)
+    detector.read_classes(index, names)
     return detector
 
 

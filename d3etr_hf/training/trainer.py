@@ -309,7 +309,7 @@ class DistillationTrainer(Trainer):
         """Detections of fixed size and image ids: labels of ragged size would hang or be lost over processes."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            detections = detect(model, inputs, self.criterion.scores, self.model.dtype)
+            detections = detect(model, inputs, self.model.scores, self.model.dtype)
         image_ids = torch.tensor([label["image_id"] for label in inputs["labels"]], device=detections.device)
         return None, detections, image_ids
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from d3etr_hf.evaluation import select_detections, to_coco_detections
-from d3etr_hf.outputs import SigmoidScores, SoftmaxScores
+from d3etr_hf.outputs import SelectedScores, SigmoidScores, SoftmaxScores
 
 SCORES = SigmoidScores()
 
@@ -147,3 +147,16 @@ def test_wrong_ids_are_refused(outputs):
         to_coco_detections(detections, [1, 2], [1, 2, 3, 4, 5])
     with pytest.raises(ValueError, match="image id 1: labels range from 0 to 4, but there are 3 category ids"):
         to_coco_detections(detections, [1, 2, 3], [1, 2, 3])
+
+
+@pytest.mark.parametrize("scores", [SigmoidScores(), SoftmaxScores()], ids=["sigmoid", "softmax"])
+def test_selected_classes_have_the_detections_they_have_among_all(scores):
+    """So their average precision is the whole detector's: a query that is best at another class counts for none."""
+    generator = torch.Generator().manual_seed(2)
+    logits, boxes = 2 * torch.randn(2, 9, 5, generator=generator), torch.rand(2, 9, 4, generator=generator)
+    sizes, index = torch.tensor([[48, 64], [30, 20]]), [2, 0]
+    everything = select_detections(scores, logits, boxes, sizes)
+    selected = select_detections(SelectedScores(scores, index), logits, boxes, sizes)
+    for rows, chosen in zip(everything.tolist(), selected.tolist(), strict=True):
+        expected = [[*row[:5], index.index(int(row[5]))] for row in rows if row[4] >= 0 and int(row[5]) in index]
+        assert expected and [row for row in chosen if row[4] >= 0] == expected

@@ -15,7 +15,7 @@ from transformers import (
     ResNetBackbone,
     ResNetConfig,
     ResNetForImageClassification,
-    RTDetrConfig,
+    YolosConfig,
     pipeline,
 )
 
@@ -130,13 +130,13 @@ def test_each_family_loads_as_its_own_class(tmp_path):
 
 
 def test_another_family(tmp_path):
-    config = RTDetrConfig(backbone_config=tiny_config().backbone_config, backbone=None)
-    config.architectures = ["RTDetrForObjectDetection"]
+    config = YolosConfig()
+    config.architectures = ["YolosForObjectDetection"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(DetectorLoadError, match="is a 'rt_detr' model; the families.* are conditional_detr, detr"):
+    with pytest.raises(DetectorLoadError, match="is a 'yolos' model; the families.* are conditional_detr, detr"):
         load_detector(str(tmp_path))
-    with pytest.raises(DetectorLoadError, match="(?s)^model_config is a 'rt_detr' model; the families"):
-        build(model_options() | {"model_type": "rt_detr"})
+    with pytest.raises(DetectorLoadError, match="(?s)^model_config is a 'yolos' model; the families"):
+        build(model_options() | {"model_type": "yolos"})
 
 
 @pytest.mark.parametrize("model_class", [ConditionalDetrModel, ConditionalDetrForSegmentation])
@@ -180,9 +180,8 @@ def test_damaged_weights(checkpoint, damage):
 @pytest.mark.parametrize(
     "backbone",
     [
-        {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet50", "out_indices": [1, 2, 3, 4]}},
-        # as in microsoft/conditional-detr-resnet-50
-        {"backbone_config": None, "backbone": "resnet50", "use_timm_backbone": True, "use_pretrained_backbone": True},
+        {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet50d", "out_indices": [1, 2, 3, 4]}},
+        {"backbone_config": None, "backbone": "resnet50d", "use_timm_backbone": True, "use_pretrained_backbone": True},
     ],
     ids=["new layout", "old layout"],
 )
@@ -190,7 +189,7 @@ def test_timm_backbone_without_timm_names_the_extra(checkpoint, backbone, monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     edit_config(checkpoint, **backbone)
     with pytest.raises(
-        DetectorLoadError, match=r"teacher .*timm backbone \('resnet50'\).*pip install 'd3etr_hf\[timm\]'"
+        DetectorLoadError, match=r"teacher .*timm backbone \('resnet50d': .*pip install 'd3etr_hf\[timm\]'"
     ):
         load_detector(str(checkpoint), "teacher")
 
@@ -204,6 +203,7 @@ def test_timm_backbone_without_timm_names_the_extra(checkpoint, backbone, monkey
         (lambda: ModelArguments(), "either 'model' .* or 'model_config'"),
         (lambda: ModelArguments(model="a", model_config="b"), "either 'model' .* or 'model_config'"),
         (lambda: ModelArguments(model="a", backbone_weights="b"), "'backbone_weights' is for a new model"),
+        (lambda: ModelArguments(model_config="b", new_head=True), "'new_head' is for a 'model' to go on from"),
         (lambda: TeacherArguments(teacher="a", inherit_from_teacher=["neck"]), "neck.*'encoder', 'decoder'"),
         (lambda: TeacherArguments(inherit_from_teacher=["encoder"]), "needs a 'teacher'"),
     ],
@@ -282,7 +282,10 @@ def test_model_of_the_same_classes_is_taken_as_it_is(checkpoint):
 @pytest.mark.parametrize(
     "classes, message",
     [
-        (["circle", "triangle", "rectangle"], "class 1, 'rectangle' in the model and 'triangle' in the data"),
+        (
+            ["circle", "triangle", "rectangle"],
+            "class 1, 'rectangle' in the model and 'triangle' in the data.*--new_head true",
+        ),
         (["circle", "rectangle"], "3 classes, the data set 2; .* class 2, 'triangle' in the model and None"),
     ],
 )
