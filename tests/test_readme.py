@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
 from tests.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -18,7 +18,8 @@ from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import CommandLineError, DatasetError, DetectorLoadError, OutputFolderError
-from d3etr_hf.models.loading import ModelArguments, TeacherArguments, load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.runs import output_folder
 from d3etr_hf.runs.description import describe_run
