@@ -80,7 +80,7 @@ SHORT_SIDES = ["conditional_detr", "dab-detr", "deformable_detr", "detr", "lw_de
 
 @pytest.mark.parametrize("model_type", SQUARES + SHORT_SIDES)
 def test_every_detr_of_transformers_has_an_image_processor(model_type):
-    """Those that Transformers' table leaves out, too; and each is one that it can load without torchvision, or ours."""
+    """Those that Transformers' table leaves out, too; each without torchvision."""
     made = load_image_processor(None, model_type=model_type)
     assert takes_fixed_size(made) == (model_type in SQUARES) and made.backend == "pil"
     names = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {})
