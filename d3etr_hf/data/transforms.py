@@ -118,9 +118,9 @@ def _whole_pixels(start: float, end: float, side: int) -> tuple[int, int]:
     return first, min(max(round(end), first + 1), side)
 
 
-def resized_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """Width and height after the image processor's resize of an image of this width and height, pixels."""
-    height, width = get_size_with_aspect_ratio((size[1], size[0]), short_side, None)
+def resized_size(size: tuple[int, int], short_side: int, long_side: int | None = None) -> tuple[int, int]:
+    """Width and height after an image processor's resize of an image of this width and height, pixels."""
+    height, width = get_size_with_aspect_ratio((size[1], size[0]), short_side, long_side)
     return width, height
 
 

@@ -6,18 +6,21 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from transformers import AutoImageProcessor, ConditionalDetrImageProcessorPil, RTDetrImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from d3etr_hf.data.image_sizes import PIXEL_SETTINGS, set_image_size, takes_fixed_size
+from d3etr_hf.data.transforms import resized_size
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.loading import DEFAULT_FAMILY
 
 logger = logging.get_logger(__name__)
+
+# Transformers' class, which it has for torchvision alone
+RF_DETR = "RfDetrImageProcessor"
 
 
 class RfDetrImageProcessorPil(RTDetrImageProcessorPil):
@@ -32,27 +35,31 @@ class RfDetrImageProcessorPil(RTDetrImageProcessorPil):
     size = {"height": 560, "width": 560}
 
     def resize(  # type: ignore[override]  # as Transformers' own PIL classes, without what only Pillow takes
-        self, image: np.ndarray, size: SizeDict, resample: PILImageResampling | int | None = None, **kwargs: Any
+        self, image: np.ndarray, size: Any, resample: int | None = None, **kwargs: Any
     ) -> np.ndarray:
         """An image (3, H, W) of uint8 at another size, float32.
+
+        Args:
+            image: the image.
+            size: as the attribute `size`, in pixels.
+            resample: bilinear, or None for it.
+            kwargs: whatever else Transformers hands to a resize.
 
         Raises:
             ValueError: another interpolation than bilinear.
         """
-        if resample is not None and resample != PILImageResampling.BILINEAR:
-            raise ValueError(f"resample is {resample}: RF-DETR's image processor is bilinear ({self.resample}) only")
-        sides = (size.height, size.width)
+        if resample not in (None, Image.Resampling.BILINEAR):
+            raise ValueError(f"resample is {resample}: RF-DETR's image processor is bilinear (2) only")
+        width, height = size.width, size.height
         if size.shortest_edge:
-            sides = get_size_with_aspect_ratio(image.shape[-2:], size.shortest_edge, size.longest_edge)
+            width, height = resized_size(image.shape[:0:-1], size.shortest_edge, size.longest_edge)
         pixels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
-        return torch.nn.functional.interpolate(pixels[None], size=sides, mode="bilinear")[0].numpy()
+        return torch.nn.functional.interpolate(pixels[None], size=(height, width), mode="bilinear")[0].numpy()
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, as those of Transformers' own class."""
         return super().to_dict() | {"image_processor_type": RF_DETR}
 
-
-RF_DETR = "RfDetrImageProcessor"
 
 # of families for which Transformers names none that works without torchvision: what their checkpoints say
 CLASSES: dict[str, type[BaseImageProcessor]] = {
