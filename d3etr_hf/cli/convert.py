@@ -16,7 +16,8 @@ from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
 from d3etr_hf.errors import CommandLineError, OutputFolderError
 from d3etr_hf.models.coco_classes import COCO_CLASSES
-from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.models.loading import load_detector
 from d3etr_hf.models.official_names import convert_official
 
 

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoImageProcessor, PreTrainedConfig
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_BACKBONE_MAPPING_NAMES,
     MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
 )
-from transformers.utils import IMAGE_PROCESSOR_NAME, logging
+from transformers.utils import logging
 
 from d3etr_hf.configurations import find_configuration, option, read_yaml
 from d3etr_hf.errors import DetectorLoadError
@@ -47,8 +45,6 @@ FAMILIES: dict[str, type[Detector]] = {
 }
 # of a model_config that names none
 DEFAULT_FAMILY = "conditional_detr"
-# what an image processor of one family hands on to one of another
-SHARED_SETTINGS = ("size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 INHERITABLE_PARTS = tuple(role for role in ROLES if role != "backbone")
 
 
@@ -263,52 +259,6 @@ def model_type_of(arguments: ModelArguments) -> str:
         return _read_config(arguments.model, f"model {arguments.model!r}").model_type
     options = read_model_options(arguments)
     return options.get("model_type", DEFAULT_FAMILY) if isinstance(options, dict) else DEFAULT_FAMILY
-
-
-def image_processor_of(
-    model_type: str, source: str | None, short_side: int | None = None, long_side: int | None = None
-) -> Any:
-    """The image processor of a family's model: as the one saved beside a checkpoint is set, else a new one.
-
-    It is of the family's own class even where the checkpoint is of another (a teacher's): whoever loads a model reads
-    its scores with it.
-
-    Args:
-        model_type: the family.
-        source: a folder or Hub id; None for a new one.
-        short_side, long_side: the size in pixels to resize to, instead of the saved one.
-    """
-    own = load_image_processor(None, short_side, long_side, model_type)
-    theirs = None if source is None else load_image_processor(source, short_side, long_side)
-    if theirs is None or type(theirs) is type(own):
-        return theirs or own
-    return type(own)(**{name: getattr(theirs, name) for name in SHARED_SETTINGS})
-
-
-def load_image_processor(
-    path: str | None, short_side: int | None = None, long_side: int | None = None, model_type: str = DEFAULT_FAMILY
-) -> Any:
-    """The image processor saved beside a checkpoint (None if there is none), or a new one where `path` is None.
-
-    Args:
-        short_side, long_side: the size in pixels to resize to, instead of the saved one.
-        model_type: the family of a new one.
-
-    Raises:
-        DetectorLoadError: there is one, and it cannot be read.
-    """
-    size = {} if short_side is None else {"size": {"shortest_edge": short_side, "longest_edge": long_side}}
-    if path is None:
-        return getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["pil"])(**size)
-    try:
-        return AutoImageProcessor.from_pretrained(path, backend="pil", **size)
-    except (OSError, ValueError) as error:
-        if (Path(path) / IMAGE_PROCESSOR_NAME).exists():
-            raise DetectorLoadError(
-                f"{path}: {IMAGE_PROCESSOR_NAME} could not be read ({error}); copy or download it again"
-            ) from error
-        logger.warning(f"{path} holds no image processor, so its pixel scaling cannot be checked")
-        return None
 
 
 def inherit_from_teacher(

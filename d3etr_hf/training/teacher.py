@@ -4,16 +4,20 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers.image_processing_utils import BaseImageProcessor
 
+from d3etr_hf.data import DetectionDataset, DetectionTransform
+from d3etr_hf.data.image_sizes import differing_setting
 from d3etr_hf.errors import IncompatibleTeacherError
 from d3etr_hf.losses import DetectionCriterion
+from d3etr_hf.losses.grids import resample_map
 from d3etr_hf.matching import TaughtGroup
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.other_detector import OtherDetector
-from d3etr_hf.outputs import OWN, GroupOutput, GroupRequest, Queries
+from d3etr_hf.outputs import OWN, GroupOutput, GroupRequest, Queries, SampledAttention
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,20 @@ class TeacherOutput:
     last: TaughtGroup
     queries: Queries | None
     memory_mask: torch.Tensor | None
+
+    def on_memory(self, memory_mask: torch.Tensor) -> "TeacherOutput":
+        """The same with dense cross-attention brought to the student's memory, where it comes of other pixels.
+
+        Of those the losses cannot tell: two grids of one size may then hold other parts of the image in their cells.
+
+        Args:
+            memory_mask: bool `(B, H', W')`, of the student's memory.
+        """
+        maps = self.group.cross_attention
+        if maps is None or isinstance(maps[0], SampledAttention):
+            return replace(self, memory_mask=memory_mask)
+        resampled = tuple(resample_map(layer.probability, self.memory_mask, memory_mask) for layer in maps)
+        return replace(self, group=replace(self.group, cross_attention=resampled), memory_mask=memory_mask)
 
 
 class Teacher:
@@ -185,18 +203,38 @@ def spread_layers(teacher_layers: int, student_layers: int, layer_map: list[int]
     return list(layer_map)
 
 
-def check_image_processors(student: BaseImageProcessor | None, teacher: BaseImageProcessor | None) -> None:
-    """Both models see the same pixels, so they must agree on how pixels are scaled.
+def teacher_pixels(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What the teacher sees of a batch of `DetectionCollator`: pixels of its own, or the student's where it has none.
+
+    Returns:
+        `pixel_values` `(B, 3, H, W)` float32 and `pixel_mask` `(B, H, W)` int64.
+    """
+    prefix = "teacher_" if "teacher_pixel_values" in batch else ""
+    return {name: batch[f"{prefix}{name}"] for name in ("pixel_values", "pixel_mask")}
+
+
+def check_image_processors(
+    student: BaseImageProcessor | None, teacher: BaseImageProcessor | None, dataset: DetectionDataset | None
+) -> None:
+    """Without pixels of its own the teacher sees the student's, so the two must agree on how pixels are made.
+
+    Args:
+        student, teacher: their image processors; None where that is not known.
+        dataset: what is trained on; None for nothing.
 
     Raises:
-        IncompatibleTeacherError: they do not; the message names the setting and both values.
+        IncompatibleTeacherError: they do not agree, and the data set's transform makes no pixels for the teacher; the
+            message names the setting and both values.
     """
-    if student is None or teacher is None:
+    if student is None or teacher is None or dataset is None:
         return
-    for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
-        ours, theirs = getattr(student, name), getattr(teacher, name)
-        if ours != theirs:
-            raise IncompatibleTeacherError(
-                f"the image processors differ in {name}: the student's is {ours}, the teacher's {theirs}; give the "
-                "student the teacher's image processor"
-            )
+    transform = dataset.transform
+    if isinstance(transform, DetectionTransform) and transform.teacher_processor is not None:
+        return
+    difference = differing_setting(student, teacher)
+    if difference is not None:
+        raise IncompatibleTeacherError(
+            f"the image processors differ in {difference}; the train_dataset makes pixels for the student only: give "
+            "load_splits (or DetectionTransform) the teacher's as teacher_processor, or the student the teacher's "
+            "image processor"
+        )

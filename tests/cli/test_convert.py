@@ -14,7 +14,8 @@ from transformers import AutoModelForObjectDetection, ConditionalDetrConfig, Det
 
 from d3etr_hf.cli import convert
 from d3etr_hf.errors import CommandLineError, DetectorLoadError, OutputFolderError
-from d3etr_hf.models.loading import FAMILIES, load_detector, load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.models.loading import FAMILIES, load_detector
 from tests.tiny import perturb
 
 TINY = {"embedding_size": 8, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 2, 1, 1]}

@@ -1,11 +1,9 @@
 """What loading and building refuse, by name, and that pretrained weights arrive unchanged."""
 
 import json
-import logging
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     ConditionalDetrForSegmentation,
@@ -16,19 +14,10 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     YolosConfig,
-    pipeline,
 )
 
 from d3etr_hf.errors import DetectorLoadError
-from d3etr_hf.models.loading import (
-    FAMILIES,
-    ModelArguments,
-    TeacherArguments,
-    build_model,
-    image_processor_of,
-    load_detector,
-    load_image_processor,
-)
+from d3etr_hf.models.loading import FAMILIES, ModelArguments, TeacherArguments, build_model, load_detector
 from tests.tiny import tiny_config, tiny_model
 
 CLASSES = ["circle", "rectangle", "triangle"]
@@ -390,41 +379,3 @@ def test_weights_of_another_type_or_none_are_refused(tmp_path, checkpoint, class
     (classifier / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(DetectorLoadError, match="cannot be read"):
         build(model_options(), classifier)
-
-
-# image processors
-
-
-def test_image_processor_comes_back_with_its_scaling_and_the_size_asked_for(tmp_path):
-    saved = load_image_processor(None, 96, 128)
-    saved.image_mean = [0.1, 0.2, 0.3]
-    saved.save_pretrained(tmp_path)
-    as_saved, resized = load_image_processor(str(tmp_path)), load_image_processor(str(tmp_path), 48, 64)
-    assert as_saved.image_mean == resized.image_mean == (0.1, 0.2, 0.3)
-    assert (as_saved.size["shortest_edge"], as_saved.size["longest_edge"]) == (96, 128)
-    assert (resized.size["shortest_edge"], resized.size["longest_edge"]) == (48, 64)
-
-
-def test_absent_image_processor_is_told_and_a_broken_one_refused(checkpoint, caplog):
-    caplog.set_level(logging.WARNING)
-    assert load_image_processor(str(checkpoint)) is None
-    assert f"{checkpoint} holds no image processor" in caplog.text
-    (checkpoint / "preprocessor_config.json").write_text("{nope")
-    with pytest.raises(DetectorLoadError, match=f"{checkpoint}: preprocessor_config.json could not be read"):
-        load_image_processor(str(checkpoint))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_image_processor_is_of_the_familys_class(tmp_path, family):
-    """Even where the settings come from a teacher of another: a sigmoid's processor reads a DETR wrongly."""
-    other = next(name for name in FAMILIES if name != family)
-    load_image_processor(None, 64, 96, other).save_pretrained(tmp_path)
-    made = image_processor_of(family, str(tmp_path))
-    assert type(made) is type(load_image_processor(None, model_type=family))
-    assert (made.size["shortest_edge"], made.size["longest_edge"]) == (64, 96)
-    assert type(image_processor_of(family, None)) is type(made)
-    model = tiny_model(0, family)
-    model.save_pretrained(tmp_path / "student")
-    made.save_pretrained(tmp_path / "student")
-    found = pipeline("object-detection", model=str(tmp_path / "student"))(Image.new("RGB", (64, 64)), threshold=0.0)
-    assert {each["label"] for each in found} <= set(model.class_names)
