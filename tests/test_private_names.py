@@ -115,6 +115,20 @@ TABLE = [
     ),
     Private(CONDITIONAL_DETR, "inverse_sigmoid", "models/conditional_detr.py", "boxes are offsets of points"),
     Private(
+        "transformers.loss.loss_lw_detr",
+        "LwDetrImageLoss",
+        "models/group_detr.py",
+        "the detection loss of two families",
+        ("matcher", "num_classes", "focal_alpha", "losses", "group_detr"),
+    ),
+    Private(
+        "transformers.models.rf_detr.modeling_rf_detr.RfDetrPreTrainedModel",
+        "_init_weights",
+        "models/group_detr.py",
+        "how two families' sampling starts",
+        ("module",),
+    ),
+    Private(
         "transformers.models.auto.image_processing_auto",
         "IMAGE_PROCESSOR_MAPPING_NAMES",
         "models/loading.py",
@@ -259,7 +273,8 @@ def test_what_the_tables_of_transformers_hold():
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
-    assert all("pil" in IMAGE_PROCESSOR_MAPPING_NAMES[family] for family in FAMILIES)
+    # RF-DETR's needs torchvision
+    assert {family for family in FAMILIES if "pil" not in IMAGE_PROCESSOR_MAPPING_NAMES[family]} <= {"rf_detr"}
     assert {"resnet", "convnext", "swin"} <= set(MODEL_FOR_BACKBONE_MAPPING_NAMES)
     default = object()
     assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", default) is default

@@ -22,6 +22,7 @@ from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetect
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.initialisation import is_resnet
+from d3etr_hf.models.rf_detr import D3etrRfDetrForObjectDetection
 from d3etr_hf.models.rt_detr import D3etrRTDetrForObjectDetection
 
 logger = logging.get_logger(__name__)
@@ -29,6 +30,7 @@ logger = logging.get_logger(__name__)
 FAMILIES: dict[str, type[Detector]] = {
     "conditional_detr": D3etrConditionalDetrForObjectDetection,
     "detr": D3etrDetrForObjectDetection,
+    "rf_detr": D3etrRfDetrForObjectDetection,
     "rt_detr": D3etrRTDetrForObjectDetection,
 }
 # of a model_config that names none
