@@ -178,8 +178,8 @@ class GroupDetrDetector(SampledMemoryDetector):
         divisor = self.side_divisor
         if height % divisor or width % divisor:
             raise ValueError(
-                f"an image of {width} x {height} pixels: {self.title}'s backbone splits it into windows of patches, so "
-                f"both sides must be multiples of {divisor}; resize images to such a size"
+                f"an image of {width} x {height} pixels: {self.title}'s backbone splits it into windows of patches, "
+                f"so both sides must be multiples of {divisor}; resize images to such a size"
             )
         tokens = sum(math.ceil(height / stride) * math.ceil(width / stride) for stride in self.strides)
         if tokens < self.query_count:

@@ -68,7 +68,7 @@ class D3etrRfDetrForObjectDetection(GroupDetrDetector, RfDetrForObjectDetection)
     def freeze(self) -> None:
         """All train but what of the backbone no output depends on."""
         super().freeze()
-        unread = ("embeddings.mask_token",)
+        unread: tuple[str, ...] = ("embeddings.mask_token",)
         unread += () if self.config.backbone_config.apply_layernorm else ("layernorm.",)
         for name, parameter in self.backbone_module.named_parameters():
             if name.startswith(unread):

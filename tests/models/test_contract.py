@@ -39,7 +39,7 @@ TOY = "toy_detector"
 # families whose stock loss is a dictionary of weighted terms, and what it calls its class term
 WEIGHTED_TERMS = {"rt_detr": "loss_vfl"}
 # in eval mode Transformers' loss would still split one group's queries into those of training
-ONE_GROUP = {"rf_detr": {"group_detr": 1}}
+ONE_GROUP = dict.fromkeys(("lw_detr", "rf_detr"), {"group_detr": 1})
 # what the toy's configuration calls these
 TOY_NAMES = {"decoder_layers": "rounds", "num_queries": "slots"}
 
