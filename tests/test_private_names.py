@@ -115,13 +115,6 @@ TABLE = [
     ),
     Private(CONDITIONAL_DETR, "inverse_sigmoid", "models/conditional_detr.py", "boxes are offsets of points"),
     Private(
-        "transformers.loss.loss_lw_detr",
-        "LwDetrImageLoss",
-        "models/group_detr.py",
-        "the detection loss of two families",
-        ("matcher", "num_classes", "focal_alpha", "losses", "group_detr"),
-    ),
-    Private(
         "transformers.models.rf_detr.modeling_rf_detr.RfDetrPreTrainedModel",
         "_init_weights",
         "models/group_detr.py",

@@ -6,14 +6,12 @@ with proposals of its own and each asked for every object; inference keeps the f
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.loss.loss_lw_detr import LwDetrImageLoss
 
-from d3etr_hf.losses import DetectionCriterion, StockCriterion
+from d3etr_hf.losses import DetectionCriterion, IouAwareCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_attention import GroupAttention, query_group_attention
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in
@@ -31,8 +29,6 @@ from d3etr_hf.outputs import (
 )
 
 FOREGROUND_PRIOR = 0.01
-# between these logits float32 can tell a sigmoid from 0 and from 1
-LEAST_LOGIT, GREATEST_LOGIT = -80.0, 16.0
 
 
 class GroupDetrAttention(nn.Module):
@@ -90,22 +86,6 @@ class GroupDetrDecoder(GroupDecoder):
         locations, weights = args[4:6]
         valid = self.going_on.arguments["valid_ratios"]
         return sampled_in(locations / valid[:, None, None, :, None], weights)
-
-
-@dataclass(frozen=True)
-class GroupDetrCriterion(StockCriterion):
-    """LW-DETR's: binary cross-entropy whose targets are scores and IoU together, finite for every logit.
-
-    The stock module computes log(sigmoid) and log(1 - sigmoid): infinite or NaN beyond some logits, where RF-DETR's
-    authors have the same function without sigmoids. Here such a logit counts as the last one that is right, with that
-    one's gradient, which no longer changes.
-    """
-
-    def outputs_of(self, group: GroupOutput, layer: int) -> dict[str, torch.Tensor]:
-        outputs = super().outputs_of(group, layer)
-        logits = outputs["logits"]
-        beyond = (logits - logits.clamp(LEAST_LOGIT, GREATEST_LOGIT)).detach()
-        return outputs | {"logits": logits - beyond}
 
 
 class GroupDetrDetector(SampledMemoryDetector):
@@ -226,17 +206,15 @@ class GroupDetrDetector(SampledMemoryDetector):
         return found
 
     def criterion(self) -> DetectionCriterion:
-        config, losses = self.config, ("labels", "boxes")
-        return GroupDetrCriterion(
+        config = self.config
+        return IouAwareCriterion(
             class_cost=config.class_cost,
             l1_cost=config.bbox_cost,
             giou_cost=config.giou_cost,
             class_weight=config.class_loss_coefficient,
             l1_weight=config.bbox_loss_coefficient,
             giou_weight=config.giou_loss_coefficient,
-            module=LwDetrImageLoss(None, config.num_labels, config.focal_alpha, losses, group_detr=1),
-            losses_of=losses,
-            names={"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"},
+            score_exponent=config.focal_alpha,
         )
 
     def start_values(self) -> None:
