@@ -45,6 +45,7 @@ class Detector(StockModel):
         makes_anchors: whether a head of the decoder makes anchors of queries, so that those of another model's queries
             can be made afresh; false where they belong to the queries, as proposals of an image do.
         reads_padding: whether it reads the pixel mask; what does not, takes images of one size.
+        predictions_only: whether it can teach nothing but its predictions; false of every family.
         citation: BibTeX of the family's paper.
     """
 
@@ -55,6 +56,7 @@ class Detector(StockModel):
     anchor_size: ClassVar[int]
     makes_anchors: ClassVar[bool]
     reads_padding: ClassVar[bool] = True
+    predictions_only: ClassVar[bool] = False
     citation: ClassVar[str]
 
     # what a family says

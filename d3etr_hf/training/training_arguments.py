@@ -103,6 +103,12 @@ class D3etrTrainingArguments(TrainingArguments):
         Distillation.attention_divergence,
         "How attention maps are compared: KL(teacher || student), or the mean squared difference.",
     )
+    cross_attention_space: Literal["grid", "moments", "places"] = option(
+        Distillation.cross_attention_space,
+        "Where cross-attention is compared: on the grid of the student's memory (sampled attention is spread over "
+        "it), by centre and spread of where each query looks, or place by place (two samplers of equal heads, levels "
+        "and points).",
+    )
     prediction_normaliser: Literal["pairs", "boxes"] = option(
         Distillation.prediction_normaliser,
         "Prediction distillation is a mean over all pairs, or one weighted by the teacher's highest class score "
