@@ -75,10 +75,12 @@ def reset_but(model: Detector, backbone: nn.Module, chosen: set[str]) -> Iterato
     inside = set(backbone.modules())
     kept = {name: value.clone() for name, value in model.named_parameters() if name not in chosen}
     kept |= {name: value.clone() for name, value in backbone.named_parameters("backbone")}
+    # resetting batch norm would also forget the statistics that came with a checkpoint
+    kept |= {name: value.clone() for name, value in model.named_buffers()}
     for module in model.modules():
         if module not in inside and isinstance(module, RESET):
             module.reset_parameters()
     yield
-    own = dict(model.named_parameters()) | dict(backbone.named_parameters("backbone"))
+    own = dict(model.named_parameters()) | dict(backbone.named_parameters("backbone")) | dict(model.named_buffers())
     for name, value in kept.items():
         own[name].copy_(value)
