@@ -7,6 +7,8 @@ from transformers import (
     ConditionalDetrConfig,
     ConvNextConfig,
     DetrConfig,
+    LwDetrConfig,
+    LwDetrViTConfig,
     PreTrainedConfig,
     RfDetrConfig,
     RfDetrDinov2Config,
@@ -111,10 +113,28 @@ def _rf_options(**changes) -> dict:
     return _group_options(backbone, **changes)
 
 
+def _lw_options(**changes) -> dict:
+    """Patches of 8 pixels in two by two windows, two levels; the backbone's last layer is not read."""
+    backbone = LwDetrViTConfig(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=64,
+        pretrain_image_size=48,
+        patch_size=8,
+        num_windows=4,
+        window_block_indices=[0, 2],
+        out_features=["stage2", "stage3"],
+    )
+    return _group_options(backbone, **({"projector_scale_factors": [2.0, 1.0]} | changes))
+
+
 # by model type; a new family adds a line here and is then held to the contract by tests/models/test_contract.py
 TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "conditional_detr": lambda **changes: ConditionalDetrConfig(**_dense_options(**changes)),
     "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
+    "lw_detr": lambda **changes: LwDetrConfig(**_lw_options(**changes)),
     "rf_detr": lambda **changes: RfDetrConfig(**_rf_options(**changes)),
     "rt_detr": lambda **changes: RTDetrConfig(**_hybrid_options(**changes)),
 }
