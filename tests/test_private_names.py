@@ -122,6 +122,13 @@ TABLE = [
     ),
     Private(CONDITIONAL_DETR, "inverse_sigmoid", "models/conditional_detr.py", "boxes are offsets of points"),
     Private(
+        "transformers.models.rf_detr.modeling_rf_detr.RfDetrPreTrainedModel",
+        "_init_weights",
+        "models/group_detr.py",
+        "how two families' sampling starts",
+        ("module",),
+    ),
+    Private(
         "transformers.models.auto.image_processing_auto",
         "IMAGE_PROCESSOR_MAPPING_NAMES",
         "models/image_processors.py",

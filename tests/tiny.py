@@ -3,7 +3,17 @@
 from collections.abc import Callable
 
 import torch
-from transformers import ConditionalDetrConfig, ConvNextConfig, DetrConfig, PreTrainedConfig, RTDetrConfig
+from transformers import (
+    ConditionalDetrConfig,
+    ConvNextConfig,
+    DetrConfig,
+    LwDetrConfig,
+    LwDetrViTConfig,
+    PreTrainedConfig,
+    RfDetrConfig,
+    RfDetrDinov2Config,
+    RTDetrConfig,
+)
 
 from d3etr_hf.data.image_sizes import set_image_size, takes_fixed_size
 from d3etr_hf.models.detector import Detector
@@ -70,10 +80,64 @@ def _hybrid_options(**changes) -> dict:
     return options | changes
 
 
+def _group_options(backbone: PreTrainedConfig, **changes) -> dict:
+    """Of RF-DETR and LW-DETR: three groups of queries in training."""
+    options = {
+        "backbone_config": backbone,
+        "d_model": 32,
+        "c2f_num_blocks": 1,
+        "decoder_layers": 3,
+        "decoder_self_attention_heads": 4,
+        "decoder_cross_attention_heads": 4,
+        "decoder_n_points": 2,
+        "decoder_ffn_dim": 48,
+        "num_queries": 7,
+        "group_detr": 3,
+        "dropout": 0.0,
+        "id2label": {0: "circle", 1: "rectangle", 2: "triangle"},
+        "label2id": {"circle": 0, "rectangle": 1, "triangle": 2},
+    }
+    return options | changes
+
+
+def _rf_options(**changes) -> dict:
+    """Patches of 8 pixels in two by two windows; the backbone's last layer is not read."""
+    backbone = RfDetrDinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=48,
+        patch_size=8,
+        num_windows=2,
+        out_features=["stage2", "stage3"],
+    )
+    return _group_options(backbone, **changes)
+
+
+def _lw_options(**changes) -> dict:
+    """Patches of 8 pixels in two by two windows, two levels; the backbone's last layer is not read."""
+    backbone = LwDetrViTConfig(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=64,
+        pretrain_image_size=48,
+        patch_size=8,
+        num_windows=4,
+        window_block_indices=[0, 2],
+        out_features=["stage2", "stage3"],
+    )
+    return _group_options(backbone, **({"projector_scale_factors": [2.0, 1.0]} | changes))
+
+
 # by model type; a new family adds a line here and is then held to the contract by tests/models/test_contract.py
 TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "conditional_detr": lambda **changes: ConditionalDetrConfig(**_dense_options(**changes)),
     "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
+    "lw_detr": lambda **changes: LwDetrConfig(**_lw_options(**changes)),
+    "rf_detr": lambda **changes: RfDetrConfig(**_rf_options(**changes)),
     "rt_detr": lambda **changes: RTDetrConfig(**_hybrid_options(**changes)),
 }
 

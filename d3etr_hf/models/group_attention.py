@@ -29,6 +29,8 @@ class GroupAttention:
         sizes: number of queries by the group's name, in their order along the query axis.
         sees: by the group's name, which groups it attends to in self-attention; itself alone where it is not named.
         masks: by the group's name, bool `(N, queries that it sees)`, true where it may look; everywhere if not named.
+        alike: groups of one size, one after the other, that Group DETR trains: attended as if each were a batch of its
+            own. Of them the first alone has a map.
         self_attention, cross_attention: whether to record these maps (unrecorded attention runs fused); those of a
             group that sees others are not recorded.
         self_maps, cross_maps: per layer an `AttentionMap` by the group's name.
@@ -40,6 +42,7 @@ class GroupAttention:
     cross_attention: bool
     sees: dict[str, tuple[str, ...]] = field(default_factory=dict)
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    alike: tuple[str, ...] = ()
     self_maps: list[dict[str, AttentionMap]] = field(default_factory=list)
     cross_maps: list[dict[str, AttentionMap]] = field(default_factory=list)
     open: bool = True
@@ -51,16 +54,20 @@ class GroupAttention:
     def attend_to_themselves(self, query, key, value, dropout: float, scaling: float) -> torch.Tensor:
         """Self-attention, group by group: `(B, M, sum of N, ·)` each and in return; maps are recorded."""
         queries, keys, values = (self.split(tensor, 2) for tensor in (query, key, value))
-        attended, maps = [], {}
-        for name, part in queries.items():
+        attended: dict[str, torch.Tensor] = {}
+        maps: dict[str, AttentionMap | None] = dict.fromkeys(self.sizes)
+        if together := self.alike[1:] if self.self_attention else self.alike:
+            q, k, v = (torch.cat([of[name] for name in together]) for of in (queries, keys, values))
+            found, _ = attend(q, k, v, None, dropout, scaling, False)
+            attended |= zip(together, found.chunk(len(together)), strict=True)
+        for name in [name for name in self.sizes if name not in attended]:
             seen = self.sees.get(name, (name,))
             with_map = self.self_attention and seen == (name,)
             k, v = (torch.cat([of[other] for other in seen], dim=2) for of in (keys, values))
-            found, maps[name] = attend(part, k, v, self.masks.get(name), dropout, scaling, with_map)
-            attended.append(found)
+            attended[name], maps[name] = attend(queries[name], k, v, self.masks.get(name), dropout, scaling, with_map)
         if self.self_attention and self.open:
             self.self_maps.append(maps)
-        return torch.cat(attended, dim=2)
+        return torch.cat([attended[name] for name in self.sizes], dim=2)
 
     def maps_of(self, group: str) -> dict[str, Any]:
         """The maps of one group as fields of its `GroupOutput`."""

@@ -8,7 +8,7 @@ from torch import nn
 from d3etr_hf.models.detector import Detector
 
 # the stem and the first stage of a ResNet, in the names of Transformers' own backbone and of timm's
-RESET = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
+RESET = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
 FROZEN_RESNET_PARTS = ("embedder.", "encoder.stages.0.", "conv1.", "bn1.", "layer1.")
 
 
@@ -51,8 +51,9 @@ def unread_stages(backbone_config) -> tuple[str, ...]:
         return ()
     stages = backbone_config.stage_names
     read = max(stages.index(name) for name in backbone_config.out_features)
-    # stage_names starts with the stem; Swin calls its stages layers
-    return tuple(f"encoder.{word}.{index}." for index in range(read, len(stages) - 1) for word in ("stages", "layers"))
+    # stage_names starts with the stem; Swin calls its stages layers, a plain vision transformer's are its layers
+    words = ("stages", "layers", "layer")
+    return tuple(f"encoder.{word}.{index}." for index in range(read, len(stages) - 1) for word in words)
 
 
 def is_resnet(backbone_config) -> bool:
@@ -74,10 +75,12 @@ def reset_but(model: Detector, backbone: nn.Module, chosen: set[str]) -> Iterato
     inside = set(backbone.modules())
     kept = {name: value.clone() for name, value in model.named_parameters() if name not in chosen}
     kept |= {name: value.clone() for name, value in backbone.named_parameters("backbone")}
+    # resetting batch norm would also forget the statistics that came with a checkpoint
+    kept |= {name: value.clone() for name, value in model.named_buffers()}
     for module in model.modules():
         if module not in inside and isinstance(module, RESET):
             module.reset_parameters()
     yield
-    own = dict(model.named_parameters()) | dict(backbone.named_parameters("backbone"))
+    own = dict(model.named_parameters()) | dict(backbone.named_parameters("backbone")) | dict(model.named_buffers())
     for name, value in kept.items():
         own[name].copy_(value)

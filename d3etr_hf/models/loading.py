@@ -23,8 +23,10 @@ from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetect
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.initialisation import is_resnet
+from d3etr_hf.models.lw_detr import D3etrLwDetrForObjectDetection
 from d3etr_hf.models.new_classes import with_new_classes
 from d3etr_hf.models.other_detector import OtherDetector, load_other_detector
+from d3etr_hf.models.rf_detr import D3etrRfDetrForObjectDetection
 from d3etr_hf.models.rt_detr import D3etrRTDetrForObjectDetection
 from d3etr_hf.models.timm_names import (
     DILATED,
@@ -41,6 +43,8 @@ logger = logging.get_logger(__name__)
 FAMILIES: dict[str, type[Detector]] = {
     "conditional_detr": D3etrConditionalDetrForObjectDetection,
     "detr": D3etrDetrForObjectDetection,
+    "lw_detr": D3etrLwDetrForObjectDetection,
+    "rf_detr": D3etrRfDetrForObjectDetection,
     "rt_detr": D3etrRTDetrForObjectDetection,
 }
 # of a model_config that names none

@@ -9,6 +9,14 @@ def centre_to_corners(boxes: torch.Tensor) -> torch.Tensor:
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
+def iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """IoU of boxes `(..., 4)` cxcywh, pair by pair: `(...)` in 0..1, and 0 where neither has an area."""
+    corners, others = centre_to_corners(first), centre_to_corners(second)
+    sides = torch.minimum(corners[..., 2:], others[..., 2:]) - torch.maximum(corners[..., :2], others[..., :2])
+    shared = sides.clamp(min=0).prod(-1)
+    return shared / (first[..., 2:].prod(-1) + second[..., 2:].prod(-1) - shared).clamp(min=1e-9)
+
+
 def generalised_iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Generalised IoU (Rezatofighi et al., CVPR 2019) of boxes `(..., 4)` cxcywh that broadcast against each other.
 

@@ -41,6 +41,8 @@ BATCH = padded_batch()
 TOY = "toy_detector"
 # families whose stock loss is a dictionary of weighted terms, and what it calls its class term
 WEIGHTED_TERMS = {"rt_detr": "loss_vfl"}
+# in eval mode Transformers' loss would still split one group's queries into those of training
+ONE_GROUP = dict.fromkeys(("lw_detr", "rf_detr"), {"group_detr": 1})
 # what the toy's configuration calls these
 TOY_NAMES = {"decoder_layers": "rounds", "num_queries": "slots"}
 
@@ -114,12 +116,18 @@ def test_own_group_equals_stock_forward_with_auxiliary_loss(family, training, ma
     equals_stock_forward(tiny_model(model_type=family, auxiliary_loss=True), training, maps)
 
 
+def own_of(predictions: torch.Tensor, model) -> torch.Tensor:
+    """The stock class's predictions for the model's own group, of all that Group DETR trains the first."""
+    return predictions[:, : model.query_count]
+
+
 def equals_stock_forward(model, training: bool, maps: bool) -> None:
     model.train(training)
     stock = stock_twin(model).train(training)(**BATCH)
     output = model(**BATCH, request=request_for(maps=maps))
-    close(output.groups[OWN].logits[-1], stock.logits)
-    close(output.groups[OWN].boxes[-1], stock.pred_boxes)
+    assert stock.logits.shape[1] == model.query_count * (output.repeats or 1)
+    close(output.groups[OWN].logits[-1], own_of(stock.logits, model))
+    close(output.groups[OWN].boxes[-1], own_of(stock.pred_boxes, model))
     own = model(**BATCH)
     assert torch.equal(own.logits, stock.logits) and torch.equal(own.pred_boxes, stock.pred_boxes)
 
@@ -135,7 +143,7 @@ def test_dropout_falls_where_it_falls_in_the_stock_class(family):
     stock = stock_twin(model).train()
     found = []
     of_stock, of_group = lambda: stock(**BATCH).logits, lambda: model(**BATCH, request=GroupRequest()).groups[OWN]
-    for forward in (of_stock, lambda: of_group().logits[-1]):
+    for forward in (lambda: own_of(of_stock(), model), lambda: of_group().logits[-1]):
         torch.manual_seed(5)
         found.append(forward())
     close(*found)
@@ -163,7 +171,7 @@ def test_groups_do_not_see_each_other(any_family, maps):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if model.role_of(name) == QUERIES:
-                parameter.normal_()
+                parameter.normal_(std=0.3)  # with 1 what a family makes proposals of would grow beyond all numbers
     others = model(**BATCH, request=request_for(further_queries(model), maps)).groups
     assert (others[OWN].logits - both[OWN].logits).abs().max() > 0.01
     for first, second in ((alone[OWN], both[OWN]), (both[AUXILIARY], others[AUXILIARY])):
@@ -462,7 +470,8 @@ def test_precision_of_a_loaded_model(any_family, tmp_path):
 
 def test_a_head_of_other_classes_starts_afresh(family, tmp_path):
     """As in a model that is built with these classes, not as Transformers would start it: other numbers, as spread."""
-    model = tiny_model(model_type=family)
+    model = tiny_model(model_type=family).train()
+    model(**BATCH)  # batch norm has statistics now
     model.save_pretrained(tmp_path)
     torch.manual_seed(1)
     options = {"id2label": {i: f"class {i}" for i in range(5)}, "ignore_mismatched_sizes": True}
@@ -548,7 +557,7 @@ def test_assignment_is_the_cheapest(any_family):
 
 def test_losses_equal_the_stock_loss(family):
     """Term by term what `labels` give in the stock class, of the last layer."""
-    model, labels = tiny_model(model_type=family), random_labels([2, 3])
+    model, labels = tiny_model(model_type=family, **ONE_GROUP.get(family, {})), random_labels([2, 3])
     stock = stock_twin(model)(**BATCH, labels=labels)
     group, targets = model(**BATCH, request=GroupRequest()).groups[OWN], targets_of(labels)
     criterion = model.criterion()
@@ -561,8 +570,8 @@ def test_losses_equal_the_stock_loss(family):
         torch.testing.assert_close(scale * means[ours], stock.loss_dict[theirs], rtol=1e-4, atol=1e-5)
     assert criterion.weights["l1"] == 5 and criterion.weights["giou"] == 2
     total = sum(criterion.weights[name] * value for name, value in means.items())
-    # Transformers weighs Conditional DETR's class loss with 1, its authors with 2
-    if criterion.weights["class"] == 1 and not weighted:
+    # Transformers weighs Conditional DETR's class loss with 1, its authors with 2; proposals have terms of their own
+    if criterion.weights["class"] == 1 and not weighted and model.static_queries() is not None:
         torch.testing.assert_close(total, stock.loss, rtol=1e-4, atol=1e-5)
     close(model(**BATCH, labels=labels).loss, stock.loss)
 
@@ -586,6 +595,8 @@ def test_image_processor_and_pipeline_are_the_familys(family, tmp_path):
     import numpy as np
     from PIL import Image
 
+    if "pil" not in IMAGE_PROCESSOR_MAPPING_NAMES[family]:
+        pytest.skip("Transformers' image processor of this family needs torchvision")
     model = tiny_model(model_type=family)
     processor = small_image_processor(family)
     processor.save_pretrained(tmp_path)

@@ -69,6 +69,8 @@ def test_a_step_copies_little_to_the_device(step_and_trainer):
     with counted_copies_to_device([(solver, "on_device")]) as counts:
         step()
     assert counts["on_device"] == 2
+    # some stock models hand the shapes of their memory over, the student's and the teacher's
+    assert counts.pop("as_tensor", 0) <= 2
     assert sum(counts.values()) <= MOST_COPIES_IN_A_STEP, counts
 
 
