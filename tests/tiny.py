@@ -3,7 +3,14 @@
 from collections.abc import Callable
 
 import torch
-from transformers import ConditionalDetrConfig, ConvNextConfig, DetrConfig, PreTrainedConfig, RTDetrConfig
+from transformers import (
+    ConditionalDetrConfig,
+    ConvNextConfig,
+    DeformableDetrConfig,
+    DetrConfig,
+    PreTrainedConfig,
+    RTDetrConfig,
+)
 
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.loading import FAMILIES
@@ -68,9 +75,24 @@ def _hybrid_options(**changes) -> dict:
     return options | changes
 
 
+def _deformable_options(**changes) -> dict:
+    """Three levels of strides 4, 8 and 16, box refinement; `num_queries` counts proposals, too."""
+    backbone = ConvNextConfig(
+        num_stages=2,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        out_features=["stage1", "stage2"],
+        layer_scale_init_value=1.0,
+    )
+    options = {"backbone_config": backbone, "num_feature_levels": 3, "with_box_refine": True}
+    options = _dense_options(**(options | changes))
+    return {"two_stage_num_proposals": options["num_queries"]} | options
+
+
 # by model type; a new family adds a line here and is then held to the contract by tests/models/test_contract.py
 TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "conditional_detr": lambda **changes: ConditionalDetrConfig(**_dense_options(**changes)),
+    "deformable_detr": lambda **changes: DeformableDetrConfig(**_deformable_options(**changes)),
     "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
     "rt_detr": lambda **changes: RTDetrConfig(**_hybrid_options(**changes)),
 }

@@ -69,10 +69,11 @@ def reset_but(model: Detector, backbone: nn.Module, chosen: set[str]) -> Iterato
     Within the context a family sets what its authors set otherwise.
 
     Args:
-        chosen: names of the parameters that start afresh.
+        chosen: names of the parameters that start afresh; of tied ones any name.
     """
     inside = set(backbone.modules())
-    kept = {name: value.clone() for name, value in model.named_parameters() if name not in chosen}
+    fresh = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in chosen}
+    kept = {name: value.clone() for name, value in model.named_parameters() if id(value) not in fresh}
     kept |= {name: value.clone() for name, value in backbone.named_parameters("backbone")}
     for module in model.modules():
         if module not in inside and isinstance(module, RESET):

@@ -36,8 +36,6 @@ class SampledMemoryDetector(Detector):
     class_outputs: ClassVar[tuple[str, ...]]
     layer_modules: ClassVar[tuple[str, ...]]
     model: Any
-    anchor_size = 4
-    makes_anchors = False
     reads_padding = False
 
     # what a family says
@@ -60,9 +58,8 @@ class SampledMemoryDetector(Detector):
         """What the stock base model takes beside the image."""
         return {}
 
-    @abstractmethod
     def check_image(self, height: int, width: int) -> None:
-        """Refuse an image whose memory has fewer tokens than queries are chosen from it.
+        """Refuse an image whose memory has fewer tokens than queries are chosen from it; by default none.
 
         Raises:
             ValueError: the message names both numbers.
@@ -81,6 +78,14 @@ class SampledMemoryDetector(Detector):
     @property
     def decoder_depth(self) -> int:
         return self.config.decoder_layers
+
+    @property
+    def anchor_size(self) -> int:
+        return 4
+
+    @property
+    def makes_anchors(self) -> bool:
+        return False
 
     def prepare_attention(self) -> None:
         decoder = self.model.decoder
