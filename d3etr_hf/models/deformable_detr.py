@@ -20,7 +20,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 from d3etr_hf.losses import DetectionCriterion, FocalCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in
-from d3etr_hf.models.initialisation import freeze_backbone_as_detr
+from d3etr_hf.models.initialisation import freeze_backbone_as_detr, start_as_multihead_attention
 from d3etr_hf.models.sampled_memory import SampledMemoryDetector, boxes_of
 from d3etr_hf.outputs import (
     OWN,
@@ -249,11 +249,7 @@ class D3etrDeformableDetrForObjectDetection(SampledMemoryDetector, DeformableDet
                 if value.dim() > 1:
                     nn.init.xavier_uniform_(value)
         for layer in model.decoder.layers:
-            attention = layer.self_attn
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-                nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)  # one matrix with the authors
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
-                nn.init.zeros_(projection.bias)
+            start_as_multihead_attention(layer.self_attn)
         for module in model.modules():
             if isinstance(module, KEPT_AS_STOCK):
                 self._init_weights(module)

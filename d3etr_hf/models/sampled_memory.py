@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from d3etr_hf.models.dense_memory import AssumeFinite
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.group_attention import route_attention
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder
@@ -118,13 +119,21 @@ class SampledMemoryDetector(Detector):
         Half precision would round the anchors, the places that are sampled and the boxes by a tenth of a small
         object's size.
         """
+        memory_module = self.get_submodule(self.memory_module)
         with ExitStack() as stack:
+            assumed = stack.enter_context(ExitStack())
+
+            def assume_finite(module: nn.Module, args: tuple) -> None:
+                if not torch.compiler.is_compiling():
+                    assumed.enter_context(AssumeFinite())
 
             def leave_autocast(module: nn.Module, args: tuple, memory):
+                assumed.close()
                 stack.enter_context(torch.autocast(self.device.type, enabled=False))
                 return _as(memory, self.dtype)
 
-            stack.callback(self.get_submodule(self.memory_module).register_forward_hook(leave_autocast).remove)
+            stack.enter_context(memory_module.register_forward_pre_hook(assume_finite))
+            stack.enter_context(memory_module.register_forward_hook(leave_autocast))
             yield
 
     def memory_mask(self, decoder_pass: DecoderPass, pixel_mask: torch.Tensor | None) -> torch.Tensor:
