@@ -79,3 +79,7 @@ class ShapesError(UserError, ValueError):
 
 class DemoError(UserError, RuntimeError):
     """A run of the demonstration failed."""
+
+
+class ComparisonError(UserError, RuntimeError):
+    """A run of a comparison failed, or its results cannot be read."""

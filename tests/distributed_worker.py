@@ -33,6 +33,7 @@ class Case:
         data: the data set's folder within the working folder.
         rows: rows of the training split, by default all.
         evaluates: whether the checkpoint is evaluated before the step.
+        as_trained: batch norm over each process's own images; else as in evaluation, where images do not mix.
     """
 
     family: str = "conditional_detr"
@@ -44,11 +45,13 @@ class Case:
     data: str = "shapes"
     rows: list[int] | None = None
     evaluates: bool = False
+    as_trained: bool = False
 
 
 CASES = {
     "pairs": Case(evaluates=True),
     "DETR": Case(family="detr"),
+    "RT-DETR": Case(family="rt_detr"),
     "boxes": Case(options={"prediction_normaliser": "boxes"}),
     "accumulated batches": Case(accumulated=2),
     "gradient checkpointing": Case(split_options={"gradient_checkpointing": True}),
@@ -57,6 +60,12 @@ CASES = {
     "no object": Case(images=2, data="sparse", rows=[0, 1]),
     "one object": Case(images=2, data="sparse", rows=[2, 3]),
 }
+
+
+# evaluated after their step instead of compared: processes draw their own denoising queries and statistics
+AS_TRAINED = {"RT-DETR as trained": Case(family="rt_detr", as_trained=True)}
+# families that draw queries in training: without them a step is the same on any number of processes
+NOTHING_DRAWN = {"rt_detr": {"num_denoising": 0}}
 
 
 class KeepGradients(TrainerCallback):
@@ -78,11 +87,14 @@ def run_case(case: Case, folder: Path, run: Path, processes: int) -> dict:
     keeper = KeepGradients()
     accumulated = case.accumulated if processes > 1 else 1
     options = case.options | (case.split_options if processes > 1 else {})
+    student = load_detector(str(folder / (f"{case.family} as trained" if case.as_trained else case.family)))
+    if not case.as_trained:
+        freeze_statistics(student)
     train = None if case.rows is None else load_shapes(folder / case.data, "train").select(case.rows)
     trainer = shapes_trainer(
         folder / case.data,
         run,
-        student=load_detector(str(folder / case.family)),
+        student=student,
         teacher=tiny_model(1, case.family, **case.teacher),
         train=train,
         callbacks=[keeper],
@@ -97,12 +109,26 @@ def run_case(case: Case, folder: Path, run: Path, processes: int) -> dict:
     trainer.train()
     assert trainer.accelerator.num_processes == processes
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    return {"metrics": metrics, "gradients": keeper.gradients, "log": log}
+    if case.as_trained:
+        metrics = trainer.evaluate()
+    statistics = torch.cat([b.flatten().double() for b in student.buffers()]) if case.as_trained else torch.zeros(1)
+    spread = trainer.accelerator.gather(statistics[None])
+    spread = float((spread - spread[0]).abs().max())
+    return {"metrics": metrics, "gradients": keeper.gradients, "log": log, "spread": spread}
+
+
+def freeze_statistics(model: torch.nn.Module) -> None:
+    """Batch norm as in evaluation, whatever the trainer asks for."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module
 
 
 def run_cases(folder: Path, processes: int) -> dict[str, dict]:
     """All cases, one after the other."""
-    return {name: run_case(case, folder, folder / f"{name} on {processes}", processes) for name, case in CASES.items()}
+    cases = CASES | AS_TRAINED
+    return {name: run_case(case, folder, folder / f"{name} on {processes}", processes) for name, case in cases.items()}
 
 
 def one_process(rank: int, folder: Path, output: Path, port: int) -> None:

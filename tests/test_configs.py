@@ -7,6 +7,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import CONFIG_MAPPING
 
+from d3etr_hf.cli import compare
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments
@@ -18,13 +19,16 @@ from d3etr_hf.models.loading import (
     TeacherArguments,
     check_model_options,
 )
+from d3etr_hf.runs.comparison import Comparison
+from d3etr_hf.runs.planned_run import plan
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"
 ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 MODELS = sorted(CONFIGS.rglob("*model.yaml"))
-RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(ACCELERATE) - set(MODELS))
+COMPARISONS = sorted((CONFIGS / "families").glob("*.yaml"))
+RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(ACCELERATE) - set(MODELS) - set(COMPARISONS))
 TYPES = {
     "scripts/train.py": (ModelArguments, DataArguments, D3etrTrainingArguments),
     "scripts/distill.py": (ModelArguments, TeacherArguments, DataArguments, D3etrTrainingArguments),
@@ -73,6 +77,16 @@ def test_recipe_is_understood_by_its_script(recipe):
     assert not training.fp16 and not training.bf16  # precision belongs to configs/accelerate
     if script_of(recipe) == "scripts/distill.py":
         assert training.distillation.needs_teacher == (parsed[TeacherArguments].teacher is not None)
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=name_of)
+def test_comparison_is_understood(path, monkeypatch):
+    """Every option of every run, by the parser of the command that takes it; data sets are made later."""
+    monkeypatch.setattr(compare, "find_coco_split", lambda folder, split: None)
+    (comparison,) = parse_arguments([Comparison], [str(path)])
+    runs = plan(comparison)
+    compare.check_runs(runs, path.name)
+    assert len({run.folder for run in runs}) == len(runs)
 
 
 def test_no_two_recipes_share_an_output_folder():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from d3etr_hf.data.shapes import make_shapes
-from tests.distributed_worker import CASES, run_cases
+from tests.distributed_worker import AS_TRAINED, CASES, NOTHING_DRAWN, run_cases
 from tests.shapes_fixture import SIDE, keep_objects
 from tests.tiny import tiny_model
 
@@ -24,7 +24,9 @@ def both(tmp_path_factory):
     make_shapes(folder / "sparse", 4, 1, image_size=SIDE, progress=False)
     keep_objects(folder / "sparse", "train", [0, 0, 1, 0])
     for family in {case.family for case in CASES.values()}:
-        tiny_model(2, family).save_pretrained(folder / family)
+        tiny_model(2, family, **NOTHING_DRAWN.get(family, {})).save_pretrained(folder / family)
+    for case in AS_TRAINED.values():
+        tiny_model(2, case.family).save_pretrained(folder / f"{case.family} as trained")
     command = [sys.executable, str(WORKER), str(folder), str(folder / "two.pt")]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     return run_cases(folder, 1), torch.load(folder / "two.pt")
@@ -65,3 +67,11 @@ def test_the_cases_are_what_they_are_called(both):
     plain = one["pairs"]["gradients"].keys()
     assert len(one["learned queries"]["gradients"].keys() - plain) == 1
     assert len(one["projected queries"]["gradients"].keys() - plain) == 2
+
+
+@pytest.mark.parametrize("case", AS_TRAINED)
+def test_running_statistics_are_the_same_in_every_process_when_evaluated(both, case):
+    """Each process counts its own images in a step; what is evaluated and saved is one model."""
+    one, two = (results[case] for results in both)
+    assert two["spread"] == 0 and one["gradients"].keys() == two["gradients"].keys()
+    assert {name for name in one["metrics"]} == {name for name in two["metrics"]}

@@ -1,20 +1,24 @@
-"""The README's Python example runs as it stands."""
+"""The README's Python example runs as it stands, and its comparison is one."""
 
 import re
 from pathlib import Path
 
 import torch
 
+from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.runs.comparison import Comparison
+from d3etr_hf.runs.planned_run import plan
 from tests.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text()
 
 
 def test_example(tmp_path, monkeypatch):
     """On a small data set, a tiny teacher and two steps; at most 20 lines of code."""
-    example = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL).group(1)
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
     assert len([line for line in example.splitlines() if line.strip()]) <= 20
     make_shapes(tmp_path / "data" / "shapes", 8, 4, progress=False)
     torch.manual_seed(0)
@@ -28,3 +32,9 @@ def test_example(tmp_path, monkeypatch):
     from transformers import AutoModelForObjectDetection
 
     assert len(AutoModelForObjectDetection.from_pretrained("runs/student").config.id2label) == 3
+
+
+def test_comparison():
+    """Two seeds of four modes of two students, two pairs beside, and one teacher; the other is a checkpoint."""
+    example = read_yaml(re.search(r"```yaml\n(.*?)```", README, re.DOTALL).group(1))
+    assert len(plan(Comparison(**example))) == 2 * (4 * 2 + 2) + 1

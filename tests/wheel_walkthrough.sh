@@ -43,6 +43,9 @@ d3etr visualize --model runs/student --compare runs/teacher "${data[@]}" --first
 say "d3etr benchmark"
 d3etr benchmark runs/teacher runs/student --height 96 --width 96 --use_cpu true
 
+say "d3etr compare, what it would run"
+d3etr compare configs/families/shapes.yaml --list
+
 for file in runs/student/{model.safetensors,results.json,README.md,detections.png} runs/pictures/detections.png \
     runs/evaluation/evaluation.json; do
     test -s "$file" || { echo "$file is missing" >&2; exit 1; }

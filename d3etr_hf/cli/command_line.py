@@ -60,6 +60,21 @@ def parse_arguments(
     return tuple(_build(dataclass_type, values, source) for dataclass_type in dataclass_types)
 
 
+def build_arguments(dataclass_types: Sequence[type], options: dict[str, Any], place: str) -> tuple[Any, ...]:
+    """One instance of each dataclass from options by name, just as from a configuration file that holds them.
+
+    Args:
+        dataclass_types: as in `parse_arguments`.
+        options: what the file would hold.
+        place: where the options stand, as the errors call it.
+
+    Raises:
+        CommandLineError: as in `parse_arguments`.
+    """
+    values = _convert_options(options, _fields_by_name(dataclass_types), place)
+    return tuple(_build(dataclass_type, values, place) for dataclass_type in dataclass_types)
+
+
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and leaves the line breaks of the description alone."""
 
@@ -147,10 +162,15 @@ def _read_configuration_file(path: str, fields: dict[str, Any]) -> dict[str, Any
         return {}
     if not isinstance(content, dict):
         raise CommandLineError(f"{path}: must hold 'key: value' lines, holds a {type(content).__name__}")
-    for key in content:
+    return _convert_options(content, fields, path)
+
+
+def _convert_options(options: dict[str, Any], fields: dict[str, Any], place: str) -> dict[str, Any]:
+    """The options, all of them known, converted to the types of the fields."""
+    for key in options:
         if key not in fields:
-            raise CommandLineError(f"{path}: unknown key '{key}'{_suggestion(str(key), list(fields))}")
-    return {key: _convert(value, fields[key], f"{path}: '{key}'") for key, value in content.items()}
+            raise CommandLineError(f"{place}: unknown key '{key}'{_suggestion(str(key), list(fields))}")
+    return {key: _convert(value, fields[key], f"{place}: '{key}'") for key, value in options.items()}
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -14,8 +14,9 @@ from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
+TYPES = (ModelArguments, TeacherArguments, DataArguments, D3etrTrainingArguments, CardArguments)
+
 
 def main() -> None:
     """What `d3etr distill` runs."""
-    types = (ModelArguments, TeacherArguments, DataArguments, D3etrTrainingArguments, CardArguments)
-    train_detector(*parse_arguments(types, description=__doc__))
+    train_detector(*parse_arguments(TYPES, description=__doc__))

@@ -14,6 +14,7 @@ from d3etr_hf.errors import UserError
 COMMANDS = {
     "train": "a detector without a teacher: one that will teach, or a student to compare with",
     "distill": "a student from a teacher, by D3ETR",
+    "compare": "families, ways of training and seeds: a matrix of runs from one file, and its table",
     "evaluate": "COCO average precision of a detector",
     "publish": "a model card, and the upload to the Hub",
     "export": "ONNX, checked against PyTorch",

@@ -14,11 +14,12 @@ from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, D3etrTrainingArguments
 
+TYPES = (ModelArguments, DataArguments, D3etrTrainingArguments, CardArguments)
+
 
 def main() -> None:
     """What `d3etr train` runs."""
-    types = (ModelArguments, DataArguments, D3etrTrainingArguments, CardArguments)
-    model, data, training, card = parse_arguments(types, description=__doc__)
+    model, data, training, card = parse_arguments(TYPES, description=__doc__)
     without_distillation(training)
     train_detector(model, TeacherArguments(), data, training, card)
 

@@ -13,11 +13,11 @@ from d3etr_hf.models.loading import (
     ModelArguments,
     TeacherArguments,
     build_model,
-    family_of_checkpoint,
+    check_teacher,
     image_processor_of,
     inherit_from_teacher,
-    load_detector,
     load_image_processor,
+    load_teacher,
     model_type_of,
     read_model_options,
 )
@@ -115,7 +115,7 @@ def build_trainer(
     set_seed(training_arguments.seed)
     if teacher_arguments.teacher is not None:
         # before its image processor is looked for, and the data is read
-        family_of_checkpoint(teacher_arguments.teacher, "teacher")
+        check_teacher(teacher_arguments.teacher)
     source = model_arguments.model or teacher_arguments.teacher
     processor = image_processor_of(model_type_of(model_arguments), source)
     train, val = load_splits(data_arguments, processor)
@@ -125,7 +125,7 @@ def build_trainer(
     if teacher_arguments.teacher and not reads_teacher:
         logger.warning(f"the teacher {teacher_arguments.teacher!r} is not used: these options need none")
     if teacher_arguments.teacher is not None:
-        teacher = load_detector(teacher_arguments.teacher, "teacher")
+        teacher = load_teacher(teacher_arguments.teacher)
         teacher_processor = load_image_processor(teacher_arguments.teacher)
     if teacher is not None and teacher_arguments.inherit_from_teacher:
         inherit_from_teacher(

@@ -5,6 +5,7 @@ from d3etr_hf.losses.attention_distillation import (
     cross_attention_distillation,
     self_attention_distillation,
 )
+from d3etr_hf.losses.attention_geometry import moment_distillation, place_distillation
 from d3etr_hf.losses.detection_loss import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
 from d3etr_hf.losses.prediction_distillation import PREDICTION_NORMALISERS, pair_weights, prediction_distillation
 from d3etr_hf.losses.stock_criterion import StockCriterion
@@ -17,7 +18,9 @@ __all__ = [
     "FocalCriterion",
     "StockCriterion",
     "cross_attention_distillation",
+    "moment_distillation",
     "pair_weights",
+    "place_distillation",
     "prediction_distillation",
     "self_attention_distillation",
 ]

@@ -42,6 +42,7 @@ class Detector(StockModel):
         tag: the family's tag on the Hub.
         parts: for each of `ROLES` the prefixes of its parameters' names.
         reads_padding: whether it reads the pixel mask; what does not, takes images of one size.
+        predictions_only: whether it can teach nothing but its predictions; false of every family.
         citation: BibTeX of the family's paper.
     """
 
@@ -50,6 +51,7 @@ class Detector(StockModel):
     tag: ClassVar[str]
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
     reads_padding: ClassVar[bool] = True
+    predictions_only: ClassVar[bool] = False
     citation: ClassVar[str]
 
     # what a family says

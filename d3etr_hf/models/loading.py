@@ -12,7 +12,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_BACKBONE_MAPPING_NAMES,
+    MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+)
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from d3etr_hf.configurations import find_configuration, option, read_yaml
@@ -23,6 +26,7 @@ from d3etr_hf.models.deformable_detr import D3etrDeformableDetrForObjectDetectio
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.initialisation import is_resnet
+from d3etr_hf.models.other_detector import OtherDetector, load_other_detector
 from d3etr_hf.models.rt_detr import D3etrRTDetrForObjectDetection
 
 logger = logging.get_logger(__name__)
@@ -104,6 +108,33 @@ def load_detector(path: str, role: str = "model") -> Detector:
             f"{sorted(info['missing_keys'])[:3]}; copy or download it again"
         )
     return model
+
+
+def load_teacher(path: str) -> Detector | OtherDetector:
+    """Load a teacher: a checkpoint of one of the families, or any detector of Transformers, for its predictions.
+
+    Raises:
+        DetectorLoadError: as `load_detector`, or it gives no predictions that can be read.
+    """
+    model_type = check_teacher(path)
+    return load_detector(path, "teacher") if model_type in FAMILIES else load_other_detector(path, model_type)
+
+
+def check_teacher(path: str) -> str:
+    """The `model_type` of a teacher's checkpoint, by its configuration alone: before anything is loaded.
+
+    Raises:
+        DetectorLoadError: nothing there that could be a detector.
+    """
+    model_type = _read_config(path, f"teacher {path!r}").model_type
+    if model_type in FAMILIES:
+        family_of_checkpoint(path, "teacher")
+    elif model_type not in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
+        raise DetectorLoadError(
+            f"teacher {path!r} is a {model_type!r} model, which is no detector in Transformers: it must be one of "
+            f"{', '.join(FAMILIES)}, or for its predictions alone any that AutoModelForObjectDetection loads"
+        )
+    return model_type
 
 
 def family_of_checkpoint(path: str, role: str = "model") -> type[Detector]:
@@ -251,14 +282,18 @@ def load_image_processor(
 
 
 def inherit_from_teacher(
-    student: Detector, teacher: Detector, parts: list[str], class_index: torch.Tensor, layer_map: list[int]
+    student: Detector,
+    teacher: Detector | OtherDetector,
+    parts: list[str],
+    class_index: torch.Tensor,
+    layer_map: list[int],
 ) -> tuple[list[str], list[str]]:
     """Start parts of the student from the teacher's weights where shapes allow, in place; see `inherit`.
 
     Raises:
         DetectorLoadError: the two are of different families, or nothing at all could be copied.
     """
-    if type(student) is not type(teacher):
+    if not isinstance(teacher, type(student)):
         raise DetectorLoadError(
             f"inherit_from_teacher={list(parts)}: the student is a {student.title}, the teacher a {teacher.title}; "
             "leave the option empty"

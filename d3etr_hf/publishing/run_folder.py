@@ -14,7 +14,8 @@ from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
 from d3etr_hf.errors import PublishError
 from d3etr_hf.models.detector import Detector
-from d3etr_hf.models.loading import image_processor_of, load_detector, load_image_processor
+from d3etr_hf.models.loading import image_processor_of, load_detector, load_image_processor, load_teacher
+from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
 from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, RENAMED_OPTIONS, D3etrTrainingArguments
 
@@ -46,7 +47,7 @@ class PublishedRun:
     student: Detector
     train: DetectionDataset
     val: DetectionDataset
-    teacher: Detector | None = None
+    teacher: Detector | OtherDetector | None = None
     teacher_name: str | None = None
     teacher_processor: BaseImageProcessor | None = None
     data_moved: bool = False
@@ -143,7 +144,7 @@ def load_run(folder: Path, data_arguments: DataArguments | None = None, teacher:
     teacher = teacher or configuration.get("teacher")
     if teacher is None or teacher == NO_TEACHER:
         return PublishedRun(folder, student, train, val, data_moved=moved)
-    model = load_detector(teacher, "teacher")
+    model = load_teacher(teacher)
     return PublishedRun(folder, student, train, val, model, teacher, load_image_processor(teacher), moved)
 
 

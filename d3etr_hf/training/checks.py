@@ -1,18 +1,25 @@
 """Checks of a student, its options and its data before the first step: handled, or refused with the way out."""
 
+from dataclasses import replace
+
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
+from transformers.utils import logging
 
 from d3etr_hf.data import DetectionDataset
 from d3etr_hf.errors import IncompatibleDataError, IncompatibleTeacherError, UnsupportedOptionError
 from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.other_detector import OtherDetector
+from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+
+logger = logging.get_logger(__name__)
 
 UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
-def check_models(student: Detector, teacher: Detector | None, args: D3etrTrainingArguments) -> None:
+def check_models(student: Detector, teacher: Detector | OtherDetector | None, args: D3etrTrainingArguments) -> None:
     """Refuse what cannot be distilled.
 
     Raises:
@@ -24,7 +31,8 @@ def check_models(student: Detector, teacher: Detector | None, args: D3etrTrainin
     if teacher is not None and teacher is student:
         raise IncompatibleTeacherError("student and teacher are one and the same object: load the teacher on its own")
     for role, model in (("student", student), ("teacher", teacher)):
-        if model is not None and not isinstance(model, Detector):
+        allowed = (Detector, OtherDetector) if role == "teacher" else Detector
+        if model is not None and not isinstance(model, allowed):
             raise IncompatibleTeacherError(
                 f"the {role} is a {type(model).__name__}: load it with d3etr_hf.models.loading.load_detector(...), "
                 "which takes any checkpoint of a supported family, or with the family's own class"
@@ -38,13 +46,37 @@ def check_models(student: Detector, teacher: Detector | None, args: D3etrTrainin
         raise IncompatibleTeacherError(
             f"the student's {student.skipped_layers}: skipped layers have nothing to match; set it to 0"
         )
-    if args.auxiliary_queries == "teacher" and args.auxiliary_reference_points == "teacher":
+    takes_queries = args.auxiliary_queries == "teacher" and not teacher.predictions_only
+    if takes_queries and args.auxiliary_reference_points == "teacher":
         if student.anchor_size == 0 or teacher.anchor_size < student.anchor_size:
             raise IncompatibleTeacherError(
                 f"auxiliary_reference_points='teacher': the teacher, a {teacher.title}, has reference points of "
                 f"{teacher.anchor_size} numbers, the student, a {student.title}, takes {student.anchor_size}; leave "
                 "the option at 'student'"
             )
+
+
+def terms_in_common(options: Distillation, teacher: Detector | OtherDetector | None) -> Distillation:
+    """The options, without what this teacher does not have; what is left out is said.
+
+    Raises:
+        IncompatibleTeacherError: nothing is left to be learned from it.
+    """
+    if teacher is None or not teacher.predictions_only or not options.needs_teacher:
+        return options
+    left = replace(options, self_attention_weight=0.0, cross_attention_weight=0.0)
+    missing = [name for name in ("self_attention", "cross_attention") if getattr(options, f"{name}_weight") > 0]
+    if options.auxiliary_queries == "teacher":
+        left, missing = replace(left, auxiliary_queries="none"), [*missing, "the auxiliary group of its queries"]
+    if not left.distilled_groups:
+        raise IncompatibleTeacherError(
+            f"the teacher, a {teacher.title}, can teach its predictions only, and these options learn none of them: "
+            "set adaptive_matching to true and prediction_weight above 0"
+        )
+    logger.warning(
+        f"the teacher, a {teacher.title}, has predictions only; left out: {', '.join(missing) or 'nothing'}"
+    )
+    return left
 
 
 def check_launch(accelerator: Accelerator, args: D3etrTrainingArguments) -> None:

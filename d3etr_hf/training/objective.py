@@ -8,7 +8,9 @@ import torch
 from d3etr_hf.losses import (
     DetectionCriterion,
     cross_attention_distillation,
+    moment_distillation,
     pair_weights,
+    place_distillation,
     prediction_distillation,
     self_attention_distillation,
 )
@@ -201,16 +203,28 @@ class D3etrObjective:
                 teacher.group.self_attention, group.self_attention, pairs, shares.images, options.attention_divergence
             )
         if options.cross_attention_weight > 0:
-            terms[f"{title}/cross_attention"] = options.cross_attention_weight * cross_attention_distillation(
-                teacher.group.cross_attention,
-                group.cross_attention,
-                pairs,
-                teacher.memory_mask,
-                student.memory_mask,
-                shares.images,
-                options.attention_divergence,
+            terms[f"{title}/cross_attention"] = options.cross_attention_weight * self._cross_attention_term(
+                teacher, student, group, pairs, shares
             )
         return terms
+
+    def _cross_attention_term(
+        self,
+        teacher: TeacherOutput,
+        student: DetectorOutput,
+        group: GroupOutput,
+        pairs: MatchedPairs,
+        shares: Shares,
+    ) -> torch.Tensor:
+        """`(L,)`, unweighted, in the space that the options name."""
+        theirs, ours, images = teacher.group.cross_attention, group.cross_attention, shares.images
+        masks = teacher.memory_mask, student.memory_mask
+        if self.options.cross_attention_space == "places":
+            return place_distillation(theirs, ours, pairs, images)
+        if self.options.cross_attention_space == "moments":
+            return moment_distillation(theirs, ours, pairs, *masks, images)
+        divergence = self.options.attention_divergence
+        return cross_attention_distillation(theirs, ours, pairs, *masks, images, divergence)
 
     def _prediction_terms(
         self, teacher: TaughtGroup, groups: Mapping[str, GroupOutput], pairs: dict[str, MatchedPairs], shares: Shares

@@ -12,6 +12,7 @@ from d3etr_hf.errors import IncompatibleTeacherError
 from d3etr_hf.losses import DetectionCriterion
 from d3etr_hf.matching import TaughtGroup
 from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.outputs import OWN, GroupOutput, GroupRequest, Queries
 
 
@@ -22,14 +23,14 @@ class TeacherOutput:
     Attributes:
         group: its predictions and maps in the layers that the student's follow.
         last: its predictions in its own last layer, with L = 1.
-        queries: its queries of this batch.
-        memory_mask: bool `(B, H, W)`, of its memory.
+        queries: its queries of this batch; None of a teacher of predictions only.
+        memory_mask: bool `(B, H, W)`, of its memory; None likewise.
     """
 
     group: TaughtGroup
     last: TaughtGroup
-    queries: Queries
-    memory_mask: torch.Tensor
+    queries: Queries | None
+    memory_mask: torch.Tensor | None
 
 
 class Teacher:
@@ -53,7 +54,11 @@ class Teacher:
     """
 
     def __init__(
-        self, detector: Detector, class_names: list[str], student_depth: int, layer_map: list[int] | None = None
+        self,
+        detector: Detector | OtherDetector,
+        class_names: list[str],
+        student_depth: int,
+        layer_map: list[int] | None = None,
     ):
         self.class_index = class_index_by_name(detector, class_names)
         # read on the host, once: most teachers' classes need no gathering
@@ -112,7 +117,7 @@ class Teacher:
         )
 
 
-def class_index_by_name(detector: Detector, names: list[str], role: str = "teacher") -> torch.Tensor:
+def class_index_by_name(detector: Detector | OtherDetector, names: list[str], role: str = "teacher") -> torch.Tensor:
     """The detector's class for each of these class names (case and surrounding space aside).
 
     Args:

@@ -1,9 +1,10 @@
 """`DistillationTrainer`: Transformers' Trainer with a teacher, a second query group and COCO evaluation."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from transformers.image_processing_utils import BaseImageProcessor
@@ -14,15 +15,18 @@ from d3etr_hf.data import DetectionCollator
 from d3etr_hf.errors import DetectorLoadError, NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
 from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
+from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
 from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupRequest, Queries, Targets
-from d3etr_hf.training.checks import check_data_classes, check_launch, check_models
+from d3etr_hf.training.checks import check_data_classes, check_launch, check_models, terms_in_common
+from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.half_precision import SkippedSteps
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.optimization import keeps_running_statistics, parameter_groups, single_drop
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors
 from d3etr_hf.training.term_log import StartAfresh, TermLog
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+from d3etr_hf.training.weight_average import WeightAverage
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +39,8 @@ class DistillationTrainer(Trainer):
     Args:
         model: the student, a `Detector` of any family.
         args: `D3etrTrainingArguments`.
-        teacher: a `Detector` of any family, or None. It is moved, frozen and kept out of everything that is saved.
+        teacher: a `Detector` of any family, an `OtherDetector`, or None. It is moved, frozen and kept out of all that
+            is saved.
         teacher_processing_class: the teacher's image processor, checked against `processing_class`.
         train_dataset, eval_dataset: `DetectionDataset`s with a transform; evaluation reads the data set's own ground
             truth.
@@ -56,7 +61,7 @@ class DistillationTrainer(Trainer):
         self,
         model: Detector,
         args: D3etrTrainingArguments,
-        teacher: Detector | None = None,
+        teacher: Detector | OtherDetector | None = None,
         teacher_processing_class: BaseImageProcessor | None = None,
         **trainer_options,
     ):
@@ -71,6 +76,8 @@ class DistillationTrainer(Trainer):
         aligned = None
         if teacher is not None:
             aligned = Teacher(teacher, model.class_names, model.decoder_depth, args.layer_map)
+        # what is learned from whom, without what this teacher does not have
+        self.distillation = terms_in_common(args.distillation, teacher)
         if args.backbone_learning_rate == 0:
             model.freeze_part(BACKBONE)
         if args.ddp_broadcast_buffers is None:
@@ -84,9 +91,14 @@ class DistillationTrainer(Trainer):
         self.teacher = None if aligned is None else aligned.to(self.args.device)
         self.teacher_processing_class = teacher_processing_class
         # after Trainer has set the seed: learned queries are drawn
-        attach_query_adapter(model, self.teacher, args)
+        attach_query_adapter(model, self.teacher, self.distillation)
+        self.weight_average: WeightAverage | None = None
+        if args.ema_decay is not None:
+            self.weight_average = WeightAverage(model, args.ema_decay, args.ema_warmup_steps)
+            self.add_callback(self.weight_average)
+        self._saves_checkpoint = False
         self._prepare_objective()
-        self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, args)
+        self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
         self.skipped_steps = SkippedSteps(self.accelerator)
         self.add_callback(self.skipped_steps)
         self._term_log, self._norm_log = TermLog(self._average), TermLog(self._average)
@@ -98,7 +110,7 @@ class DistillationTrainer(Trainer):
         self.criterion = self.model.criterion()
         teacher_criterion = None if self.teacher is None else self.teacher.criterion
         tolerant = self._scaler is not None  # it passes over a step that is not finite
-        self.objective = D3etrObjective(self.args.distillation, self.criterion, teacher_criterion, tolerant)
+        self.objective = D3etrObjective(self.distillation, self.criterion, teacher_criterion, tolerant)
 
     # loss
 
@@ -116,9 +128,9 @@ class DistillationTrainer(Trainer):
     def _group_sizes(self) -> dict[str, int]:
         """Number of queries by the group's name."""
         sizes = {OWN: self.model.query_count}
-        if self.args.auxiliary_queries == "learned":
+        if self.distillation.auxiliary_queries == "learned":
             sizes[AUXILIARY] = self.model.query_count
-        elif self.args.auxiliary_queries == "teacher":
+        elif self.distillation.auxiliary_queries == "teacher":
             sizes[AUXILIARY] = self.teacher.detector.query_count
         return sizes
 
@@ -157,7 +169,7 @@ class DistillationTrainer(Trainer):
 
     def _terms(self, model, pixels: dict[str, torch.Tensor], targets: Targets, shares: Shares):
         """Teacher, student and objective on one batch: the student's output, terms and statistics."""
-        options = self.args.distillation
+        options = self.distillation
         maps = options.reads_self_attention, options.reads_cross_attention
         teacher = assignment = None
         if self._runs_teacher:
@@ -170,13 +182,13 @@ class DistillationTrainer(Trainer):
 
     def _further_queries(self, teacher: TeacherOutput | None) -> dict[str, Queries | None]:
         """The queries of the student's further groups; None for learned ones, which it holds itself."""
-        if self.args.auxiliary_queries == "none":
+        if self.distillation.auxiliary_queries == "none":
             return {}
-        if self.args.auxiliary_queries == "learned":
+        if self.distillation.auxiliary_queries == "learned":
             return {AUXILIARY: None}
         queries = self.teacher.queries() if teacher is None else teacher.queries.detach()
         both_make_anchors = self.model.makes_anchors and self.teacher.detector.makes_anchors
-        if self.args.auxiliary_reference_points == "student" and both_make_anchors:
+        if self.distillation.auxiliary_reference_points == "student" and both_make_anchors:
             queries = Queries(queries.content, queries.position)
         return {AUXILIARY: queries}
 
@@ -282,7 +294,11 @@ class DistillationTrainer(Trainer):
         """Remembers which data set is evaluated: the metric reads its untouched ground truth."""
         check_data_classes(self.model, {"eval_dataset": dataloader.dataset})
         self._evaluated_dataset = dataloader.dataset
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if self.accelerator.num_processes > 1 and keeps_running_statistics(self.model):
+            # each process has counted images of its own since the last forward pass of training
+            broadcast(dict(self.model.named_buffers()), from_process=0)
+        with self._averaged():
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
         if self.model_wrapped is self.model and not self.is_in_train:
             # Evaluated before it was trained. Accelerate marks the model as prepared and would then leave it unwrapped
             # in training: every process would go on with gradients of its own, and say nothing.
@@ -320,7 +336,22 @@ class DistillationTrainer(Trainer):
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             save_file({name: value.detach().contiguous() for name, value in state.items()}, folder / ADAPTER_WEIGHTS)
+        if self.weight_average is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.weight_average.save(folder)
+        self._saves_checkpoint = True
         super()._save_checkpoint(model, trial)
+        self._saves_checkpoint = False
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer, with averaged weights where there are any; a checkpoint goes on from those that train."""
+        with nullcontext() if self._saves_checkpoint else self._averaged():
+            super().save_model(output_dir, _internal_call)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The context in which the student has its averaged weights, where an average is kept."""
+        return nullcontext() if self.weight_average is None else self.weight_average.in_place()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Reads a checkpoint back through `from_pretrained`.
@@ -341,6 +372,8 @@ class DistillationTrainer(Trainer):
             loaded |= {f"{ADAPTERS}.{name}": value for name, value in load_file(extra).items()}
         if missing := sorted(wanted - set(loaded)):
             raise ValueError(f"{resume_from_checkpoint} is no checkpoint of this run: {missing} are not in {extra}")
+        if self.weight_average is not None:
+            self.weight_average.load(Path(resume_from_checkpoint))
         model.load_state_dict(loaded, strict=False)  # all of the student, and of the rest what is trained
 
     def _load_best_model(self) -> None:
@@ -349,20 +382,20 @@ class DistillationTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def attach_query_adapter(student: Detector, teacher: Teacher | None, args: D3etrTrainingArguments) -> None:
+def attach_query_adapter(student: Detector, teacher: Teacher | None, options: Distillation) -> None:
     """Give the student what its auxiliary group needs, instead of anything from before."""
     student.query_adapters = torch.nn.ModuleDict()
-    if args.auxiliary_queries == "learned":
+    if options.auxiliary_queries == "learned":
         student.query_adapters[AUXILIARY] = LearnedQueries(student.new_queries(student.query_count))
-    elif args.auxiliary_queries == "teacher":
+    elif options.auxiliary_queries == "teacher":
         student.query_adapters[AUXILIARY] = QueryAdapter(teacher.detector.width, student.width)
     student.query_adapters.to(student.device)
 
 
-def runs_teacher(teacher: Teacher, args: D3etrTrainingArguments) -> bool:
+def runs_teacher(teacher: Teacher, options: Distillation) -> bool:
     """Whether a step runs the teacher: for its outputs, or for queries that depend on the image."""
-    reads_queries = args.auxiliary_queries == "teacher" and teacher.queries() is None
-    return reads_queries or args.distillation.reads_teacher_outputs
+    reads_queries = options.auxiliary_queries == "teacher" and teacher.queries() is None
+    return reads_queries or options.reads_teacher_outputs
 
 
 def _image_ids(labels: list[dict]) -> list[int]:

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from d3etr_hf.configurations import option
 from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.weight_average import check_decay
 
 # names of earlier versions, which could be taken for weights of the detection loss
 RENAMED_OPTIONS = {
@@ -103,6 +104,12 @@ class D3etrTrainingArguments(TrainingArguments):
         Distillation.attention_divergence,
         "How attention maps are compared: KL(teacher || student), or the mean squared difference.",
     )
+    cross_attention_space: Literal["grid", "moments", "places"] = option(
+        Distillation.cross_attention_space,
+        "Where cross-attention is compared: on the grid of the student's memory (sampled attention is spread over "
+        "it), by centre and spread of where each query looks, or place by place (two samplers of equal heads, levels "
+        "and points).",
+    )
     prediction_normaliser: Literal["pairs", "boxes"] = option(
         Distillation.prediction_normaliser,
         "Prediction distillation is a mean over all pairs, or one weighted by the teacher's highest class score "
@@ -112,6 +119,16 @@ class D3etrTrainingArguments(TrainingArguments):
         None,
         "For each decoder layer of the student the teacher's layer that it follows, from 0; by default evenly spread, "
         "last to last.",
+    )
+
+    # what is saved
+    ema_decay: float | None = option(
+        None,
+        "Decay of an exponential moving average of the student's weights, which is evaluated and saved instead of "
+        "them (RT-DETR, D-FINE: 0.9999); none by default.",
+    )
+    ema_warmup_steps: int = option(
+        2000, "Steps after which the average keeps 63 % of `ema_decay` a step; it forgets the first steps fast."
     )
 
     # logging
@@ -144,6 +161,7 @@ class D3etrTrainingArguments(TrainingArguments):
             # would wait for it
             self.ddp_find_unused_parameters = self.detection_weight == 0
         self._check_weights()
+        check_decay(self.ema_decay, self.ema_warmup_steps)
         self._check_inherited_options()
 
     def _check_weights(self) -> None:

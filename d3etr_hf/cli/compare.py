@@ -1,0 +1,179 @@
+"""Compare students alone, distilled and otherwise, over detector families and seeds: a matrix of runs from one file.
+
+    d3etr compare configs/families/shapes.yaml           # two runs at a time, until all are done
+    d3etr compare configs/families/shapes.yaml --list    # what would run, and what is done
+    d3etr compare configs/families/shapes.yaml --report  # the table and the picture of what is done
+
+Stopped, it goes on where it was when it is called again with the same file; runs whose options have changed are run
+again, beside the old ones. A run that fails is run again by the next call.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from d3etr_hf.cli import distill, train
+from d3etr_hf.cli.command_line import build_arguments, parse_arguments
+from d3etr_hf.configurations import option, write_yaml
+from d3etr_hf.data import DataArguments
+from d3etr_hf.data.coco import find_coco_split
+from d3etr_hf.errors import CommandLineError, ComparisonError
+from d3etr_hf.models.loading import (
+    ModelArguments,
+    TeacherArguments,
+    check_model_options,
+    family_of_checkpoint,
+    read_model_options,
+)
+from d3etr_hf.runs.comparison import Comparison
+from d3etr_hf.runs.comparison_results import is_finished, key_of, line_of, lines_of, read_lines, record
+from d3etr_hf.runs.output_folder import last_complete_checkpoint, write_whole
+from d3etr_hf.runs.planned_run import PlannedRun, plan
+from d3etr_hf.runs.run_pool import Job, holding, run_jobs
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+from d3etr_hf.visualization.comparison import draw_comparison, format_comparison
+
+TABLE, PICTURE = "table.md", "comparison.png"
+
+
+@dataclass
+class CompareArguments:
+    """What to do instead of running."""
+
+    list: bool = option(False, "Print what would run and what is done, and run nothing.")
+    report: bool = option(False, "Write table and picture of the results there are, and run nothing.")
+
+
+def main() -> None:
+    """What `d3etr compare` runs."""
+    comparison, arguments = parse_arguments((Comparison, CompareArguments), description=__doc__)
+    runs = plan(comparison)
+    if arguments.list:
+        print(list_runs(runs, read_lines(Path(comparison.results))))
+    elif arguments.report:
+        print(report(comparison, runs))
+    else:
+        # the file comes first, unless everything was given by flags
+        check_runs(runs, "command line" if sys.argv[1].startswith("-") else sys.argv[1])
+        print(compare(comparison, runs))
+
+
+def compare(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
+    """Run what is not done yet, recording each result as it arrives; the report.
+
+    Raises:
+        ComparisonError: another call is at work on these runs, or some runs failed; the others are done then.
+    """
+    results = Path(comparison.results)
+    with holding(Path(comparison.output_dir)) as descriptor:
+        finished = [run for run in runs if is_finished(run)]
+        for run in finished:
+            # a call that was stopped between a run's end and the writing of its line
+            if run.key not in lines_of(runs, read_lines(results)):
+                record(results, line_of(run))
+        to_do = {run.name: run for run in runs if run not in finished}
+
+        def finish(job: Job) -> None:
+            line = line_of(to_do[job.name])
+            record(results, line)
+            tqdm.write(f"{job.name}: AP {100 * line['AP']:.1f}, {line['seconds']:.0f} s", file=sys.stderr)
+            report(comparison, runs)
+
+        for run in to_do.values():
+            run.configuration.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(run.configuration, write_yaml(run.options))
+        failures = run_jobs([job_of(run) for run in to_do.values()], comparison.workers, finish, descriptor)
+    if failures:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
+        raise ComparisonError(
+            f"{len(failures)} of {len(runs)} runs failed, and the same call tries them again; the others are done:\n"
+            f"{reasons}"
+        )
+    return report(comparison, runs)
+
+
+def job_of(run: PlannedRun) -> Job:
+    """The command that starts a run or goes on with it."""
+    command = [sys.executable, "-m", "d3etr_hf.cli.main", run.command, str(run.configuration)]
+    return Job(run.name, command, run.log, None if run.waits_for is None else run.waits_for.name)
+
+
+def check_runs(runs: Sequence[PlannedRun], source: str) -> None:
+    """Refuse what would fail once it runs: options, model configurations, checkpoints of teachers, data folders.
+
+    Args:
+        source: the file, as errors call it.
+
+    Raises:
+        CommandLineError: an option is unknown, of the wrong type, out of its range, or contradicts another.
+        DetectorLoadError: a model configuration, or a teacher's checkpoint, cannot be used.
+        DatasetError: a data folder holds no data.
+    """
+    checked: set[str] = set()
+    for run in runs:
+        place = f"{source}: {run.name}"
+        types = {"train": train.TYPES, "distill": distill.TYPES}[run.command]
+        arguments = dict(zip(types, build_arguments(types, run.options, place), strict=True))
+        if run.command == "train":
+            try:
+                train.without_distillation(arguments[D3etrTrainingArguments])
+            except CommandLineError as error:
+                raise CommandLineError(f"{place}: {error}; give them to students or modes only") from None
+        model = arguments[ModelArguments]
+        if model.model_config is not None:
+            check_model_options(read_model_options(model), f"{place}: model_config")
+        checkpoints = {"model": model.model}
+        if TeacherArguments in arguments and run.waits_for is None:
+            checkpoints["teacher"] = arguments[TeacherArguments].teacher
+        for role, path in checkpoints.items():
+            if path is not None and path not in checked:
+                family_of_checkpoint(path, f"{place}: {role}")
+                checked.add(path)
+        folder = arguments[DataArguments].data_folder
+        if folder is not None and folder not in checked:
+            for split in ("train", "val"):
+                find_coco_split(folder, split)
+            checked.add(folder)
+
+
+def list_runs(runs: Sequence[PlannedRun], lines: Sequence[dict]) -> str:
+    """A line a run in the order in which they start, with its state."""
+    found = lines_of(runs, lines)
+    states = {}
+    for run in runs:
+        checkpoint = last_complete_checkpoint(run.folder)
+        if is_finished(run):
+            states[run] = "done"
+        elif checkpoint is not None:
+            states[run] = f"to go on from {Path(checkpoint).name}"
+        else:
+            states[run] = "to run"
+    wide = max(map(len, states.values()))
+    text = [
+        f"{state:<{wide}}  {run.name}" + (f"  AP {100 * found[run.key]['AP']:.1f}" if run.key in found else "")
+        for run, state in states.items()
+    ]
+    done = list(states.values()).count("done")
+    return "\n".join([*text, f"{done} of {len(runs)} runs are done"])
+
+
+def report(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
+    """Write the table and the picture beside the results; the table, and where they are.
+
+    Raises:
+        ComparisonError: no run is finished.
+    """
+    results = Path(comparison.results)
+    everything = read_lines(results)
+    lines = list(lines_of(runs, everything).values())
+    if not lines:
+        raise ComparisonError(f"{results} holds no result of these runs: call d3etr compare without --report first")
+    text = format_comparison(comparison, lines)
+    write_whole(results.with_name(TABLE), text)
+    draw_comparison(comparison, lines, results.with_name(PICTURE))
+    others = len({key_of(line) for line in everything}) - len(lines)
+    note = f"; {others} lines of {results} are of other options or seeds, and left out" if others else ""
+    return f"{text}\n{len(lines)} of {len(runs)} runs: {results.with_name(TABLE)}, {results.with_name(PICTURE)}{note}"

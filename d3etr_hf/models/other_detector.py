@@ -1,0 +1,133 @@
+"""Any other detector as a teacher: what it predicts, and nothing of how."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import AutoModelForObjectDetection, PreTrainedModel
+
+from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.losses import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
+from d3etr_hf.models.detector import class_names_of
+from d3etr_hf.outputs import OWN, DetectorOutput, GroupOutput, GroupRequest, wide
+from d3etr_hf.outputs.attention_maps import valid_sizes
+
+# of the image with which a model is tried once: its scores are told apart by the number of its outputs
+TRIED_SIDE = 320
+# DETR's weights of class, L1 and GIoU, in costs and losses
+DETR_WEIGHTS = 1.0, 5.0, 2.0
+
+
+class OtherDetector(nn.Module):
+    """A detector of no family here that can teach predictions: no queries, no attention, one layer, the last.
+
+    Args:
+        model: a model of Transformers that returns `logits` `(B, N, C)` (sigmoid) or `(B, N, C + 1)` (softmax, no
+            object last) and `pred_boxes` `(B, N, 4)` cxcywh in 0..1, for pixels alone.
+
+    Attributes:
+        title: its class.
+        decoder_depth: 1.
+        predictions_only: true.
+        anchor_size, query_count, width, makes_anchors: of the queries that it does not have.
+        name_or_path: where it was loaded from.
+
+    Raises:
+        DetectorLoadError: it does not return these.
+    """
+
+    decoder_depth = 1
+    predictions_only = True
+    anchor_size = query_count = width = 0
+    makes_anchors = False
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model.eval()
+        self.config, self.title, self.name_or_path = model.config, type(model).__name__, model.name_or_path
+        self.class_names = class_names_of(model.config)
+        self._kept: list[int] | None = None
+        self._criterion = self._told_apart()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @torch.no_grad()
+    def _told_apart(self) -> DetectionCriterion:
+        """How its scores are read, by the number of its outputs for an empty image."""
+        image = torch.zeros(1, 3, TRIED_SIDE, TRIED_SIDE, dtype=self.dtype, device=self.model.device)
+        classes, what = len(self.class_names), f"teacher {self.name_or_path!r}, a {self.title},"
+        try:
+            output = self.model(pixel_values=image)
+            outputs = output.logits.shape[-1]
+            if output.pred_boxes.shape != (*output.logits.shape[:2], 4):
+                raise ValueError(f"pred_boxes has the shape {tuple(output.pred_boxes.shape)}")
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise DetectorLoadError(
+                f"{what} gives no logits and pred_boxes for pixels alone ({type(error).__name__}: {error}): it cannot "
+                "teach"
+            ) from error
+        if outputs == classes:
+            return FocalCriterion(*DETR_WEIGHTS, *DETR_WEIGHTS)
+        if outputs == classes + 1:
+            return CrossEntropyCriterion(*DETR_WEIGHTS, *DETR_WEIGHTS)
+        raise DetectorLoadError(
+            f"{what} has {outputs} outputs a query for {classes} classes: one a class, or one more for no object, can "
+            "be read"
+        )
+
+    def criterion(self) -> DetectionCriterion:
+        """How its scores are read, and by which costs ground truth is assigned to its predictions."""
+        return replace(self._criterion)
+
+    def keep_classes(self, index: torch.Tensor, names: list[str]) -> None:
+        """From now on give these classes only, in this order, and no object where there was one; as `Detector`."""
+        no_object = [len(self.class_names)] if isinstance(self._criterion, CrossEntropyCriterion) else []
+        chosen = [*index.tolist(), *no_object]
+        self._kept = chosen if self._kept is None else [self._kept[place] for place in chosen]
+        self.class_names = list(names)
+
+    def static_queries(self) -> None:
+        """None: it has no queries that another decoder could take."""
+
+    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, request: GroupRequest):
+        """Its predictions as one layer's of its own group; maps that are asked for are not there.
+
+        Such a model knows no padding: its boxes are shares of the whole canvas, and become shares of the image here.
+        """
+        output = self.model(pixel_values=pixel_values)
+        logits = wide(output.logits if self._kept is None else output.logits[..., self._kept])
+        boxes = wide(output.pred_boxes)
+        if pixel_mask is not None:
+            rows, columns = valid_sizes(pixel_mask.bool())
+            height, width = pixel_mask.shape[1:]
+            scale = torch.stack([width / columns, height / rows], dim=-1).repeat(1, 2)
+            boxes = boxes * scale[:, None].to(boxes.dtype)
+        return DetectorOutput(groups={OWN: GroupOutput(logits=logits[None], boxes=boxes[None])})
+
+
+def load_other_detector(path: str, model_type: str) -> OtherDetector:
+    """Load a checkpoint of no family here, as a teacher of predictions.
+
+    Raises:
+        DetectorLoadError: `AutoModelForObjectDetection` loads nothing from there, or it cannot teach.
+    """
+    try:
+        model, info = AutoModelForObjectDetection.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
+        raise DetectorLoadError(
+            f"teacher {path!r} is a {model_type!r} model, which Transformers does not load as a detector ({error})"
+        ) from error
+    if info["missing_keys"]:
+        raise DetectorLoadError(
+            f"teacher {path!r}: {len(info['missing_keys'])} tensors are missing from the checkpoint, the first "
+            f"{sorted(info['missing_keys'])[:3]}; copy or download it again"
+        )
+    return OtherDetector(model)

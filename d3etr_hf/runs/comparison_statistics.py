@@ -1,0 +1,52 @@
+"""What the lines of a comparison say of an entry and a mode: values by seed, means, and paired differences."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One value a seed.
+
+    Attributes:
+        by_seed: the values, at least one.
+        mean: of them.
+        deviation: their standard deviation (n - 1); None of one value.
+        interval: low and high end of the 95 % t-interval of the mean; None of one value.
+    """
+
+    by_seed: dict[int, float]
+    mean: float
+    deviation: float | None
+    interval: tuple[float, float] | None
+
+
+def spread(by_seed: Mapping[int, float]) -> Spread:
+    """Mean, deviation and interval of at least one value."""
+    values = np.array(list(by_seed.values()))
+    mean = float(values.mean())
+    if len(values) == 1:
+        return Spread(dict(by_seed), mean, None, None)
+    deviation = float(values.std(ddof=1))
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * deviation / len(values) ** 0.5
+    return Spread(dict(by_seed), mean, deviation, (mean - reach, mean + reach))
+
+
+def values_of(lines: Iterable[Mapping], entry: str, mode: str, measure: str = "AP") -> dict[int, float]:
+    """A measure of an entry's runs in a mode, by seed, in the seeds' order."""
+    found = {
+        line["seed"]: line[measure]
+        for line in lines
+        if (line["family"], line["mode"]) == (entry, mode) and measure in line
+    }
+    return dict(sorted(found.items()))
+
+
+def differences(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict[int, float]:
+    """Value minus baseline of the same seed, for the seeds that have both."""
+    return {seed: value - baseline[seed] for seed, value in values.items() if seed in baseline}

@@ -1,0 +1,265 @@
+"""`d3etr compare`: what is run, gone on with, refused and reported."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from d3etr_hf.cli import compare
+from d3etr_hf.configurations import read_yaml, write_yaml
+from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.errors import CommandLineError, ComparisonError, DatasetError, DetectorLoadError
+from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.runs import run_pool
+from d3etr_hf.runs.comparison_results import read_lines
+from d3etr_hf.runs.run_pool import Job
+from tests.cli.test_training_run import model_config
+from tests.tiny import tiny_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SIDE = 64
+# stands for `d3etr train` and `distill`: a journal of its calls, and results; "bad" in the file's place fails it
+FAKE = """
+import json, pathlib, sys
+configuration, journal, values = pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+folder = configuration.with_suffix("")
+with open(journal, "a") as file:
+    file.write(folder.name.rpartition("_")[0] + "\\n")
+if (configuration.parent / "bad").exists():
+    sys.exit("out of memory")
+folder.mkdir()
+(folder / "environment.json").write_text('{"device": "CPU", "threads": 1}')
+(folder / "results.json").write_text(json.dumps(values))
+"""
+RUNS = ["teacher_seed_0", "alone_seed_0", "distilled_seed_0", "alone_seed_1", "distilled_seed_1"]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("shapes"), 16, 8, image_size=SIDE, progress=False)
+
+
+@pytest.fixture
+def content(tmp_path, shapes) -> dict:
+    """What a file holds: one entry, alone and distilled, of tiny models and two steps."""
+    return {
+        "output_dir": str(tmp_path / "runs"),
+        "results": str(tmp_path / "out" / "results.jsonl"),
+        "modes": ["alone", "distilled"],
+        "shared": {
+            "data_folder": str(shapes),
+            "short_side": SIDE,
+            "long_side": SIDE,
+            "augmentation": "none",
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+        },
+        "entries": {
+            "tiny": {"teacher": {"model_config": model_config()}, "student": {"model_config": model_config()}}
+        },
+    }
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Calls the command on what a file is to hold; what it prints."""
+
+    def run(content: dict, *flags: str) -> str:
+        path = tmp_path / "comparison.yaml"
+        path.write_text(write_yaml(content))
+        monkeypatch.setattr(sys, "argv", ["d3etr compare", str(path), *flags])
+        compare.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def journal(tmp_path, monkeypatch):
+    """The runs that were started, which then are not real: AP 0.1 alone, 0.3 distilled, and the seed's tenth more."""
+
+    def job_of(run) -> Job:
+        ap = {"teacher": 0.9, "alone": 0.1, "distilled": 0.3}[run.mode] + run.seed / 10
+        values = json.dumps({"AP": ap, "AP50": 0.95, "parameters": 5, "steps": 2, "seconds": 1.0})
+        command = [sys.executable, "-c", FAKE, str(run.configuration), str(path), values]
+        return Job(run.name, command, run.log, None if run.waits_for is None else run.waits_for.name)
+
+    path = tmp_path / "journal"
+    monkeypatch.setattr(compare, "job_of", job_of)
+    return lambda: path.read_text().splitlines() if path.exists() else []
+
+
+def test_whole_comparison(content, call, monkeypatch, fresh_processes, tmp_path):
+    """The teacher as in earnest, in a process of its own; the students in processes that start faster."""
+    start = run_pool.start
+
+    class Ended:
+        def __init__(self, status: int):
+            self.returncode = status
+
+        def poll(self) -> int:
+            return self.returncode
+
+    def start_faster(job, descriptor):
+        if "teacher" in job.name:
+            return start(job, descriptor)
+        result = fresh_processes.script(REPOSITORY / "scripts" / f"{job.command[3]}.py", job.command[4])
+        assert result.returncode == 0, result.stderr
+        return Ended(result.returncode)
+
+    monkeypatch.setattr(run_pool, "start", start_faster)
+    printed = call(content)
+    lines = {line["mode"]: line for line in read_lines(Path(content["results"]))}
+    assert lines.keys() == {"teacher", "alone", "distilled"}
+    for mode, line in lines.items():
+        assert 0 <= line["AP"] <= line["AP50"] <= 1 and line["seconds"] > 0
+        assert (line["family"], line["seed"], line["steps"], line["threads"]) == ("tiny", 0, 2, 1)
+        assert line["teacher"] == ("tiny" if mode == "distilled" else None)
+    (folder,) = (tmp_path / "runs" / "tiny").glob("distilled_seed_0_????????????")
+    (teacher,) = (tmp_path / "runs" / "tiny").glob("teacher_seed_0_????????????")
+    assert read_yaml((folder / "run.yaml").read_text())["teacher"] == str(teacher)
+    assert (tmp_path / "out" / "table.md").read_text() in printed and "3 of 3 runs" in printed
+    assert "| tiny | distilled | " in printed
+    assert Image.open(tmp_path / "out" / "comparison.png").size[0] > 500
+
+
+def test_a_stopped_comparison_goes_on(content, call, journal, monkeypatch):
+    """Stopped after a run had ended and before its line was written: no run is started twice."""
+    record = compare.record
+
+    def stop_at_distilled(path, line):
+        if line["mode"] == "distilled":
+            raise KeyboardInterrupt
+        record(path, line)
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(compare, "record", stop_at_distilled)
+        call(content, "--seeds", "0", "1", "--workers", "1")
+    assert journal() == RUNS[:3]
+    results = Path(content["results"])
+    assert [line["mode"] for line in read_lines(results)] == ["teacher", "alone"]
+    listed = call(content, "--seeds", "0", "1", "--list").splitlines()
+    assert [row.split()[0] for row in listed[:5]] == ["done", "done", "done", "to", "to"]
+    assert listed[0].endswith("tiny teacher seed 0  AP 90.0") and listed[5] == "3 of 5 runs are done"
+    assert journal() == RUNS[:3]
+    printed = call(content, "--seeds", "0", "1", "--workers", "1")
+    assert journal() == RUNS
+    assert [(line["mode"], line["seed"]) for line in read_lines(results)][2:] == [
+        ("distilled", 0),
+        ("alone", 1),
+        ("distilled", 1),
+    ]
+    assert "| tiny | 5 | 90.0 | 15.0 ± 7.1 | 35.0 ± 7.1 |" in printed
+    before = results.read_bytes()
+    assert call(content, "--seeds", "0", "1") == printed and journal() == RUNS and results.read_bytes() == before
+
+
+def test_a_run_whose_folder_is_gone_is_run_again(content, call, journal, tmp_path):
+    """Its line alone is no checkpoint for a student; the line is then the new run's, and not a second one."""
+    call(content)
+    (folder,) = (tmp_path / "runs" / "tiny").glob("teacher_seed_0_????????????")
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    call(content)
+    assert sorted(journal()) == sorted([*RUNS[:3], "teacher_seed_0"])
+    assert len(read_lines(Path(content["results"]))) == 3
+
+
+def test_changed_options_are_run_beside_the_old_ones(content, call, journal):
+    call(content)
+    content["entries"]["tiny"]["student"]["max_steps"] = 3
+    printed = call(content)
+    assert sorted(journal()) == sorted([*RUNS[:3], *RUNS[1:3]])
+    assert len(read_lines(Path(content["results"]))) == 5
+    assert "2 lines of" in printed and "are of other options or seeds, and left out" in printed
+
+
+def test_a_run_that_fails_does_not_end_the_others_and_is_tried_again(content, call, journal, tmp_path):
+    content["entries"]["other"] = content["entries"]["tiny"]
+    bad = tmp_path / "runs" / "tiny" / "bad"
+    bad.parent.mkdir(parents=True)
+    bad.touch()
+    with pytest.raises(ComparisonError) as caught:
+        call(content)
+    message = str(caught.value)
+    assert message.startswith("3 of 6 runs failed, and the same call tries them again; the others are done:\n")
+    assert "tiny alone seed 0: ended with status 1: out of memory (all of it: " in message
+    assert "tiny distilled seed 0: not started, since tiny teacher seed 0 failed" in message
+    assert {line["family"] for line in read_lines(Path(content["results"]))} == {"other"}
+    assert "3 of 6 runs" in call(content, "--report")
+    bad.unlink()
+    assert "6 of 6 runs" in call(content)
+    assert sorted(journal()) == sorted([*RUNS[:3], *RUNS[:3], *RUNS[:2]])
+
+
+def test_a_report_needs_results(content, call):
+    with pytest.raises(ComparisonError, match="results.jsonl holds no result of these runs: call d3etr compare"):
+        call(content, "--report")
+
+
+# refused before anything is started
+
+
+@pytest.fixture
+def refused(content, call, journal):
+    """The message of a call after a change of the content."""
+
+    def message(error: type[Exception] = CommandLineError, **changes) -> str:
+        with pytest.raises(error) as caught:
+            call(content | changes)
+        assert not journal()
+        return str(caught.value)
+
+    return message
+
+
+def test_unknown_keys_and_options_are_named_with_their_place(content, refused, tmp_path):
+    file, shared, tiny = tmp_path / "comparison.yaml", content["shared"], content["entries"]["tiny"]
+    assert refused(sedes=[0]) == f"{file}: unknown key 'sedes'; did you mean 'seeds'?"
+    message = refused(shared=shared | {"max_stepz": 3})
+    assert message == f"{file}: tiny teacher seed 0: unknown key 'max_stepz'; did you mean 'max_steps'?"
+    message = refused(mode_options={"distilled": {"prediction_weight": "much"}})
+    assert message.startswith(f"{file}: tiny distilled seed 0: 'prediction_weight' must be of type float, got 'much'")
+    message = refused(mode_options={"alone": {"auxiliary_queries": "nine"}})
+    assert message.startswith(f"{file}: tiny alone seed 0: ") and "'nine'" in message
+    message = refused(entries={"tiny": tiny | {"student": {}}})
+    assert "tiny alone seed 0: give either 'model' (a checkpoint) or 'model_config' (a new model)" in message
+    message = refused(shared=shared | {"prediction_weight": 2.0})
+    assert f"{file}: tiny teacher seed 0: ['prediction_weight'] belong to distillation" in message
+    assert refused(modes=["alone", "magic"]).startswith(f"{file}: modes: nobody defines 'magic'")
+    assert refused(entries={"tiny": {"teacher": {}}}).startswith(f"{file}: entries: tiny: there is no 'student'")
+
+
+def test_entries_of_one_name_are_refused(content, call, tmp_path, monkeypatch):
+    path = tmp_path / "twice.yaml"
+    path.write_text("entries:\n  a: {student: {}}\n  a: {student: {}}\n")
+    monkeypatch.setattr(sys, "argv", ["d3etr compare", str(path)])
+    with pytest.raises(CommandLineError, match='twice.yaml: not valid YAML: found duplicate key "a".*line 3'):
+        compare.main()
+
+
+def test_models_teachers_and_data_are_looked_for_first(content, refused, tmp_path):
+    tiny = content["entries"]["tiny"]
+    message = refused(DetectorLoadError, entries={"tiny": tiny | {"teacher": str(tmp_path / "nowhere")}})
+    assert "tiny distilled seed 0: teacher" in message and "nowhere': there is no such folder" in message
+    message = refused(DetectorLoadError, entries={"tiny": tiny | {"student": {"model_config": "nowhere.yaml"}}})
+    assert "nowhere.yaml" in message
+    student = {"model_config": model_config() | {"wings": 2}}
+    message = refused(DetectorLoadError, entries={"tiny": tiny | {"student": student}})
+    assert "tiny alone seed 0: model_config: " in message and "has no ['wings']" in message
+    message = refused(DatasetError, shared=content["shared"] | {"data_folder": str(tmp_path / "nothing")})
+    assert f"{tmp_path / 'nothing'}: no annotations of the train split" in message
+
+
+def test_a_checkpoint_teaches(content, call, journal, tmp_path):
+    tiny_model(seed=1).save_pretrained(tmp_path / "teacher")
+    load_image_processor(None, SIDE, SIDE).save_pretrained(tmp_path / "teacher")
+    content["entries"]["tiny"]["teacher"] = str(tmp_path / "teacher")
+    call(content)
+    assert sorted(journal()) == ["alone_seed_0", "distilled_seed_0"]

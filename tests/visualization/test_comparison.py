@@ -1,0 +1,132 @@
+"""A comparison's tables hold the right numbers, and its picture the right bars and dots."""
+
+import numpy as np
+import pytest
+from matplotlib import colors
+from PIL import Image
+
+from d3etr_hf.visualization import comparison as module
+from d3etr_hf.visualization.comparison import TEACHER_COLOUR, draw_comparison, format_comparison
+from d3etr_hf.visualization.training_curves import RUN_COLOURS
+from tests.recorded_figures import record_figures
+from tests.runs.test_comparison import NO_TEACHER, TRAINED, comparison
+from tests.visualization.drawn import pixels_of
+
+ENTRIES = {"a": TRAINED, "b": TRAINED}
+
+
+def line(family, mode, seed, ap, seconds=60.0) -> dict:
+    parameters = 423849 if mode == "teacher" else 362977
+    scores = {"AP": ap, "AP50": ap + 0.2, "seconds": seconds, "parameters": parameters}
+    return {"family": family, "mode": mode, "seed": seed} | scores
+
+
+LINES = [
+    line("a", "teacher", 0, 0.7, 300.4),
+    line("a", "alone", 0, 0.1),
+    line("a", "alone", 1, 0.2),
+    line("a", "distilled", 0, 0.4),
+    line("a", "distilled", 1, 0.6),
+    line("b", "alone", 1, 0.15),
+    line("b→a", "distilled", 0, 0.35),
+    line("b→a", "distilled", 1, 0.55),
+]
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("|")]
+
+
+def block_of(text: str, title: str) -> list[list[str]]:
+    """The rows of the table that follows a title, without the line under its header."""
+    blocks = text.split("\n\n")
+    (place,) = [index for index, block in enumerate(blocks) if block.startswith(title)]
+    header, _, *rows = rows_of(blocks[place + 1])
+    return [header, *rows]
+
+
+def test_table_by_hand():
+    """Deviation of 0.1 and 0.2: 0.1 / √2; t with one degree of freedom: 12.706."""
+    made = comparison(entries=ENTRIES, modes=["alone", "distilled"], seeds=[0, 1])
+    text = format_comparison(made, LINES)
+    assert block_of(text, "AP (0..100), mean ± standard deviation over seeds 0, 1:") == [
+        ["family", "parameters", "teacher", "alone", "distilled"],
+        ["a", "362,977", "70.0", "15.0 ± 7.1", "50.0 ± 14.1"],
+        ["b", "362,977", "—", "15.0 (1 of 2 seeds)", "—"],
+    ]
+    assert block_of(text, "AP50")[1] == ["a", "362,977", "90.0", "35.0 ± 7.1", "70.0 ± 14.1"]
+    assert block_of(text, "Seconds")[1] == ["a", "362,977", "300", "60 ± 0", "60 ± 0"]
+    # differences 30 and 40: mean 35, 12.706 · 5 to either side
+    assert block_of(text, "AP minus AP alone, of the same seed:") == [
+        ["family", "mode", "difference", "each seed's (seed)", "95 % t-interval of the mean"],
+        ["a", "distilled", "+35.0", "+30.0 (0), +40.0 (1)", "-28.5 to +98.5"],
+    ]
+    assert "by teacher and student" not in text
+
+
+def test_differences_are_of_runs_of_one_seed():
+    """Of the unpaired runs the mean would be another."""
+    made = comparison(entries=ENTRIES, modes=["alone", "distilled"], seeds=[0, 1])
+    lines = [each for each in LINES if (each["mode"], each["seed"]) != ("alone", 0)]
+    (row,) = block_of(format_comparison(made, lines), "AP minus")[1:]
+    assert row == ["a", "distilled", "+40.0", "+40.0 (1)", "—"]
+
+
+def test_another_baseline_or_none():
+    modes = {"modes": ["alone", "distilled"], "seeds": [0, 1]}
+    text = format_comparison(comparison(entries=ENTRIES, baseline="distilled", **modes), LINES)
+    assert block_of(text, "AP minus AP distilled")[1][:3] == ["a", "alone", "-35.0"]
+    assert "AP minus" not in format_comparison(comparison(entries=ENTRIES, modes=["distilled"]), LINES)
+
+
+def test_pairs_by_teacher_and_student():
+    """Rows are teachers; the diagonal is the entry itself."""
+    pairs = {"teachers": ["a", "b"], "students": ["a", "b"]}
+    made = comparison(entries=ENTRIES, modes=["alone", "distilled"], seeds=[0, 1], pairs=pairs)
+    table = block_of(format_comparison(made, LINES), "AP distilled minus AP alone")
+    assert table == [
+        ["teacher \\ student", "a", "b"],
+        ["a", "+35.0 ± 7.1 (AP 50.0)", "—"],
+        ["b", "+30.0 ± 7.1 (AP 45.0)", "—"],
+    ]
+
+
+def test_a_borrowed_teacher_is_shown_where_it_teaches():
+    entries = {"a": TRAINED, "c": NO_TEACHER | {"teacher": {"entry": "a"}}}
+    text = format_comparison(comparison(entries=entries, modes=["alone", "distilled"]), LINES)
+    assert block_of(text, "AP (0..100), seed 0:")[2] == ["c", "—", "70.0", "—", "—"]
+
+
+def test_bars_are_means_and_dots_are_seeds(tmp_path, monkeypatch):
+    figures = record_figures(monkeypatch, module)
+    pairs = {"teachers": ["b"], "students": ["a"]}
+    made = comparison(entries=ENTRIES, modes=["alone", "distilled"], seeds=[0, 1], pairs=pairs)
+    draw_comparison(made, LINES, tmp_path / "comparison.png")
+    (axes,) = figures[0].axes
+    bars = sorted(
+        (bar.get_x() + bar.get_width() / 2, bar.get_height(), bar.get_facecolor()[:3]) for bar in axes.patches
+    )
+    grey, blue, orange = (colors.to_rgb(each) for each in (TEACHER_COLOUR, *RUN_COLOURS[:2]))
+    assert [height for _, height, _ in bars] == pytest.approx([70, 15, 50, 15, 45])
+    assert [colour for _, _, colour in bars] == [grey, blue, orange, blue, orange]
+    dots = sorted(tuple(dot) for drawn in axes.collections for dot in drawn.get_offsets())
+    expected = [[70], [10, 20], [40, 60], [15], [35, 55]]
+    wanted = [(x, value) for (x, _, _), values in zip(bars, expected, strict=True) for value in values]
+    np.testing.assert_allclose(dots, wanted)
+    middles = [np.mean([x for x, _, _ in bars[part]]) for part in (slice(0, 3), slice(3, 4), slice(4, 5))]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a", "b", "b→a"]
+    assert list(axes.get_xticks()) == pytest.approx(middles)
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["teacher", "alone", "distilled"]
+    with Image.open(tmp_path / "comparison.png") as file:
+        picture = np.asarray(file.convert("RGB"))
+    for colour in (grey, blue, orange):
+        on_white = [module.BAR_OPACITY * part + 1 - module.BAR_OPACITY for part in colour]
+        assert pixels_of(picture, on_white)[0].size > 500
+
+
+def test_the_same_results_are_drawn_as_the_same_bytes(tmp_path):
+    made = comparison(entries=ENTRIES, modes=["alone", "distilled"], seeds=[0, 1])
+    for name in ("one.png", "two.png"):
+        draw_comparison(made, LINES, tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
