@@ -117,7 +117,7 @@ class SampledMemoryDetector(Detector):
         """Within this context the stock model leaves autocast with its memory.
 
         Half precision would round the anchors, the places that are sampled and the boxes by a tenth of a small
-        object's size.
+        object's size. Nor does the memory's module ask whether it is finite; see `AssumeFinite`.
         """
         memory_module = self.get_submodule(self.memory_module)
         with ExitStack() as stack:
