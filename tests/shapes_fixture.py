@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from d3etr_hf.data import Augmentation, DetectionDataset, DetectionTransform, find_coco_split, load_coco_split
-from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.tiny import tiny_model

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from d3etr_hf.models.image_processors import CLASSES
 from d3etr_hf.models.loading import FAMILIES
 
 PACKAGE = Path(__file__).resolve().parents[1] / "d3etr_hf"
@@ -73,6 +74,12 @@ TABLE = [
         "a stock forward pass runs on what its configuration asks for",
     ),
     Private(
+        "transformers.models.auto.modeling_auto",
+        "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
+        "models/loading.py",
+        "any detector of Transformers teaches its predictions, and nothing else is loaded to find that out",
+    ),
+    Private(
         "transformers.modeling_utils",
         "ALL_ATTENTION_FUNCTIONS",
         "models/group_attention.py",
@@ -117,7 +124,7 @@ TABLE = [
     Private(
         "transformers.models.auto.image_processing_auto",
         "IMAGE_PROCESSOR_MAPPING_NAMES",
-        "models/loading.py",
+        "models/image_processors.py",
         "a family's own image processor",
     ),
     Private(
@@ -135,14 +142,14 @@ TABLE = [
     Private(
         "transformers.image_utils",
         "SizeDict",
-        "data/data_arguments.py",
+        "data/image_sizes.py",
         "the size that an image processor resizes to",
     ),
     Private(
         "transformers.image_transforms",
         "get_size_with_aspect_ratio",
         "data/transforms.py",
-        "augmented images get the sizes that the image processor would give them",
+        "crops are drawn in the sizes that the image processor would give images, and RF-DETR's gives these",
         ("image_size", "size", "max_size"),
     ),
     Private(
@@ -259,7 +266,7 @@ def test_what_the_tables_of_transformers_hold():
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
-    assert all("pil" in IMAGE_PROCESSOR_MAPPING_NAMES[family] for family in FAMILIES)
+    assert all("pil" in IMAGE_PROCESSOR_MAPPING_NAMES[family] for family in FAMILIES.keys() - CLASSES.keys())
     assert {"resnet", "convnext", "swin"} <= set(MODEL_FOR_BACKBONE_MAPPING_NAMES)
     default = object()
     assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", default) is default

@@ -7,7 +7,7 @@ import torch
 
 from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.runs.comparison import Comparison
 from d3etr_hf.runs.planned_run import plan
 from tests.tiny import tiny_model

@@ -12,7 +12,9 @@ from transformers import (
     RTDetrConfig,
 )
 
+from d3etr_hf.data.image_sizes import set_image_size, takes_fixed_size
 from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import FAMILIES
 from d3etr_hf.outputs import GroupRequest, Queries, Targets
 from d3etr_hf.outputs.targets import pack
@@ -110,6 +112,14 @@ def tiny_model(seed: int = 0, model_type: str = "conditional_detr", **changes) -
     """A perturbed tiny detector in eval mode."""
     torch.manual_seed(seed)
     return perturb(FAMILIES[model_type](tiny_config(model_type, **changes))).eval()
+
+
+def small_image_processor(model_type: str = "conditional_detr", short_side: int = 64, long_side: int = 64):
+    """A new image processor of a family, for small images; of one that takes squares with the short side as theirs."""
+    made = load_image_processor(None, model_type=model_type)
+    size = {"short_side": short_side, "long_side": long_side}
+    set_image_size(made, **({"image_size": short_side} if takes_fixed_size(made) else size))
+    return made
 
 
 def request_for(queries: dict[str, Queries | None] | None = None, maps: bool = False) -> GroupRequest:

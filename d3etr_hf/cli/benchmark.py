@@ -15,7 +15,8 @@ from PIL import Image
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
-from d3etr_hf.models.loading import image_processor_of, load_detector
+from d3etr_hf.models.image_processors import image_processor_of
+from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
 
 

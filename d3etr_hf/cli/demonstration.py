@@ -22,7 +22,8 @@ from d3etr_hf.data.coco import find_coco_split
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.data.transforms import DetectionTransform
 from d3etr_hf.errors import DemoError
-from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.publish import prepare
 from d3etr_hf.publishing.run_folder import load_run

@@ -13,7 +13,9 @@ from typing import Any
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments, load_splits
-from d3etr_hf.models.loading import image_processor_of, load_detector
+from d3etr_hf.data.image_sizes import describe_image_size
+from d3etr_hf.models.image_processors import image_processor_of
+from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.runs.output_folder import refuse_split_launch, write_json
 from d3etr_hf.training.teacher import with_classes_of
@@ -67,6 +69,6 @@ def evaluate_detector(
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     metrics = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
     if trainer.is_world_process_zero():
-        size = {"short_side": processor.size["shortest_edge"], "long_side": processor.size["longest_edge"]}
+        size = describe_image_size(processor)
         write_json(Path(output_dir) / "evaluation.json", {"model": model, "data": val.name, **size, **metrics})
     return metrics

@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "families, ways of training and seeds: a matrix of runs from one file, and its table",
     "evaluate": "COCO average precision of a detector",
     "publish": "a model card, and the upload to the Hub",
+    "convert": "a stock checkpoint from what the authors of a detector published",
     "export": "ONNX, checked against PyTorch",
     "visualize": "pictures of detections and of attention",
     "benchmark": "parameters, FLOPs and milliseconds of saved detectors",

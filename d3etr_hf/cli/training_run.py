@@ -9,14 +9,13 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from d3etr_hf.data import DataArguments, load_splits
+from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
 from d3etr_hf.models.loading import (
     ModelArguments,
     TeacherArguments,
     build_model,
     check_teacher,
-    image_processor_of,
     inherit_from_teacher,
-    load_image_processor,
     load_teacher,
     model_type_of,
     read_model_options,
@@ -118,15 +117,17 @@ def build_trainer(
         check_teacher(teacher_arguments.teacher)
     source = model_arguments.model or teacher_arguments.teacher
     processor = image_processor_of(model_type_of(model_arguments), source)
-    train, val = load_splits(data_arguments, processor)
-    model = build_model(model_arguments, train.class_names)
     teacher = teacher_processor = None
-    reads_teacher = training_arguments.distillation.needs_teacher or teacher_arguments.inherit_from_teacher
+    if teacher_arguments.teacher is not None:
+        teacher_processor = load_image_processor(teacher_arguments.teacher)
+    sees_images = training_arguments.distillation.needs_teacher
+    train, val = load_splits(data_arguments, processor, teacher_processor if sees_images else None)
+    model = build_model(model_arguments, train.class_names)
+    reads_teacher = sees_images or teacher_arguments.inherit_from_teacher
     if teacher_arguments.teacher and not reads_teacher:
         logger.warning(f"the teacher {teacher_arguments.teacher!r} is not used: these options need none")
     if teacher_arguments.teacher is not None:
         teacher = load_teacher(teacher_arguments.teacher)
-        teacher_processor = load_image_processor(teacher_arguments.teacher)
     if teacher is not None and teacher_arguments.inherit_from_teacher:
         inherit_from_teacher(
             model,

@@ -18,7 +18,8 @@ from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PictureError
-from d3etr_hf.models.loading import image_processor_of, load_detector
+from d3etr_hf.models.image_processors import image_processor_of
+from d3etr_hf.models.loading import load_detector
 from d3etr_hf.visualization.attention_picture import draw_attention_of
 from d3etr_hf.visualization.detections_on_images import (
     choose_images,
@@ -69,7 +70,8 @@ def main() -> None:
     models = {}
     for role, path in paths.items():
         detector = load_detector(path, role)
-        processor = image_processor_of(detector.config.model_type, path, data.short_side, data.long_side)
+        size = (data.short_side, data.long_side, data.image_size)
+        processor = image_processor_of(detector.config.model_type, path, *size)
         torch.nn.Module.to(detector, device)
         models[titles[role]] = detector, processor
     output = Path(arguments.output_dir)

@@ -1,21 +1,25 @@
 """Which data to train on and how to prepare it."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import SizeDict
 
 from d3etr_hf.data.coco import find_coco_split, load_coco_split
 from d3etr_hf.data.dataset import DetectionDataset
 from d3etr_hf.data.hub_datasets import load_hub_split
+from d3etr_hf.data.image_sizes import see_the_same, set_image_size, size_of, takes_fixed_size
 from d3etr_hf.data.transforms import Augmentation, CropSizes, DetectionTransform
 from d3etr_hf.errors import DatasetError
 
 # Of DETR, whose short side at evaluation is 800; everything else is scaled from here.
 DETR_SHORT_SIDE = 800
 DETR_AUGMENTATION_SHORT_SIDES = range(480, 801, 32)
+# Of RT-DETR, whose squares at evaluation are of 640; a batch's side is a multiple of its backbone's stride.
+SQUARE_SIDE, SQUARE_MULTIPLE = 640, 32
+SQUARE_AUGMENTATION_SIDES = range(480, 801, 32)
 SMALLEST_SIDE = 16
 
 
@@ -52,18 +56,28 @@ class DataArguments:
             "help": "Longest side allowed, in pixels; the short side gives way to it. Without a saved one 1333."
         },
     )
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side of the square that images are resized to, in pixels, for families that take squares instead "
+            "of short_side and long_side; by default that of the image processor saved with the model or the teacher, "
+            "else the family's own. It holds for a teacher that takes squares, too."
+        },
+    )
     augmentation: Literal["none", "flip", "multiscale", "paper"] = field(
         default="paper",
         metadata={
-            "help": "Of training images: none; flip (horizontal); multiscale (flip, random short side); paper (as "
-            "multiscale, and every second image is cropped first, as in Conditional DETR)."
+            "help": "Of training images: none; flip (horizontal); multiscale (flip, random short side, or of squares "
+            "one random side for a whole batch); paper (as multiscale, and every second image is cropped first, as in "
+            "Conditional DETR)."
         },
     )
     augmentation_short_sides: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Short sides that multiscale and paper draw from; by default 480 to 800 in steps of 32, times "
-            "short_side / 800."
+            "help": "Short sides, or sides of squares, that multiscale and paper draw from; by default 480 to 800 in "
+            "steps of 32, times short_side / 800, or for squares times image_size / 640 in multiples of 32 (if "
+            "image_size is no multiple of 32, paper keeps to it)."
         },
     )
     max_train_images: int | None = field(default=None, metadata={"help": "Train on the first so many images only."})
@@ -85,6 +99,10 @@ class DataArguments:
             raise ValueError(
                 f"long_side is {self.long_side}: it must be at least short_side, which is {self.short_side} pixels."
             )
+        if self.image_size is not None and self.short_side is not None:
+            raise ValueError("give image_size, or short_side and long_side, as the model takes images: not both.")
+        if self.image_size is not None and self.image_size < SMALLEST_SIDE:
+            raise ValueError(f"image_size is {self.image_size}: it must be at least {SMALLEST_SIDE} pixels.")
         if self.augmentation not in ("none", "flip", "multiscale", "paper"):
             raise ValueError(f"augmentation is {self.augmentation!r}: choose none, flip, multiscale or paper.")
         if self.augmentation_short_sides is not None:
@@ -113,37 +131,56 @@ class DataArguments:
 
 
 def load_splits(
-    arguments: DataArguments, image_processor: BaseImageProcessor
+    arguments: DataArguments,
+    image_processor: BaseImageProcessor,
+    teacher_processor: BaseImageProcessor | None = None,
 ) -> tuple[DetectionDataset, DetectionDataset]:
     """The training split, augmented, and the validation split, resized only.
 
     Args:
         arguments: see there.
-        image_processor: of the model. Its `size` is set to the arguments' sides where they are given, so that the
-            processor saved with the model resizes as evaluation did.
+        image_processor: of the model. Its `size` is set to the arguments' where that is given, so that the processor
+            saved with the model resizes as evaluation did.
+        teacher_processor: of its teacher, if it has one. Where that makes other pixels the training split has them,
+            too; a size that is given holds for a teacher that is sized in the model's way. It is not changed.
 
     Raises:
-        DatasetError: no data are named, a split cannot be loaded, or the two have different categories.
+        DatasetError: no data are named, a split cannot be loaded, the two have different categories, or the model
+            is not sized as the arguments say.
     """
+    size = (arguments.short_side, arguments.long_side, arguments.image_size)
+    set_image_size(image_processor, *size)
+    augmentation = augmentation_for(arguments, image_processor)
     train, val = _load(arguments)
     _require_same_categories(train, val)
     if arguments.max_train_images is not None:
         train = train.select(range(min(arguments.max_train_images, len(train))))
     if arguments.max_val_images is not None:
         val = val.select(range(min(arguments.max_val_images, len(val))))
-    if arguments.short_side is not None:
-        image_processor.size = SizeDict(shortest_edge=arguments.short_side, longest_edge=arguments.long_side)
-    size = image_processor.size
-    if size["shortest_edge"] is None or size["longest_edge"] is None:
-        raise DatasetError(f"the image processor's size is {size}: give short_side and long_side.")
+    if teacher_processor is not None:
+        teacher_processor = copy.deepcopy(teacher_processor)
+        if takes_fixed_size(teacher_processor) == takes_fixed_size(image_processor):
+            set_image_size(teacher_processor, *size)
+        if see_the_same(image_processor, teacher_processor):
+            teacher_processor = None
     return (
-        train.with_transform(
-            DetectionTransform(
-                image_processor, build_augmentation(arguments, size["shortest_edge"], size["longest_edge"])
-            )
-        ),
+        train.with_transform(DetectionTransform(image_processor, augmentation, teacher_processor)),
         val.with_transform(DetectionTransform(image_processor)),
     )
+
+
+def augmentation_for(arguments: DataArguments, image_processor: BaseImageProcessor) -> Augmentation | None:
+    """The augmentation of training images at the size of this image processor; None for `none`.
+
+    Raises:
+        DatasetError: the image processor has no size, or one that the augmentation cannot vary.
+    """
+    size = size_of(image_processor)
+    if takes_fixed_size(image_processor):
+        return build_fixed_size_augmentation(arguments, size.height, size.width)
+    if not (size.shortest_edge and size.longest_edge):
+        raise DatasetError(f"the image processor's size is {dict(size)}: give short_side and long_side.")
+    return build_augmentation(arguments, size.shortest_edge, size.longest_edge)
 
 
 def build_augmentation(arguments: DataArguments, short_side: int, long_side: int) -> Augmentation | None:
@@ -163,6 +200,39 @@ def build_augmentation(arguments: DataArguments, short_side: int, long_side: int
     ]
     crop = CropSizes().scaled(factor) if arguments.augmentation == "paper" else None
     return Augmentation(short_sides, long_side, crop)
+
+
+def build_fixed_size_augmentation(arguments: DataArguments, height: int, width: int) -> Augmentation | None:
+    """The augmentation of training images that are all of one size; None for `none`.
+
+    The size is drawn for a whole batch, as RT-DETR's authors do, whose sides are scaled by the side / 640; DETR's crop
+    takes the same share of an image as at 800 pixels.
+
+    Args:
+        arguments: which one, and the sides to draw from.
+        height, width: of the images at evaluation, pixels.
+
+    Raises:
+        DatasetError: `multiscale` at a size that has no such sides, and none were given.
+    """
+    if arguments.augmentation == "none":
+        return None
+    if arguments.augmentation == "flip":
+        return Augmentation()
+    if arguments.augmentation_short_sides is not None:
+        sides = arguments.augmentation_short_sides
+    elif height == width and height % SQUARE_MULTIPLE == 0:
+        steps = [round(side * height / SQUARE_SIDE / SQUARE_MULTIPLE) for side in SQUARE_AUGMENTATION_SIDES]
+        sides = [step * SQUARE_MULTIPLE for step in steps]
+    elif arguments.augmentation == "multiscale":
+        raise DatasetError(
+            f"augmentation multiscale draws sides in multiples of {SQUARE_MULTIPLE}, and images of {width}×{height} "
+            "pixels are none: give augmentation_short_sides, or choose flip or paper."
+        )
+    else:
+        sides = []
+    crop = CropSizes() if arguments.augmentation == "paper" else None
+    return Augmentation(crop=crop, batch_sizes=[(side, side) for side in sides])
 
 
 def _load(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]:

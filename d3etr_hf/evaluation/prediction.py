@@ -28,7 +28,7 @@ def predict_detections(
         (images, 100, 6) float32 on the CPU, rows of `select_detections`.
     """
     model.eval()
-    scores = model.criterion().scores
+    scores = model.scores
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=DetectionCollator())
     detections = []
     for batch in tqdm(loader, desc=title, leave=False):

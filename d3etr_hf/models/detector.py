@@ -14,8 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.losses import DetectionCriterion
-from d3etr_hf.outputs import OWN, DetectorOutput, GroupRequest, Queries
+from d3etr_hf.models.timm_names import copy_dilation
+from d3etr_hf.outputs import OWN, DetectorOutput, GroupRequest, Queries, Scores, SelectedScores
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +46,7 @@ class Detector(StockModel):
         reads_padding: whether it reads the pixel mask; what does not, takes images of one size.
         predictions_only: whether it can teach nothing but its predictions; false of every family.
         citation: BibTeX of the family's paper.
+        unsaveable: why no stock checkpoint could hold this model, as an error tells it; None for nearly all.
     """
 
     stock_class: ClassVar[type[PreTrainedModel]]
@@ -53,6 +56,8 @@ class Detector(StockModel):
     reads_padding: ClassVar[bool] = True
     predictions_only: ClassVar[bool] = False
     citation: ClassVar[str]
+    unsaveable: str | None = None
+    _read_classes: tuple[list[int], list[str]] | None = None
 
     # what a family says
 
@@ -95,7 +100,7 @@ class Detector(StockModel):
 
     @abstractmethod
     def keep_classes(self, index: torch.Tensor, names: list[str]) -> None:
-        """Reduce the class heads to these classes in this order, in place.
+        """Reduce the class heads to these classes in this order, in place, as a student inherits them.
 
         Args:
             index: int64 `(C,)`, the model's class for each of `names`.
@@ -165,8 +170,21 @@ class Detector(StockModel):
 
     @property
     def class_names(self) -> list[str]:
-        """Class names in the order of the model's outputs."""
-        return class_names_of(self.config)
+        """Class names in the order of the model's outputs, or those that `read_classes` left."""
+        return class_names_of(self.config) if self._read_classes is None else self._read_classes[1]
+
+    @property
+    def scores(self) -> Scores:
+        """How its class logits are read: of all its classes, or of those that `read_classes` left."""
+        scores = self.criterion().scores
+        return scores if self._read_classes is None else SelectedScores(scores, self._read_classes[0])
+
+    def read_classes(self, index: torch.Tensor, names: list[str]) -> None:
+        """Let detections be of these classes alone (int64 `(C,)`, the model's class for each of `names`).
+
+        Heads, logits and what is saved stay as they are, so a class scores what it scored among all.
+        """
+        self._read_classes = index.tolist(), names
 
     # what all families share
 
@@ -273,10 +291,17 @@ class Detector(StockModel):
             if name not in own and not name.startswith(f"{ADAPTERS}."):
                 module, _, leaf = name.rpartition(".")
                 setattr(stock.get_submodule(module), leaf, buffer)
+        if self.unsaveable is not None:
+            copy_dilation(self, stock)
         return stock.eval()
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs) -> None:
-        """Write a plain stock checkpoint: no query adapter, no code of ours."""
+        """Write a plain stock checkpoint: no query adapter, no code of ours.
+
+        Raises DetectorLoadError where `unsaveable` says why it would be another model.
+        """
+        if self.unsaveable is not None:
+            raise DetectorLoadError(f"this model cannot be saved: {self.unsaveable}")
         stock = self._stock_model(self.state_dict() if state_dict is None else state_dict)
         stock.save_pretrained(save_directory, is_main_process, None, *args, **kwargs)
 

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, PreTrainedConfig
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_BACKBONE_MAPPING_NAMES,
     MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
 )
-from transformers.utils import IMAGE_PROCESSOR_NAME, logging
+from transformers.utils import logging
 
 from d3etr_hf.configurations import find_configuration, option, read_yaml
 from d3etr_hf.errors import DetectorLoadError
@@ -26,8 +24,18 @@ from d3etr_hf.models.deformable_detr import D3etrDeformableDetrForObjectDetectio
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.initialisation import is_resnet
+from d3etr_hf.models.new_classes import with_new_classes
 from d3etr_hf.models.other_detector import OtherDetector, load_other_detector
 from d3etr_hf.models.rt_detr import D3etrRTDetrForObjectDetection
+from d3etr_hf.models.timm_names import (
+    DILATED,
+    DILATED_STRIDE,
+    TIMM_NAMES,
+    dilate_last_stage,
+    native_resnet,
+    read_config,
+    why_not_native,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -39,8 +47,6 @@ FAMILIES: dict[str, type[Detector]] = {
 }
 # of a model_config that names none
 DEFAULT_FAMILY = "conditional_detr"
-# what an image processor of one family hands on to one of another
-SHARED_SETTINGS = ("size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 INHERITABLE_PARTS = tuple(role for role in ROLES if role != "backbone")
 
 
@@ -57,12 +63,18 @@ class ModelArguments:
     backbone_weights: str | None = option(
         None, "Pretrained weights for a new model's backbone: a folder or Hub id of the same architecture."
     )
+    new_head: bool = option(
+        False,
+        "Give `model` a class head for the data's classes: those known by name go on, the others start afresh.",
+    )
 
     def __post_init__(self):
         if (self.model is None) == (self.model_config is None):
             raise ValueError("give either 'model' (a checkpoint) or 'model_config' (a new model), and not both")
         if self.backbone_weights is not None and self.model is not None:
             raise ValueError("'backbone_weights' is for a new model: with 'model' the backbone comes with it")
+        if self.new_head and self.model is None:
+            raise ValueError("'new_head' is for a 'model' to go on from: a new model has the data's classes anyway")
 
 
 @dataclass
@@ -87,6 +99,8 @@ class TeacherArguments:
 def load_detector(path: str, role: str = "model") -> Detector:
     """Load a checkpoint of one of the families, complete, in float32.
 
+    A ResNet of timm's becomes Transformers' own one, which computes the same, and is saved as such.
+
     Args:
         path: a folder or Hub id.
         role: what it is for, as the errors call it.
@@ -94,9 +108,12 @@ def load_detector(path: str, role: str = "model") -> Detector:
     Raises:
         DetectorLoadError: nothing there, no detector, another family, tensors missing, or timm is needed and absent.
     """
-    family = family_of_checkpoint(path, role)
+    family, config = _check_checkpoint(path, f"{role} {path!r}")
+    timm, names = _timm_backbone(config), None
+    if timm is not None and why_not_native(timm) is None:
+        config.backbone_config, names = native_resnet(timm), TIMM_NAMES
     try:
-        model, info = family.from_pretrained(path, output_loading_info=True)
+        model, info = family.from_pretrained(path, config=config, key_mapping=names, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise DetectorLoadError(
             f"{role} {path!r}: the weights could not be read, or do not fit its config.json ({error}); copy or "
@@ -107,6 +124,9 @@ def load_detector(path: str, role: str = "model") -> Detector:
             f"{role} {path!r}: {len(info['missing_keys'])} tensors are missing from the checkpoint, the first "
             f"{sorted(info['missing_keys'])[:3]}; copy or download it again"
         )
+    if names is not None and timm.output_stride == DILATED_STRIDE:
+        dilate_last_stage(model.backbone_module)
+        model.unsaveable = DILATED
     return model
 
 
@@ -142,7 +162,10 @@ def family_of_checkpoint(path: str, role: str = "model") -> type[Detector]:
 
     Args, Raises: as `load_detector`.
     """
-    what = f"{role} {path!r}"
+    return _check_checkpoint(path, f"{role} {path!r}")[0]
+
+
+def _check_checkpoint(path: str, what: str) -> tuple[type[Detector], PreTrainedConfig]:
     config = _read_config(path, what)
     family = _family(config.model_type, what)
     if not any("ForObjectDetection" in name for name in config.architectures or ()):
@@ -151,14 +174,14 @@ def family_of_checkpoint(path: str, role: str = "model") -> type[Detector]:
             f"{family.stock_class.__name__} is needed"
         )
     _refuse_missing_timm(config, what)
-    return family
+    return family, config
 
 
 def _read_config(path: str, what: str) -> PreTrainedConfig:
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise DetectorLoadError(f"{what}: there is no such folder, and it is no Hub id (owner/name)")
     try:
-        return AutoConfig.from_pretrained(path)
+        return read_config(path)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise DetectorLoadError(
             f"{what}: no model configuration could be read from there ({error}); give a folder with a config.json, or "
@@ -185,10 +208,15 @@ def build_model(arguments: ModelArguments, class_names: list[str]) -> Detector:
     """The model to train: loaded, or new from its configuration with the data set's class names.
 
     Raises:
-        DetectorLoadError: it cannot be loaded or built, or a loaded model's classes are not the data set's.
+        DetectorLoadError: it cannot be loaded or built, no checkpoint could hold it, or a loaded model's classes are
+            not the data set's and no new head is asked for.
     """
     if arguments.model is not None:
         model = load_detector(arguments.model, "model")
+        if model.unsaveable is not None:
+            raise DetectorLoadError(f"model {arguments.model!r} cannot be trained: {model.unsaveable}")
+        if arguments.new_head:
+            return with_new_classes(model, class_names)
         _refuse_other_classes(model.config, class_names, f"model {arguments.model!r}")
         return model
     place = f"model_config {arguments.model_config!r}" if isinstance(arguments.model_config, str) else "model_config"
@@ -212,7 +240,7 @@ def _new_model(options, class_names: list[str], place: str) -> Detector:
         config = CONFIG_MAPPING[model_type](
             **options, id2label=id2label, label2id={name: index for index, name in id2label.items()}
         )
-        _refuse_missing_timm(config, place)
+        _refuse_missing_timm(config, place, "a new model builds it by timm itself")
         FAMILIES[model_type].check_config(config)
         return FAMILIES[model_type](config)
     except DetectorLoadError:
@@ -233,52 +261,6 @@ def model_type_of(arguments: ModelArguments) -> str:
         return _read_config(arguments.model, f"model {arguments.model!r}").model_type
     options = read_model_options(arguments)
     return options.get("model_type", DEFAULT_FAMILY) if isinstance(options, dict) else DEFAULT_FAMILY
-
-
-def image_processor_of(
-    model_type: str, source: str | None, short_side: int | None = None, long_side: int | None = None
-) -> Any:
-    """The image processor of a family's model: as the one saved beside a checkpoint is set, else a new one.
-
-    It is of the family's own class even where the checkpoint is of another (a teacher's): whoever loads a model reads
-    its scores with it.
-
-    Args:
-        model_type: the family.
-        source: a folder or Hub id; None for a new one.
-        short_side, long_side: the size in pixels to resize to, instead of the saved one.
-    """
-    own = load_image_processor(None, short_side, long_side, model_type)
-    theirs = None if source is None else load_image_processor(source, short_side, long_side)
-    if theirs is None or type(theirs) is type(own):
-        return theirs or own
-    return type(own)(**{name: getattr(theirs, name) for name in SHARED_SETTINGS})
-
-
-def load_image_processor(
-    path: str | None, short_side: int | None = None, long_side: int | None = None, model_type: str = DEFAULT_FAMILY
-) -> Any:
-    """The image processor saved beside a checkpoint (None if there is none), or a new one where `path` is None.
-
-    Args:
-        short_side, long_side: the size in pixels to resize to, instead of the saved one.
-        model_type: the family of a new one.
-
-    Raises:
-        DetectorLoadError: there is one, and it cannot be read.
-    """
-    size = {} if short_side is None else {"size": {"shortest_edge": short_side, "longest_edge": long_side}}
-    if path is None:
-        return getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["pil"])(**size)
-    try:
-        return AutoImageProcessor.from_pretrained(path, backend="pil", **size)
-    except (OSError, ValueError) as error:
-        if (Path(path) / IMAGE_PROCESSOR_NAME).exists():
-            raise DetectorLoadError(
-                f"{path}: {IMAGE_PROCESSOR_NAME} could not be read ({error}); copy or download it again"
-            ) from error
-        logger.warning(f"{path} holds no image processor, so its pixel scaling cannot be checked")
-        return None
 
 
 def inherit_from_teacher(
@@ -349,14 +331,23 @@ def _refuse_other_classes(config: PreTrainedConfig, class_names: list[str], what
         if name != wanted:
             raise DetectorLoadError(
                 f"{what} has {len(names)} classes, the data set {len(class_names)}; they differ first at class "
-                f"{index}, {name!r} in the model and {wanted!r} in the data: they must be the same, in the same order"
+                f"{index}, {name!r} in the model and {wanted!r} in the data: they must be the same, in the same "
+                "order, unless the model gets a head for the data's classes: --new_head true"
             )
 
 
-def _refuse_missing_timm(config: PreTrainedConfig, what: str) -> None:
+def _timm_backbone(config: PreTrainedConfig) -> Any:
+    """The configuration of the backbone if it is timm's, else None."""
     backbone = getattr(config, "backbone_config", None)
-    if backbone is not None and backbone.model_type == "timm_backbone" and importlib.util.find_spec("timm") is None:
+    return backbone if backbone is not None and backbone.model_type == "timm_backbone" else None
+
+
+def _refuse_missing_timm(config: PreTrainedConfig, what: str, reason: str | None = None) -> None:
+    """Unless it is there, or without a reason of the caller's, Transformers' own ResNet can take the place."""
+    timm = _timm_backbone(config)
+    reason = None if timm is None else reason or why_not_native(timm)
+    if reason is not None and importlib.util.find_spec("timm") is None:
         raise DetectorLoadError(
-            f"{what} has a timm backbone ({backbone.backbone!r}) and timm is not installed: "
+            f"{what} has a timm backbone ({timm.backbone!r}: {reason}) and timm is not installed: "
             "pip install 'd3etr_hf[timm]'"
         )

@@ -9,7 +9,7 @@ from transformers import AutoModelForObjectDetection, PreTrainedModel
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.losses import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
 from d3etr_hf.models.detector import class_names_of
-from d3etr_hf.outputs import OWN, DetectorOutput, GroupOutput, GroupRequest, wide
+from d3etr_hf.outputs import OWN, DetectorOutput, GroupOutput, GroupRequest, Scores, SelectedScores, wide
 from d3etr_hf.outputs.attention_maps import valid_sizes
 
 # of the image with which a model is tried once: its scores are told apart by the number of its outputs
@@ -46,7 +46,7 @@ class OtherDetector(nn.Module):
         self.model = model.eval()
         self.config, self.title, self.name_or_path = model.config, type(model).__name__, model.name_or_path
         self.class_names = class_names_of(model.config)
-        self._kept: list[int] | None = None
+        self._read: list[int] | None = None
         self._criterion = self._told_apart()
 
     @property
@@ -85,12 +85,15 @@ class OtherDetector(nn.Module):
         """How its scores are read, and by which costs ground truth is assigned to its predictions."""
         return replace(self._criterion)
 
-    def keep_classes(self, index: torch.Tensor, names: list[str]) -> None:
-        """From now on give these classes only, in this order, and no object where there was one; as `Detector`."""
-        no_object = [len(self.class_names)] if isinstance(self._criterion, CrossEntropyCriterion) else []
-        chosen = [*index.tolist(), *no_object]
-        self._kept = chosen if self._kept is None else [self._kept[place] for place in chosen]
-        self.class_names = list(names)
+    @property
+    def scores(self) -> Scores:
+        """How its class logits are read: of all its classes, or of those that `read_classes` left."""
+        scores = self._criterion.scores
+        return scores if self._read is None else SelectedScores(scores, self._read)
+
+    def read_classes(self, index: torch.Tensor, names: list[str]) -> None:
+        """Let detections be of these classes alone; as `Detector`."""
+        self._read, self.class_names = index.tolist(), list(names)
 
     def static_queries(self) -> None:
         """None: it has no queries that another decoder could take."""
@@ -101,14 +104,13 @@ class OtherDetector(nn.Module):
         Such a model knows no padding: its boxes are shares of the whole canvas, and become shares of the image here.
         """
         output = self.model(pixel_values=pixel_values)
-        logits = wide(output.logits if self._kept is None else output.logits[..., self._kept])
         boxes = wide(output.pred_boxes)
         if pixel_mask is not None:
             rows, columns = valid_sizes(pixel_mask.bool())
             height, width = pixel_mask.shape[1:]
             scale = torch.stack([width / columns, height / rows], dim=-1).repeat(1, 2)
             boxes = boxes * scale[:, None].to(boxes.dtype)
-        return DetectorOutput(groups={OWN: GroupOutput(logits=logits[None], boxes=boxes[None])})
+        return DetectorOutput(groups={OWN: GroupOutput(logits=wide(output.logits)[None], boxes=boxes[None])})
 
 
 def load_other_detector(path: str, model_type: str) -> OtherDetector:

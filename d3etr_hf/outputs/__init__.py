@@ -10,7 +10,7 @@ from d3etr_hf.outputs.groups import (
     Queries,
     Supervised,
 )
-from d3etr_hf.outputs.scores import Scores, SigmoidScores, SoftmaxScores, wide
+from d3etr_hf.outputs.scores import Scores, SelectedScores, SigmoidScores, SoftmaxScores, wide
 from d3etr_hf.outputs.targets import NO_OBJECT, Targets
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Queries",
     "SampledAttention",
     "Scores",
+    "SelectedScores",
     "SigmoidScores",
     "SoftmaxScores",
     "Supervised",

@@ -99,3 +99,36 @@ class SoftmaxScores(Scores):
         """`(..., C)` to `(..., C + 1)`, which sum to one."""
         total = targets.sum(-1, keepdim=True)
         return torch.cat([targets, 1 - total.clamp(max=1)], dim=-1) / total.clamp(min=1)
+
+
+class SelectedScores(Scores):
+    """Some classes of a detector, in another order; each scores what it scores among all of them.
+
+    Args:
+        scores: how the logits of all its classes are read.
+        index: the detector's class for each of the selected ones.
+    """
+
+    def __init__(self, scores: Scores, index: list[int]):
+        self.scores, self.index = scores, index
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.scores.probabilities(logits)[..., self.index]
+
+    def ranking(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.scores.ranking(logits)[..., self.index]
+
+    def entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.scores.entropy(logits, self._among_all(logits, targets))
+
+    def pairwise_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.scores.pairwise_entropy(logits, self._among_all(logits, targets))
+
+    def classes(self, logits: torch.Tensor) -> int:
+        return len(self.index)
+
+    def _among_all(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """`(..., C)` targets, with zeros for the classes that were not selected."""
+        spread = targets.new_zeros(*targets.shape[:-1], self.scores.classes(logits))
+        spread[..., self.index] = targets
+        return spread

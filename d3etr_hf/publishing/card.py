@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoConfig
 
 from d3etr_hf.configurations import option, write_yaml
 from d3etr_hf.errors import PublishError
+from d3etr_hf.models.timm_names import read_config
 from d3etr_hf.publishing import card_texts
 from d3etr_hf.publishing.citations import citations_for
 from d3etr_hf.publishing.onnx_check import CHECK as ONNX_CHECK
@@ -67,7 +67,7 @@ class CardArguments:
         """
         for title, path in self.compared().items():
             try:
-                AutoConfig.from_pretrained(path)
+                read_config(path)
             except (OSError, ValueError) as error:
                 raise PublishError(f"compare: {title}={path}: no model could be found there ({error})") from error
 

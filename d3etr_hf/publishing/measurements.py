@@ -12,7 +12,8 @@ from d3etr_hf.data import DetectionDataset, DetectionTransform
 from d3etr_hf.errors import PublishError
 from d3etr_hf.evaluation import average_precision_of, predict_detections
 from d3etr_hf.models.detector import Detector
-from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
 from d3etr_hf.publishing.privacy import anonymise
 from d3etr_hf.publishing.run_folder import (
@@ -156,7 +157,7 @@ def _measure_models(run: PublishedRun, batch_size: int) -> dict:
         metrics = _evaluate(run.teacher, run.teacher_val, batch_size, "teacher")
         rows["teacher"] = {"name": run.teacher_name, "metrics": metrics}
         rows["teacher"] |= _length_of_training(run.teacher_name)
-        rows["teacher"]["taught_at"] = list(run.val[0]["pixel_values"].shape[1:])
+        rows["teacher"]["taught_at"] = run.taught_at
     timed = {}
     for role, (model, val) in run.models.items():
         pixels = val[0]["pixel_values"][None].to(model.device)

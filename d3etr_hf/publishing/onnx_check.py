@@ -14,7 +14,8 @@ from d3etr_hf.data import DataArguments, DetectionCollator, load_splits
 from d3etr_hf.errors import OnnxExportError
 from d3etr_hf.evaluation.timing import seconds_of
 from d3etr_hf.models.detector import Detector
-from d3etr_hf.models.loading import image_processor_of, load_detector
+from d3etr_hf.models.image_processors import image_processor_of
+from d3etr_hf.models.loading import load_detector
 from d3etr_hf.outputs.boxes import centre_to_corners
 from d3etr_hf.publishing.onnx_export import (
     AXES,
@@ -188,7 +189,8 @@ processor = AutoImageProcessor.from_pretrained("{model_id}", backend="pil")
 names = json.loads(session.get_modelmeta().custom_metadata_map["id2label"])
 
 image = Image.open("photograph.jpg").convert("RGB")
-inputs = dict(processor(images=image, return_tensors="np"))
+inputs = {{"pixel_values": processor(images=image, return_tensors="np")["pixel_values"]}}
+inputs["pixel_mask"] = np.ones_like(inputs["pixel_values"][:, 0], dtype=np.int64)
 scores, boxes = session.run(["scores", "pred_boxes"], inputs)
 for query, label in np.argwhere(scores[0] > 0.4):
     x, y, width, height = boxes[0, query] * [*image.size, *image.size]

@@ -27,7 +27,7 @@ AXES = {
 }
 OUTPUTS = ("logits", "scores", "pred_boxes")
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
-PROCESSOR_KEYS = ("size", "image_mean", "image_std", "rescale_factor", "resample")
+PROCESSOR_KEYS = ("size", "do_normalize", "image_mean", "image_std", "do_rescale", "rescale_factor", "resample")
 # Their padding depends on the size by Python's `if`. With Swin torch.export searches for minutes and fails, and
 # TorchScript's exporter keeps the example's branch in silence: at some sizes logits are off by 0.15.
 UNTRACEABLE_BACKBONES = ("swin", "swinv2", "maskformer-swin", "focalnet", "dinat")

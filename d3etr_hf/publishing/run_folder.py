@@ -14,7 +14,8 @@ from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
 from d3etr_hf.errors import PublishError
 from d3etr_hf.models.detector import Detector
-from d3etr_hf.models.loading import image_processor_of, load_detector, load_image_processor, load_teacher
+from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
+from d3etr_hf.models.loading import load_detector, load_teacher
 from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
 from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, RENAMED_OPTIONS, D3etrTrainingArguments
@@ -58,6 +59,14 @@ class PublishedRun:
         if self.teacher_processor is None:
             return self.val
         return self.val.with_transform(DetectionTransform(self.teacher_processor))
+
+    @property
+    def taught_at(self) -> list[int]:
+        """Height and width, in pixels, at which the teacher sees the first validation image in distillation."""
+        transform = self.train.transform
+        own = transform.teacher_processor if isinstance(transform, DetectionTransform) else None
+        val = self.val if own is None else self.val.with_transform(DetectionTransform(own))
+        return list(val[0]["pixel_values"].shape[1:])
 
     @property
     def models(self) -> dict[str, tuple[Detector, DetectionDataset]]:
@@ -140,12 +149,12 @@ def load_run(folder: Path, data_arguments: DataArguments | None = None, teacher:
     data_arguments = merged_data_arguments(configuration, data_arguments or DataArguments())
     student = load_detector(str(folder), "student")
     processor = image_processor_of(student.config.model_type, str(folder))
-    train, val = load_splits(data_arguments, processor)
     teacher = teacher or configuration.get("teacher")
     if teacher is None or teacher == NO_TEACHER:
-        return PublishedRun(folder, student, train, val, data_moved=moved)
-    model = load_teacher(teacher)
-    return PublishedRun(folder, student, train, val, model, teacher, load_image_processor(teacher), moved)
+        return PublishedRun(folder, student, *load_splits(data_arguments, processor), data_moved=moved)
+    model, teacher_processor = load_teacher(teacher), load_image_processor(teacher)
+    train, val = load_splits(data_arguments, processor, teacher_processor)
+    return PublishedRun(folder, student, train, val, model, teacher, teacher_processor, moved)
 
 
 def describe_data(train: DetectionDataset, val: DetectionDataset) -> dict:

@@ -4,16 +4,20 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers.image_processing_utils import BaseImageProcessor
 
+from d3etr_hf.data import DetectionDataset, DetectionTransform
+from d3etr_hf.data.image_sizes import differing_setting
 from d3etr_hf.errors import IncompatibleTeacherError
 from d3etr_hf.losses import DetectionCriterion
+from d3etr_hf.losses.grids import resample_map
 from d3etr_hf.matching import TaughtGroup
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.other_detector import OtherDetector
-from d3etr_hf.outputs import OWN, GroupOutput, GroupRequest, Queries
+from d3etr_hf.outputs import OWN, GroupOutput, GroupRequest, Queries, SampledAttention
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,20 @@ class TeacherOutput:
     last: TaughtGroup
     queries: Queries | None
     memory_mask: torch.Tensor | None
+
+    def on_memory(self, memory_mask: torch.Tensor) -> "TeacherOutput":
+        """The same with dense cross-attention brought to the student's memory, where it comes of other pixels.
+
+        Of those the losses cannot tell: two grids of one size may then hold other parts of the image in their cells.
+
+        Args:
+            memory_mask: bool `(B, H', W')`, of the student's memory.
+        """
+        maps = self.group.cross_attention
+        if maps is None or isinstance(maps[0], SampledAttention):
+            return replace(self, memory_mask=memory_mask)
+        resampled = tuple(resample_map(layer.probability, self.memory_mask, memory_mask) for layer in maps)
+        return replace(self, group=replace(self.group, cross_attention=resampled), memory_mask=memory_mask)
 
 
 class Teacher:
@@ -142,7 +160,8 @@ def class_index_by_name(detector: Detector | OtherDetector, names: list[str], ro
         raise IncompatibleTeacherError(
             f"the {role} has no class named {missing[:5]}{' ...' if len(missing) > 5 else ''} ({len(missing)} of "
             f"{len(names)}); its classes are {list(id2label.values())[:8]} ...: set id2label in its "
-            "config.json to the names of the data set, or train a teacher on this data with `d3etr train`"
+            "config.json to the names of the data set, or fine-tune it on this data first: "
+            f"d3etr train --model {detector.name_or_path or role.upper()} --new_head true"
         )
     twice = [name for name in names if len(places[key(name)]) > 1]
     if twice:
@@ -153,7 +172,9 @@ def class_index_by_name(detector: Detector | OtherDetector, names: list[str], ro
 
 
 def with_classes_of(detector: Detector, names: list[str], role: str) -> Detector:
-    """The detector, or where it has other classes, or another order, a copy with its head reduced to these, by name.
+    """The detector, or where it has other classes, or another order, a copy that detects these alone, by name.
+
+    Each scores as it did: what the detector gives to its other classes no class of the data gets.
 
     Raises:
         IncompatibleTeacherError: it lacks one of the classes, or has one twice.
@@ -162,7 +183,7 @@ def with_classes_of(detector: Detector, names: list[str], role: str) -> Detector
         return detector
     index = class_index_by_name(detector, names, role)
     detector = copy.deepcopy(detector)
-    detector.keep_classes(index, names)
+    detector.read_classes(index, names)
     return detector
 
 
@@ -182,18 +203,38 @@ def spread_layers(teacher_layers: int, student_layers: int, layer_map: list[int]
     return list(layer_map)
 
 
-def check_image_processors(student: BaseImageProcessor | None, teacher: BaseImageProcessor | None) -> None:
-    """Both models see the same pixels, so they must agree on how pixels are scaled.
+def teacher_pixels(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What the teacher sees of a batch of `DetectionCollator`: pixels of its own, or the student's where it has none.
+
+    Returns:
+        `pixel_values` `(B, 3, H, W)` float32 and `pixel_mask` `(B, H, W)` int64.
+    """
+    prefix = "teacher_" if "teacher_pixel_values" in batch else ""
+    return {name: batch[f"{prefix}{name}"] for name in ("pixel_values", "pixel_mask")}
+
+
+def check_image_processors(
+    student: BaseImageProcessor | None, teacher: BaseImageProcessor | None, dataset: DetectionDataset | None
+) -> None:
+    """Without pixels of its own the teacher sees the student's, so the two must agree on how pixels are made.
+
+    Args:
+        student, teacher: their image processors; None where that is not known.
+        dataset: what is trained on; None for nothing.
 
     Raises:
-        IncompatibleTeacherError: they do not; the message names the setting and both values.
+        IncompatibleTeacherError: they do not agree, and the data set's transform makes no pixels for the teacher; the
+            message names the setting and both values.
     """
-    if student is None or teacher is None:
+    if student is None or teacher is None or dataset is None:
         return
-    for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
-        ours, theirs = getattr(student, name), getattr(teacher, name)
-        if ours != theirs:
-            raise IncompatibleTeacherError(
-                f"the image processors differ in {name}: the student's is {ours}, the teacher's {theirs}; give the "
-                "student the teacher's image processor"
-            )
+    transform = dataset.transform
+    if isinstance(transform, DetectionTransform) and transform.teacher_processor is not None:
+        return
+    difference = differing_setting(student, teacher)
+    if difference is not None:
+        raise IncompatibleTeacherError(
+            f"the image processors differ in {difference}; the train_dataset makes pixels for the student only: give "
+            "load_splits (or DetectionTransform) the teacher's as teacher_processor, or the student the teacher's "
+            "image processor"
+        )

@@ -23,7 +23,7 @@ from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.half_precision import SkippedSteps
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.optimization import keeps_running_statistics, parameter_groups, single_drop
-from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors
+from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors, teacher_pixels
 from d3etr_hf.training.term_log import StartAfresh, TermLog
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from d3etr_hf.training.weight_average import WeightAverage
@@ -41,7 +41,8 @@ class DistillationTrainer(Trainer):
         args: `D3etrTrainingArguments`.
         teacher: a `Detector` of any family, an `OtherDetector`, or None. It is moved, frozen and kept out of all that
             is saved.
-        teacher_processing_class: the teacher's image processor, checked against `processing_class`.
+        teacher_processing_class: the teacher's image processor. Where it makes other pixels than `processing_class`
+            the training data must hold them, see `load_splits`.
         train_dataset, eval_dataset: `DetectionDataset`s with a transform; evaluation reads the data set's own ground
             truth.
         processing_class: the image processor that is saved with the student.
@@ -69,7 +70,6 @@ class DistillationTrainer(Trainer):
             if trainer_options.get(name) is not None:
                 raise UnsupportedOptionError(f"{name} is not supported: the loss and query groups are this trainer's")
         check_models(model, teacher, args)
-        check_image_processors(trainer_options.get("processing_class"), teacher_processing_class)
         eval_sets = trainer_options.get("eval_dataset")
         named = eval_sets if isinstance(eval_sets, dict) else {"eval_dataset": eval_sets}
         check_data_classes(model, {"train_dataset": trainer_options.get("train_dataset"), **named})
@@ -78,6 +78,9 @@ class DistillationTrainer(Trainer):
             aligned = Teacher(teacher, model.class_names, model.decoder_depth, args.layer_map)
         # what is learned from whom, without what this teacher does not have
         self.distillation = terms_in_common(args.distillation, teacher)
+        if aligned is not None and runs_teacher(aligned, self.distillation):
+            of_student, data = trainer_options.get("processing_class"), trainer_options.get("train_dataset")
+            check_image_processors(of_student, teacher_processing_class, data)
         if args.backbone_learning_rate == 0:
             model.freeze_part(BACKBONE)
         if args.ddp_broadcast_buffers is None:
@@ -146,9 +149,8 @@ class DistillationTrainer(Trainer):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         shares, labels = self._shares(num_items_in_batch), inputs["labels"]
         targets = Targets.from_packed(inputs["targets"], [label["objects"] for label in labels])
-        pixels = {name: inputs[name] for name in ("pixel_values", "pixel_mask")}
         try:
-            student, terms, statistics = self._terms(model, pixels, targets, shares)
+            student, terms, statistics = self._terms(model, inputs, targets, shares)
         except NonFiniteCostError as error:
             image_ids = _image_ids(labels[error.image : error.image + 1])
             raise NonFiniteLossError(self._divergence_report(str(error), image_ids)) from error
@@ -167,17 +169,20 @@ class DistillationTrainer(Trainer):
         loss = values.sum()
         return (loss, student) if return_outputs else loss
 
-    def _terms(self, model, pixels: dict[str, torch.Tensor], targets: Targets, shares: Shares):
+    def _terms(self, model, inputs: dict[str, torch.Tensor], targets: Targets, shares: Shares):
         """Teacher, student and objective on one batch: the student's output, terms and statistics."""
         options = self.distillation
         maps = options.reads_self_attention, options.reads_cross_attention
         teacher = assignment = None
         if self._runs_teacher:
-            teacher = self.teacher(pixels, GroupRequest({}, *maps), self.accelerator.autocast)
+            teacher = self.teacher(teacher_pixels(inputs), GroupRequest({}, *maps), self.accelerator.autocast)
             # threads assign while the student's forward pass runs
             assignment = self.objective.start_teacher_assignment(teacher, targets)
         request = GroupRequest(self._further_queries(teacher), *maps, targets)
+        pixels = {name: inputs[name] for name in ("pixel_values", "pixel_mask")}
         student: DetectorOutput = model(**pixels, request=request)
+        if teacher is not None and "teacher_pixel_values" in inputs:
+            teacher = teacher.on_memory(student.memory_mask)
         return student, *self.objective(student, teacher, targets, shares, assignment)
 
     def _further_queries(self, teacher: TeacherOutput | None) -> dict[str, Queries | None]:
@@ -309,7 +314,7 @@ class DistillationTrainer(Trainer):
         """Detections of fixed size and image ids: labels of ragged size would hang or be lost over processes."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            detections = detect(model, inputs, self.criterion.scores, self.model.dtype)
+            detections = detect(model, inputs, self.model.scores, self.model.dtype)
         image_ids = torch.tensor([label["image_id"] for label in inputs["labels"]], device=detections.device)
         return None, detections, image_ids
 
@@ -344,10 +349,10 @@ class DistillationTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self._saves_checkpoint = False
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, *args, **kwargs) -> None:
         """As Trainer, with averaged weights where there are any; a checkpoint goes on from those that train."""
         with nullcontext() if self._saves_checkpoint else self._averaged():
-            super().save_model(output_dir, _internal_call)
+            super().save_model(*args, **kwargs)
 
     def _averaged(self) -> AbstractContextManager[None]:
         """The context in which the student has its averaged weights, where an average is kept."""

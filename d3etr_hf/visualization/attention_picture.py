@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from d3etr_hf.models.detector import Detector
-from d3etr_hf.training.teacher import check_image_processors
 from d3etr_hf.visualization.detection_grid import DOTS_PER_INCH, draw_detections
 from d3etr_hf.visualization.detections_on_images import common_classes
 from d3etr_hf.visualization.query_attention import QueryAttention, attention_of_detection
@@ -54,15 +53,20 @@ def draw_attention_of(
     """`attention_of_detection` and `draw_attention` in one: one model by its title, or the teacher and the student.
 
     Raises:
-        IncompatibleTeacherError: the two see pixels of other scales, or the teacher lacks a class.
+        IncompatibleTeacherError: the teacher lacks a class.
         PictureError: no such detection, or it has no partner.
     """
-    *teacher, student = models
-    check_image_processors(image_processors[student], image_processors[teacher[0]] if teacher else None)
+    *others, student = models
+    teacher = others[0] if others else None
     of_student, of_teacher = attention_of_detection(
-        image, models[student], image_processors[student], models[teacher[0]] if teacher else None, detection
+        image,
+        models[student],
+        image_processors[student],
+        models.get(teacher),
+        detection,
+        image_processors.get(teacher),
     )
-    attentions = {teacher[0]: of_teacher} if teacher else {}
+    attentions = {} if teacher is None else {teacher: of_teacher}
     draw_attention(image, attentions | {student: of_student}, path, class_names)
 
 

@@ -1,7 +1,7 @@
 """Detections on the images of a folder or a data set, ready to be drawn side by side."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from d3etr_hf.data.images import ORIENTATIONS_THAT_SWAP_SIDES, read_rgb
 from d3etr_hf.errors import DatasetError, PictureError
 from d3etr_hf.evaluation import predict_detections
 from d3etr_hf.models.detector import Detector
-from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.visualization.detection_grid import draw_detection_grid
 
 logger = logging.get_logger(__name__)
@@ -52,7 +52,8 @@ def choose_images(folder: str | None, data: DataArguments, split: str = "val", f
         raise PictureError(f"give a folder of 'images' or a data set (data_folder, dataset_name, or paths): {both}")
     if folder is not None:
         return read_folder(folder, first)
-    # only images and boxes are read from the splits, so any image processor will do
+    # only images and boxes are read from the splits, so any image processor will do, of a size of its own
+    data = replace(data, short_side=None, long_side=None, image_size=None, augmentation_short_sides=None)
     train, val = load_splits(data, load_image_processor(None))
     chosen = {"train": train, "val": val}[split].with_transform(None)
     examples = [chosen[index] for index in range(min(first, len(chosen)))]

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from d3etr_hf.data import DetectionCollator
+from d3etr_hf.data.image_sizes import differing_setting
 from d3etr_hf.errors import PictureError
 from d3etr_hf.matching import AdaptiveMatcher, TaughtGroup
 from d3etr_hf.models.detector import Detector
@@ -45,6 +46,7 @@ def attention_of_detection(
     image_processor: BaseImageProcessor,
     teacher: Detector | None = None,
     detection: int = 0,
+    teacher_processor: BaseImageProcessor | None = None,
 ) -> tuple[QueryAttention, QueryAttention | None]:
     """The attention of a student's detection, and of the teacher's query that adaptive matching gives it.
 
@@ -53,19 +55,19 @@ def attention_of_detection(
     Args:
         image: RGB.
         student, teacher: they run where they are, and are left in eval mode.
-        image_processor: the student's; as in distillation both models see its pixels.
+        image_processor: the student's.
         detection: which of the student's detections in the order of their scores; 0 is the highest.
+        teacher_processor: the teacher's; where it makes pixels in the student's way, the teacher sees the student's.
 
     Returns:
-        The student's, and the teacher's (None without a teacher), whose class is the teacher's own best one.
+        The student's, and the teacher's (None without one), whose class is the teacher's own best one.
 
     Raises:
         PictureError: there is no such detection, or no teacher query is matched with its query.
         IncompatibleTeacherError: the teacher lacks a class of the student.
         NonFiniteCostError: a prediction is not finite.
     """
-    batch = DetectionCollator()([ImagesForModel([image], ["the image"], image_processor)[0]])
-    output = _forward(student, batch)
+    output = _forward(student, image, image_processor)
     ranked = _ranked(student, output)
     if not 0 <= detection < len(ranked):
         raise PictureError(
@@ -76,7 +78,7 @@ def attention_of_detection(
     of_student = _query_attention(student, output, query, label, image)
     if teacher is None:
         return of_student, None
-    output_of_teacher = _forward(teacher, batch)
+    output_of_teacher = _forward(teacher, image, _taught_with(image_processor, teacher_processor))
     taught = _last_layer(teacher, output_of_teacher, student.class_names)
     partners = partner_queries(taught, output.groups[OWN], AdaptiveMatcher(student.criterion().scores))
     if query not in partners:
@@ -126,7 +128,13 @@ def memory_maps(output: DetectorOutput, image: int, query: int) -> Tensor:
     return maps.unflatten(-1, mask[image].shape)[:, :rows, :columns].float().cpu()
 
 
-def _forward(model: Detector, batch: dict[str, Tensor]) -> DetectorOutput:
+def _taught_with(student: BaseImageProcessor, teacher: BaseImageProcessor | None) -> BaseImageProcessor:
+    """The image processor whose pixels the teacher sees."""
+    return student if teacher is None or differing_setting(student, teacher) is None else teacher
+
+
+def _forward(model: Detector, image: Image.Image, image_processor: BaseImageProcessor) -> DetectorOutput:
+    batch = DetectionCollator()([ImagesForModel([image], ["the image"], image_processor)[0]])
     pixels, mask = (batch[name].to(model.device) for name in ("pixel_values", "pixel_mask"))
     return model.eval()(pixels.to(model.dtype), mask, request=GroupRequest(cross_attention=True))
 

@@ -7,7 +7,7 @@ import numpy as np
 from d3etr_hf.data import DataArguments, load_splits
 from d3etr_hf.evaluation import coco_average_precision
 from d3etr_hf.evaluation.timing import seconds_of
-from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
 
 from .sizes import Size
 from .steps import distillation_trainer, ready, training_step

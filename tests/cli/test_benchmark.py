@@ -6,7 +6,7 @@ import pytest
 
 from d3etr_hf.cli import benchmark
 from d3etr_hf.errors import CommandLineError
-from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.publishing import inference_cost
 from tests.tiny import tiny_model
 

@@ -11,7 +11,7 @@ from d3etr_hf.cli import compare
 from d3etr_hf.configurations import read_yaml, write_yaml
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import CommandLineError, ComparisonError, DatasetError, DetectorLoadError
-from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.runs import run_pool
 from d3etr_hf.runs.comparison_results import read_lines
 from d3etr_hf.runs.run_pool import Job

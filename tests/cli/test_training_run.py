@@ -8,18 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState
+from transformers import ConditionalDetrImageProcessorPil, TrainerControl, TrainerState
 
 from d3etr_hf.cli import training_run as runs
 from d3etr_hf.cli.command_line import parse_arguments
+from d3etr_hf.cli.evaluate import evaluate_detector
 from d3etr_hf.cli.train import without_distillation
 from d3etr_hf.cli.training_run import Stopwatch, train_detector
 from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import CommandLineError, DatasetError, DetectorLoadError, OutputFolderError
-from d3etr_hf.models.loading import ModelArguments, TeacherArguments, load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
+from d3etr_hf.publishing.run_folder import load_run
 from d3etr_hf.runs import output_folder
 from d3etr_hf.runs.description import describe_run
 from d3etr_hf.runs.output_folder import (
@@ -412,6 +415,41 @@ def test_configuration_is_written_whole_or_not_at_all(shapes, finished, tmp_path
         patched.setattr(Path, "write_text", write_text)
         train_detector(*arguments(shapes, output))
     assert (output / "run.yaml").read_text() == before
+
+
+def test_squares_from_training_to_evaluation(shapes, teacher, tmp_path):
+    """One size for both models where it is given; the processor that is saved, and evaluation.json, tell it."""
+    for name, model in (("teacher", tiny_model(seed=1)), ("student", tiny_model(seed=2))):
+        model.save_pretrained(tmp_path / name)
+        size = {"height": 640, "width": 640}
+        ConditionalDetrImageProcessorPil(size=size).save_pretrained(tmp_path / name)
+    _, *others = arguments(shapes, tmp_path / "run", tmp_path / "teacher", max_steps=1, save_steps=1)
+    teacher_arguments, _, training = others
+    data = DataArguments(data_folder=str(shapes), image_size=SIDE)
+    train_detector(ModelArguments(model=str(tmp_path / "student")), teacher_arguments, data, training)
+    saved = json.loads((tmp_path / "run" / "preprocessor_config.json").read_text())
+    assert saved["size"] == {"height": SIDE, "width": SIDE}
+    data = DataArguments(data_folder=str(shapes))
+    found = evaluate_detector(data, str(tmp_path / "run"), str(tmp_path / "evaluation"), use_cpu=True)
+    told = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert (told["height"], told["width"]) == (SIDE, SIDE) and "short_side" not in told
+    assert found["AP"] == json.loads((tmp_path / "run" / "results.json").read_text())["AP"]
+    evaluate_detector(DataArguments(data_folder=str(shapes)), str(teacher), str(tmp_path / "evaluation"), use_cpu=True)
+    told = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert (told["short_side"], told["long_side"]) == (SIDE, SIDE) and "height" not in told
+
+
+def test_a_teacher_of_squares_teaches_at_its_own_size(shapes, tmp_path):
+    """A student by its short side: the card tells what the teacher saw."""
+    tiny_model(seed=1).save_pretrained(tmp_path / "teacher")
+    squares = ConditionalDetrImageProcessorPil(size={"height": 48, "width": 48})
+    squares.save_pretrained(tmp_path / "teacher")
+    tiny_model(seed=2).save_pretrained(tmp_path / "student")
+    load_image_processor(None, SIDE, SIDE).save_pretrained(tmp_path / "student")
+    _, *others = arguments(shapes, tmp_path / "run", tmp_path / "teacher", max_steps=1, save_steps=1)
+    train_detector(ModelArguments(model=str(tmp_path / "student")), *others)
+    run = load_run(tmp_path / "run")
+    assert run.taught_at == [48, 48] and run.val[0]["pixel_values"].shape[1:] == (SIDE, SIDE)
 
 
 def test_model_that_goes_on_keeps_its_own_image_processor(shapes, teacher, tmp_path):

@@ -3,10 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import ConditionalDetrImageProcessorPil, HfArgumentParser
+from transformers import ConditionalDetrImageProcessorPil, HfArgumentParser, RTDetrImageProcessorPil
 
 from d3etr_hf.data.collate import DetectionCollator
-from d3etr_hf.data.data_arguments import DataArguments, build_augmentation, load_splits
+from d3etr_hf.data.data_arguments import (
+    DataArguments,
+    build_augmentation,
+    build_fixed_size_augmentation,
+    load_splits,
+)
 from d3etr_hf.data.transforms import CropSizes
 from d3etr_hf.errors import DatasetError
 from tests.data.coco_files import coco, write_split
@@ -37,6 +42,8 @@ def test_every_argument_is_explained_and_can_be_given() -> None:
         ({"short_side": 15, "long_side": 20}, "short_side is 15: it must be at least 16"),
         ({"short_side": 800, "long_side": 799}, "long_side is 799: it must be at least short_side, which is 800"),
         ({"long_side": 800}, "give both short_side and long_side"),
+        ({"image_size": 15}, "image_size is 15: it must be at least 16"),
+        ({"image_size": 64, "short_side": 64, "long_side": 64}, "give image_size, or short_side and long_side"),
         ({"augmentation": "papre"}, "augmentation is 'papre': choose none, flip, multiscale or paper"),
         ({"augmentation": "flip", "augmentation_short_sides": [480]}, "has no effect with augmentation 'flip'"),
         ({"augmentation_short_sides": []}, "give at least one"),
@@ -68,6 +75,53 @@ def test_augmentations_and_their_scale() -> None:
     assert small.crop == CropSizes((48, 60, 72), 46, 72)
     own = build_augmentation(DataArguments(augmentation="paper", augmentation_short_sides=[100, 200]), 800, 1333)
     assert own.short_sides == [100, 200]
+
+
+def test_augmentations_of_squares_and_their_scale() -> None:
+    """Guards RT-DETR's sizes at 640, their proportion and their multiple on small images, and the way out without."""
+
+    def sides(image_size: int, augmentation: str = "paper", **options) -> list[int]:
+        made = build_fixed_size_augmentation(
+            DataArguments(augmentation=augmentation, **options), image_size, image_size
+        )
+        assert made.short_sides is None and (made.crop == CropSizes()) == (augmentation == "paper")
+        assert all(height == width for height, width in made.batch_sizes)
+        return [width for _, width in made.batch_sizes]
+
+    assert build_fixed_size_augmentation(DataArguments(augmentation="none"), 640, 640) is None
+    assert sides(640, "flip") == sides(625, "flip") == []
+    for augmentation in ("multiscale", "paper"):
+        assert sides(640, augmentation) == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+        assert sides(560, augmentation, augmentation_short_sides=[504, 560]) == [504, 560]
+    assert set(sides(320)) == {256, 288, 320, 352, 384}
+    assert set(sides(32)) == {32}
+    assert sides(560) == []  # no multiple of 32, so the paper's keeps to it
+    with pytest.raises(DatasetError, match="560×560 pixels are none: give augmentation_short_sides, or choose flip"):
+        sides(560, "multiscale")
+
+
+def test_squares_are_squares_in_training_and_evaluation(tmp_path: Path) -> None:
+    """Guards the size of images of 40×30 pixels, of whole batches, and what is saved with the model."""
+    folder = str(folder_of_two_splits(tmp_path / "teeth"))
+    processor = RTDetrImageProcessorPil()
+    train, val = load_splits(DataArguments(data_folder=folder, image_size=96), processor)
+    assert (processor.size.height, processor.size.width) == (96, 96)
+    torch.manual_seed(0)
+    batches = [DetectionCollator()([train[0], train[1]])["pixel_values"].shape for _ in range(20)]
+    assert set(batches) == {(2, 3, side, side) for side in (64, 96, 128)}
+    assert DetectionCollator()([val[0], val[1]])["pixel_values"].shape == (2, 3, 96, 96)
+    assert load_splits(DataArguments(data_folder=folder), RTDetrImageProcessorPil())[1][0]["pixel_values"].shape == (
+        3,
+        640,
+        640,
+    )
+    with pytest.raises(DatasetError, match="one fixed size, now 640×640 pixels: give image_size instead"):
+        load_splits(DataArguments(data_folder=folder, short_side=96, long_side=96), RTDetrImageProcessorPil())
+    with pytest.raises(DatasetError, match="image_size is 96, but .* give short_side and long_side instead"):
+        load_splits(DataArguments(data_folder=folder, image_size=96), ConditionalDetrImageProcessorPil())
+    nameless = ConditionalDetrImageProcessorPil(size={"shortest_edge": 96})
+    with pytest.raises(DatasetError, match="size is {'shortest_edge': 96}: give short_side and long_side"):
+        load_splits(DataArguments(data_folder=folder), nameless)
 
 
 def test_only_training_images_are_augmented(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-from transformers import ConditionalDetrImageProcessorPil
+from transformers import ConditionalDetrImageProcessorPil, RTDetrImageProcessorPil
+from transformers.image_processing_utils import BaseImageProcessor
 
 from d3etr_hf.data.coco import find_coco_split, load_coco_split
 from d3etr_hf.data.transforms import (
@@ -25,6 +26,7 @@ AUGMENTATIONS = {
     "multiscale": Augmentation([60, 80, 100], 130),
     "crop": Augmentation([60, 80, 100], 130, CROP),
 }
+SQUARE_AUGMENTATIONS = {"flip": Augmentation(), "crop": Augmentation(crop=CROP)}
 
 
 def plain_processor(short_side: int = 100, long_side: int = 160) -> ConditionalDetrImageProcessorPil:
@@ -70,12 +72,30 @@ def test_boxes_and_labels_stay_on_their_pixels(
     scene: tuple[tuple[int, int], list[list[int]]], name: str | None, seed: int
 ) -> None:
     """Guards flip, resize and crop: the boxes must lie where the painted rectangles are found again."""
-    size, boxes = scene
+    transform = DetectionTransform(plain_processor(), AUGMENTATIONS[name] if name else None)
+    assert_boxes_on_their_pixels(transform, *scene, seed)
+
+
+@settings(max_examples=100, deadline=None)
+@given(two_rectangles(), st.sampled_from([None, *SQUARE_AUGMENTATIONS]), st.integers(0, 2**31))
+def test_boxes_stay_on_their_pixels_in_squares(
+    scene: tuple[tuple[int, int], list[list[int]]], name: str | None, seed: int
+) -> None:
+    """Guards boxes of images that lose their proportions: the two axes are scaled by factors of their own."""
+    processor = RTDetrImageProcessorPil(size={"height": 96, "width": 96})
+    transform = DetectionTransform(processor, SQUARE_AUGMENTATIONS[name] if name else None)
+    example = assert_boxes_on_their_pixels(transform, *scene, seed)
+    assert example["pixel_values"].shape == (3, 96, 96)
+
+
+def assert_boxes_on_their_pixels(
+    transform: DetectionTransform, size: tuple[int, int], boxes: list[list[int]], seed: int
+) -> dict:
+    """The example of a black image with a red box and a green one, which must be found where its boxes say."""
     image = Image.new("RGB", size)
     for box, colour in zip(boxes, [(255, 0, 0), (0, 255, 0)], strict=True):
         ImageDraw.Draw(image).rectangle([box[0], box[1], box[2] - 1, box[3] - 1], fill=colour)
     torch.manual_seed(seed)
-    transform = DetectionTransform(plain_processor(), AUGMENTATIONS[name] if name else None)
     example = transform(image, target_of(boxes, [0, 1]))
 
     labels, pixels = example["labels"], example["pixel_values"]
@@ -98,6 +118,7 @@ def test_boxes_and_labels_stay_on_their_pixels(
             assert (box[2:] - box[:2]).min() < 1.5
         else:
             np.testing.assert_allclose(painted, box, atol=1.01)
+    return example
 
 
 def test_evaluation_labels_against_the_image_processor(shared_data: Path) -> None:
@@ -148,17 +169,18 @@ def test_an_unflipped_image_is_the_same_as_at_evaluation() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.integers(20, 400), st.integers(20, 400), st.integers(0, 2**31))
 def test_crops_are_detrs(width: int, height: int, seed: int) -> None:
-    """Guards the crop: its size in the resized image, its place inside, its aspect kept on the way back."""
+    """Guards the crop: its size in the resized image, and its place inside."""
     torch.manual_seed(seed)
-    (left, top, right, bottom), (crop_width, crop_height) = random_region((width, height), CROP)
+    left, top, right, bottom = random_region((width, height), CROP)
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
-    assert 48 <= min(crop_width, crop_height) and max(crop_width, crop_height) <= 75
     possible = []
     for side in CROP.resized_short_sides:
-        resized = resized_size((width, height), side, None)
+        resized = np.array(resized_size((width, height), side))
         assert min(resized) == side
-        scale = np.array(resized) / (width, height)
-        possible.append(np.allclose([(right - left) * scale[0], (bottom - top) * scale[1]], [crop_width, crop_height]))
+        scale = resized / (width, height)
+        cropped = np.array([right - left, bottom - top]) * scale
+        # each edge is rounded to a whole pixel of the original
+        possible.append((cropped >= 48 - scale).all() and (cropped <= np.minimum(75, resized) + scale).all())
     assert any(possible)
 
 
@@ -167,8 +189,9 @@ def test_every_choice_is_drawn() -> None:
     image, target = Image.new("RGB", (200, 100)), target_of([], [])
 
     def sizes(name: str, count: int) -> list[tuple[int, int]]:
-        augmented = (AUGMENTATIONS[name](image, target["boxes"], target["class_labels"]) for _ in range(count))
-        return [result[0].size for result in augmented]
+        transform = DetectionTransform(plain_processor(), AUGMENTATIONS[name])
+        shapes = [transform(image, target)["pixel_values"].shape for _ in range(count)]
+        return [(width, height) for _, height, width in shapes]
 
     torch.manual_seed(0)
     resized = Counter(sizes("multiscale", 300))
@@ -176,10 +199,12 @@ def test_every_choice_is_drawn() -> None:
     assert set(resized) == {(120, 60), (130, 65)} and resized[120, 60] > 60 and resized[130, 65] > 140
 
     regions = [random_region((200, 100), CropSizes((50,), 48, 50)) for _ in range(400)]
-    assert {region[1] for region in regions} == {(w, h) for w in (48, 49, 50) for h in (48, 49, 50)}
-    assert min(region[0][0] for region in regions) == 0
-    assert max(region[0][2] for region in regions) == 200
-    assert max(region[0][3] for region in regions) == 100
+    # a pixel of the resized image is two of the original
+    found = {(right - left, bottom - top) for left, top, right, bottom in regions}
+    assert found == {(w, h) for w in (96, 98, 100) for h in (96, 98, 100)}
+    assert min(region[0] for region in regions) == 0
+    assert max(region[2] for region in regions) == 200
+    assert max(region[3] for region in regions) == 100
 
     # The image is twice as wide as high; no crop of 48 to 75 pixels is.
     cropped = sum(width < 1.8 * height for width, height in sizes("crop", 200))
@@ -189,7 +214,8 @@ def test_every_choice_is_drawn() -> None:
 def test_an_image_narrower_than_the_smallest_crop() -> None:
     """Guards against an empty range where rounding leaves a resized side below the smallest crop."""
     torch.manual_seed(0)
-    assert random_region((20, 30), CropSizes((10,), 12, 14))[1][0] == 10
+    left, top, right, bottom = random_region((20, 30), CropSizes((10,), 12, 14))
+    assert (left, right) == (0, 20) and 24 <= bottom - top <= 28
 
 
 def test_detr_sizes_scale_with_the_short_side() -> None:
@@ -228,3 +254,49 @@ def test_an_image_too_narrow_to_resize_is_named(augmentation: Augmentation | Non
     transform = DetectionTransform(plain_processor(), augmentation)
     with pytest.raises(DatasetError, match="image 8 of 5000×2 pixels cannot be resized"):
         transform(Image.new("RGB", (5000, 2)), target_of([], []))
+
+
+NOISE = np.random.default_rng(3).integers(0, 256, (70, 130, 3), dtype=np.uint8)
+TO_SQUARES = RTDetrImageProcessorPil(size={"height": 64, "width": 64})
+BY_SHORT_SIDE = ConditionalDetrImageProcessorPil(size={"shortest_edge": 40, "longest_edge": 60})
+
+
+def test_squares_at_evaluation_are_the_image_processors() -> None:
+    """Guards pixels, boxes and sizes of images that are not square, against Transformers' own annotation handling."""
+    box = [13, 7, 65, 42]
+    ours = DetectionTransform(TO_SQUARES)(Image.fromarray(NOISE), target_of([box], [2]))
+    region = {"bbox": [13, 7, 52, 35], "category_id": 2, "area": 52 * 35, "iscrowd": 0}
+    annotations = {"image_id": 8, "annotations": [region]}
+    theirs = TO_SQUARES(Image.fromarray(NOISE), annotations=annotations, return_tensors="pt")
+    torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"][0], rtol=0, atol=0)
+    torch.testing.assert_close(ours["labels"]["boxes"], theirs["labels"][0]["boxes"], rtol=1e-5, atol=1e-6)
+    # by hand: 13..65 of 130 across, 7..42 of 70 down
+    torch.testing.assert_close(ours["labels"]["boxes"], torch.tensor([[0.3, 0.35, 0.4, 0.5]]))
+    assert ours["labels"]["orig_size"].tolist() == [70, 130] and ours["labels"]["size"].tolist() == [64, 64]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "augmentation"),
+    [
+        (BY_SHORT_SIDE, TO_SQUARES, AUGMENTATIONS["crop"]),
+        (TO_SQUARES, BY_SHORT_SIDE, SQUARE_AUGMENTATIONS["crop"]),
+        (BY_SHORT_SIDE, plain_processor(), AUGMENTATIONS["multiscale"]),
+        (TO_SQUARES, RTDetrImageProcessorPil(size={"height": 32, "width": 32}, do_normalize=True), None),
+    ],
+)
+def test_a_teachers_pixels_are_of_the_same_augmented_image(
+    student: BaseImageProcessor, teacher: BaseImageProcessor, augmentation: Augmentation | None
+) -> None:
+    """Guards against a teacher that sees another crop or flip, or the student's pixels instead of its own."""
+    image, target = Image.fromarray(NOISE), target_of([[5, 6, 50, 60]], [2])
+    for seed in range(8):
+        torch.manual_seed(seed)
+        example = DetectionTransform(student, augmentation, teacher)(image, target)
+        torch.manual_seed(seed)
+        alone = DetectionTransform(student, augmentation)(image, target)
+        assert alone.keys() == {"pixel_values", "labels"}  # and the student's are what they are without a teacher
+        torch.testing.assert_close(example["pixel_values"], alone["pixel_values"], rtol=0, atol=0)
+        torch.manual_seed(seed)
+        seen = image if augmentation is None else augmentation(image, target["boxes"], target["class_labels"])[0]
+        expected = teacher(seen, do_pad=False, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(example["teacher_pixel_values"], expected, rtol=0, atol=0)

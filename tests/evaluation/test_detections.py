@@ -1,9 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from transformers import RTDetrImageProcessorPil
 
-from d3etr_hf.evaluation import select_detections, to_coco_detections
-from d3etr_hf.outputs import SigmoidScores, SoftmaxScores
+from d3etr_hf.data import DetectionCollator, DetectionTransform, find_coco_split, load_coco_split
+from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.evaluation import average_precision_of, select_detections, to_coco_detections
+from d3etr_hf.outputs import SelectedScores, SigmoidScores, SoftmaxScores
+from tests.shapes_fixture import crop_every_other
 
 SCORES = SigmoidScores()
 
@@ -147,3 +151,36 @@ def test_wrong_ids_are_refused(outputs):
         to_coco_detections(detections, [1, 2], [1, 2, 3, 4, 5])
     with pytest.raises(ValueError, match="image id 1: labels range from 0 to 4, but there are 3 category ids"):
         to_coco_detections(detections, [1, 2, 3], [1, 2, 3])
+
+
+@pytest.mark.parametrize("scores", [SigmoidScores(), SoftmaxScores()], ids=["sigmoid", "softmax"])
+def test_selected_classes_have_the_detections_they_have_among_all(scores):
+    """So their average precision is the whole detector's: a query that is best at another class counts for none."""
+    generator = torch.Generator().manual_seed(2)
+    logits, boxes = 2 * torch.randn(2, 9, 5, generator=generator), torch.rand(2, 9, 4, generator=generator)
+    sizes, index = torch.tensor([[48, 64], [30, 20]]), [2, 0]
+    everything = select_detections(scores, logits, boxes, sizes)
+    selected = select_detections(SelectedScores(scores, index), logits, boxes, sizes)
+    for rows, chosen in zip(everything.tolist(), selected.tolist(), strict=True):
+        expected = [[*row[:5], index.index(int(row[5]))] for row in rows if row[4] >= 0 and int(row[5]) in index]
+        assert expected and [row for row in chosen if row[4] >= 0] == expected
+
+
+def test_a_perfect_detector_of_squashed_images_has_an_ap_of_one(tmp_path):
+    """Guards the way back to pixels where the two axes were scaled by factors of their own."""
+    folder = make_shapes(tmp_path, 1, 12, image_size=64, progress=False)
+    crop_every_other(folder, "val", 60, 37)
+    squares = DetectionTransform(RTDetrImageProcessorPil(size={"height": 48, "width": 48}))
+    dataset = load_coco_split(*find_coco_split(folder, "val")).with_transform(squares)
+    batch = DetectionCollator()([dataset[index] for index in range(len(dataset))])
+    assert len({tuple(label["orig_size"]) for label in batch["labels"]}) == 2
+    # one query an object, sure of its class; those without an object are sure of nothing
+    logits = torch.full((*batch["targets"].shape[:2], 3), -9.0)
+    for image, label in enumerate(batch["labels"]):
+        for query in range(label["objects"]):
+            logits[image, query, int(batch["targets"][image, query, 0])] = 9.0
+    sizes = torch.tensor([label["orig_size"] for label in batch["labels"]])
+    detections = select_detections(SCORES, logits, batch["targets"][..., 1:], sizes)
+    assert average_precision_of(detections, dataset)["AP"] == pytest.approx(1.0)
+    swapped = select_detections(SCORES, logits, batch["targets"][..., 1:], sizes.flip(1))
+    assert average_precision_of(swapped, dataset)["AP"] < 0.9

@@ -9,12 +9,14 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, pipeline
+from transformers import AutoConfig, AutoModelForObjectDetection, pipeline
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from d3etr_hf.models.detector import ADAPTERS, DECODER, HEADS, QUERIES, ROLES, inherit
-from d3etr_hf.models.loading import FAMILIES, load_detector, load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.models.loading import FAMILIES, load_detector
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
 from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, AttentionMap, GroupRequest, Queries
 from tests import slow_reference
@@ -26,6 +28,7 @@ from tests.tiny import (
     random_labels,
     random_queries,
     request_for,
+    small_image_processor,
     targets_of,
     tiny_config,
     tiny_model,
@@ -587,11 +590,14 @@ def test_image_processor_and_pipeline_are_the_familys(family, tmp_path):
     from PIL import Image
 
     model = tiny_model(model_type=family)
-    processor = load_image_processor(None, 64, 64, family)
-    assert type(processor).__name__ == IMAGE_PROCESSOR_MAPPING_NAMES[family]["pil"]
+    processor = small_image_processor(family)
     processor.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
-    assert type(AutoImageProcessor.from_pretrained(tmp_path, backend="pil")) is type(processor)
+    # what Transformers looks up, for any backend
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"]
+    named = IMAGE_PROCESSOR_MAPPING_NAMES.get(family, {"torchvision": saved})
+    assert saved == named["torchvision"] and saved in dir(transformers)
+    assert type(load_image_processor(str(tmp_path))) is type(processor)
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     found = pipeline("object-detection", model=str(tmp_path), image_processor=processor, threshold=0.0)(image)

@@ -1,11 +1,9 @@
 """What loading and building refuse, by name, and that pretrained weights arrive unchanged."""
 
 import json
-import logging
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     ConditionalDetrForSegmentation,
@@ -15,20 +13,11 @@ from transformers import (
     ResNetBackbone,
     ResNetConfig,
     ResNetForImageClassification,
-    RTDetrConfig,
-    pipeline,
+    YolosConfig,
 )
 
 from d3etr_hf.errors import DetectorLoadError
-from d3etr_hf.models.loading import (
-    FAMILIES,
-    ModelArguments,
-    TeacherArguments,
-    build_model,
-    image_processor_of,
-    load_detector,
-    load_image_processor,
-)
+from d3etr_hf.models.loading import FAMILIES, ModelArguments, TeacherArguments, build_model, load_detector
 from tests.tiny import tiny_config, tiny_model
 
 CLASSES = ["circle", "rectangle", "triangle"]
@@ -130,13 +119,13 @@ def test_each_family_loads_as_its_own_class(tmp_path):
 
 
 def test_another_family(tmp_path):
-    config = RTDetrConfig(backbone_config=tiny_config().backbone_config, backbone=None)
-    config.architectures = ["RTDetrForObjectDetection"]
+    config = YolosConfig()
+    config.architectures = ["YolosForObjectDetection"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(DetectorLoadError, match="is a 'rt_detr' model; the families.* are conditional_detr, detr"):
+    with pytest.raises(DetectorLoadError, match="is a 'yolos' model; the families.* are conditional_detr, detr"):
         load_detector(str(tmp_path))
-    with pytest.raises(DetectorLoadError, match="(?s)^model_config is a 'rt_detr' model; the families"):
-        build(model_options() | {"model_type": "rt_detr"})
+    with pytest.raises(DetectorLoadError, match="(?s)^model_config is a 'yolos' model; the families"):
+        build(model_options() | {"model_type": "yolos"})
 
 
 @pytest.mark.parametrize("model_class", [ConditionalDetrModel, ConditionalDetrForSegmentation])
@@ -180,9 +169,8 @@ def test_damaged_weights(checkpoint, damage):
 @pytest.mark.parametrize(
     "backbone",
     [
-        {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet50", "out_indices": [1, 2, 3, 4]}},
-        # as in microsoft/conditional-detr-resnet-50
-        {"backbone_config": None, "backbone": "resnet50", "use_timm_backbone": True, "use_pretrained_backbone": True},
+        {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet50d", "out_indices": [1, 2, 3, 4]}},
+        {"backbone_config": None, "backbone": "resnet50d", "use_timm_backbone": True, "use_pretrained_backbone": True},
     ],
     ids=["new layout", "old layout"],
 )
@@ -190,7 +178,7 @@ def test_timm_backbone_without_timm_names_the_extra(checkpoint, backbone, monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     edit_config(checkpoint, **backbone)
     with pytest.raises(
-        DetectorLoadError, match=r"teacher .*timm backbone \('resnet50'\).*pip install 'd3etr_hf\[timm\]'"
+        DetectorLoadError, match=r"teacher .*timm backbone \('resnet50d': .*pip install 'd3etr_hf\[timm\]'"
     ):
         load_detector(str(checkpoint), "teacher")
 
@@ -204,6 +192,7 @@ def test_timm_backbone_without_timm_names_the_extra(checkpoint, backbone, monkey
         (lambda: ModelArguments(), "either 'model' .* or 'model_config'"),
         (lambda: ModelArguments(model="a", model_config="b"), "either 'model' .* or 'model_config'"),
         (lambda: ModelArguments(model="a", backbone_weights="b"), "'backbone_weights' is for a new model"),
+        (lambda: ModelArguments(model_config="b", new_head=True), "'new_head' is for a 'model' to go on from"),
         (lambda: TeacherArguments(teacher="a", inherit_from_teacher=["neck"]), "neck.*'encoder', 'decoder'"),
         (lambda: TeacherArguments(inherit_from_teacher=["encoder"]), "needs a 'teacher'"),
     ],
@@ -282,7 +271,10 @@ def test_model_of_the_same_classes_is_taken_as_it_is(checkpoint):
 @pytest.mark.parametrize(
     "classes, message",
     [
-        (["circle", "triangle", "rectangle"], "class 1, 'rectangle' in the model and 'triangle' in the data"),
+        (
+            ["circle", "triangle", "rectangle"],
+            "class 1, 'rectangle' in the model and 'triangle' in the data.*--new_head true",
+        ),
         (["circle", "rectangle"], "3 classes, the data set 2; .* class 2, 'triangle' in the model and None"),
     ],
 )
@@ -387,41 +379,3 @@ def test_weights_of_another_type_or_none_are_refused(tmp_path, checkpoint, class
     (classifier / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(DetectorLoadError, match="cannot be read"):
         build(model_options(), classifier)
-
-
-# image processors
-
-
-def test_image_processor_comes_back_with_its_scaling_and_the_size_asked_for(tmp_path):
-    saved = load_image_processor(None, 96, 128)
-    saved.image_mean = [0.1, 0.2, 0.3]
-    saved.save_pretrained(tmp_path)
-    as_saved, resized = load_image_processor(str(tmp_path)), load_image_processor(str(tmp_path), 48, 64)
-    assert as_saved.image_mean == resized.image_mean == (0.1, 0.2, 0.3)
-    assert (as_saved.size["shortest_edge"], as_saved.size["longest_edge"]) == (96, 128)
-    assert (resized.size["shortest_edge"], resized.size["longest_edge"]) == (48, 64)
-
-
-def test_absent_image_processor_is_told_and_a_broken_one_refused(checkpoint, caplog):
-    caplog.set_level(logging.WARNING)
-    assert load_image_processor(str(checkpoint)) is None
-    assert f"{checkpoint} holds no image processor" in caplog.text
-    (checkpoint / "preprocessor_config.json").write_text("{nope")
-    with pytest.raises(DetectorLoadError, match=f"{checkpoint}: preprocessor_config.json could not be read"):
-        load_image_processor(str(checkpoint))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_image_processor_is_of_the_familys_class(tmp_path, family):
-    """Even where the settings come from a teacher of another: a sigmoid's processor reads a DETR wrongly."""
-    other = next(name for name in FAMILIES if name != family)
-    load_image_processor(None, 64, 96, other).save_pretrained(tmp_path)
-    made = image_processor_of(family, str(tmp_path))
-    assert type(made) is type(load_image_processor(None, model_type=family))
-    assert (made.size["shortest_edge"], made.size["longest_edge"]) == (64, 96)
-    assert type(image_processor_of(family, None)) is type(made)
-    model = tiny_model(0, family)
-    model.save_pretrained(tmp_path / "student")
-    made.save_pretrained(tmp_path / "student")
-    found = pipeline("object-detection", model=str(tmp_path / "student"))(Image.new("RGB", (64, 64)), threshold=0.0)
-    assert {each["label"] for each in found} <= set(model.class_names)

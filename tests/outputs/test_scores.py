@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from d3etr_hf.outputs import SigmoidScores, SoftmaxScores, wide
+from d3etr_hf.outputs import SelectedScores, SigmoidScores, SoftmaxScores, wide
 
 KINDS = {"sigmoid": SigmoidScores(), "softmax": SoftmaxScores()}
 CLASSES = 4
@@ -134,3 +134,19 @@ def test_wide_keeps_double_and_widens_half():
     assert wide(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
     assert wide(torch.zeros(1, dtype=torch.float32)).dtype == torch.float32
     assert wide(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_selected_classes_score_as_among_all(name):
+    """Renormalised over the selected ones, a query that sees another class would be a confident false positive."""
+    index, logits, targets = [3, 1], logits_of(name, 6), soft_targets(5)[:, :2]
+    scores = SelectedScores(KINDS[name], index)
+    assert scores.classes(logits) == 2
+    for found, row in zip(scores.probabilities(logits).tolist(), logits.tolist(), strict=True):
+        assert found == pytest.approx([slow_probabilities(name, row)[label] for label in index], rel=1e-12)
+    pairs = scores.pairwise_entropy(logits[None], targets[None])[0]
+    for i, target in enumerate(targets.tolist()):
+        spread = [0.0, target[1], 0.0, target[0]]
+        for j, row in enumerate(logits.tolist()):
+            assert pairs[i, j].item() == pytest.approx(slow_entropy(name, row, spread), rel=1e-9)
+            assert scores.entropy(logits[j], targets[i]).item() == pytest.approx(pairs[i, j].item(), rel=1e-9)

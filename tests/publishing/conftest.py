@@ -7,7 +7,7 @@ from huggingface_hub import constants
 
 from d3etr_hf.cli.training_run import train_detector
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.publishing import inference_cost
 from tests.cli.test_training_run import SIDE, arguments
 from tests.hub_server import HubServer

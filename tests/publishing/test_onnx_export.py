@@ -19,7 +19,8 @@ from d3etr_hf.cli import export
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import CommandLineError, DetectorLoadError, OnnxExportError
-from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing import onnx_check, onnx_export
 from d3etr_hf.publishing.onnx_check import (
     ExportArguments,

@@ -480,12 +480,30 @@ def test_teacher_with_classes_beyond_the_students(tmp_path):
 def test_detector_with_another_order_of_classes_is_reduced_in_a_copy():
     names = ["triangle", "square", "circle", "rectangle"]
     detector, batch = tiny_model(id2label=dict(enumerate(names)), label2id={}), padded_batch()
-    before = detector(**batch).logits
     same = with_classes_of(tiny_model(), NAMES, "model")
     assert same.class_names == NAMES
     reduced = with_classes_of(detector, NAMES, "model")
     assert reduced is not detector and reduced.class_names == NAMES and detector.class_names == names
-    torch.testing.assert_close(reduced(**batch).logits, before[..., [2, 3, 0]])
+    before, after = detector(**batch).logits, reduced(**batch).logits
+    assert torch.equal(after, before)  # the head is whole
+    torch.testing.assert_close(reduced.scores.probabilities(after), before.sigmoid()[..., [2, 3, 0]])
+
+
+def test_a_softmax_teachers_other_classes_are_no_object():
+    """Renormalised over the student's classes, a query that sees something else would teach one of them."""
+    names, batch = ["triangle", "square", "circle"], padded_batch()
+    teacher = tiny_model(model_type="detr", id2label=dict(enumerate(names)), label2id={})
+    logits = teacher(**batch, request=MAPS).groups[OWN].logits
+    said = ask(teacher, batch, depth=1, names=["circle", "triangle"]).last.probabilities
+    exponentials = logits[-1].double().exp()
+    expected = exponentials[..., [2, 0]] / exponentials.sum(-1, keepdim=True)
+    torch.testing.assert_close(said[0].double(), expected, atol=1e-6, rtol=1e-5)
+    scores = teacher.criterion().scores
+    no_object = exponentials[..., [1, 3]].sum(-1) / exponentials.sum(-1)
+    student = torch.randn(*said.shape[1:-1], 3)
+    logarithms = student.double().log_softmax(-1)
+    wanted = -(expected * logarithms[..., :2]).sum(-1) - no_object * logarithms[..., 2]
+    torch.testing.assert_close(scores.entropy(student, said[0]).double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_costs_that_are_not_finite_stop_the_objective_unless_it_is_told_to_go_on(tmp_path):

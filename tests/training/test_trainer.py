@@ -14,7 +14,8 @@ from d3etr_hf.data import DetectionCollator
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import IncompatibleDataError, IncompatibleTeacherError, NonFiniteLossError
 from d3etr_hf.evaluation import average_precision_of, predict_detections
-from d3etr_hf.models.loading import load_detector, load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.models.loading import load_detector
 from d3etr_hf.outputs import AUXILIARY
 from tests.shapes_fixture import SIDE, crop_every_other, load_shapes, shapes_trainer, weights_of
 from tests.tiny import tiny_config, tiny_model

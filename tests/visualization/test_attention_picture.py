@@ -7,9 +7,9 @@ import pytest
 import torch
 from matplotlib import colormaps
 from PIL import Image
+from transformers import RTDetrImageProcessorPil
 
-from d3etr_hf.errors import IncompatibleTeacherError
-from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.visualization import attention_picture
 from d3etr_hf.visualization.attention_picture import DIMMED, attention_overlay, draw_attention, draw_attention_of
 from d3etr_hf.visualization.detection_grid import class_style
@@ -128,9 +128,16 @@ def test_without_a_reference_point_none_is_drawn_or_explained(tmp_path, figures)
     assert not any(axes.lines for axes in alone.axes) and "reference point" not in alone.texts[0].get_text()
 
 
-def test_models_that_see_other_pixels_are_refused(processor):
-    scaled = load_image_processor(None, 48, 80)
-    scaled.image_mean = [0.5, 0.5, 0.5]
-    with pytest.raises(IncompatibleTeacherError, match="image processors differ in image_mean"):
-        models, processors = {"a": tiny_model(), "b": tiny_model(1)}, {"a": scaled, "b": processor}
-        draw_attention_of(IMAGE, models, processors, "none.png")
+def test_a_teacher_of_other_pixels_sees_its_own(tmp_path, processor, figures):
+    """As in distillation: its detection is what it finds on pixels of its own processor."""
+    squares = RTDetrImageProcessorPil(size={"height": 64, "width": 64})
+    student, teacher = tiny_model(), tiny_model(1)
+    _, partner = attention_of_detection(IMAGE, student, processor, teacher, 0, squares)
+    with torch.no_grad():
+        outputs = teacher.to_stock()(**squares(images=IMAGE, return_tensors="pt"))
+    x, y, width, height = outputs.pred_boxes[0, partner.query].tolist()
+    box = [(x - width / 2) * IMAGE.width, (y - height / 2) * IMAGE.height, width * IMAGE.width, height * IMAGE.height]
+    assert partner.box == pytest.approx(box, abs=1e-3)
+    models, processors = {"a": teacher, "b": student}, {"a": squares, "b": processor}
+    draw_attention_of(IMAGE, models, processors, tmp_path / "a.png")
+    assert figures[0].axes[1].patches[0].get_bbox().bounds == pytest.approx(partner.box)

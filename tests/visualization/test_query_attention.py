@@ -7,7 +7,7 @@ from scipy.optimize import linear_sum_assignment
 
 from d3etr_hf.errors import IncompatibleTeacherError, PictureError
 from d3etr_hf.matching import AdaptiveMatcher, TaughtGroup
-from d3etr_hf.models.loading import load_image_processor
+from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.outputs import (
     OWN,
     DetectorOutput,

@@ -1,0 +1,157 @@
+"""Which image processor goes with which family, loaded or new."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoImageProcessor, ConditionalDetrImageProcessorPil, RTDetrImageProcessorPil
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.utils import IMAGE_PROCESSOR_NAME, logging
+
+from d3etr_hf.data.image_sizes import PIXEL_SETTINGS, set_image_size, takes_fixed_size
+from d3etr_hf.data.transforms import resized_size
+from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.models.loading import DEFAULT_FAMILY
+
+logger = logging.get_logger(__name__)
+
+# Transformers' class, which it has for torchvision alone
+RF_DETR = "RfDetrImageProcessor"
+
+
+class RfDetrImageProcessorPil(RTDetrImageProcessorPil):
+    """RF-DETR's pixels without torchvision, which Transformers' only class for it needs.
+
+    As that class it interpolates between the four nearest pixels even where it shrinks an image, without smoothing it
+    first as Pillow does; saved, it is that class. By default as the authors' base model: squares of 560 pixels.
+    """
+
+    do_normalize = True
+    do_pad = True
+    size = {"height": 560, "width": 560}
+
+    def resize(  # type: ignore[override]  # as Transformers' own PIL classes, without what only Pillow takes
+        self, image: np.ndarray, size: Any, resample: int | None = None, **kwargs: Any
+    ) -> np.ndarray:
+        """An image (3, H, W) of uint8 at another size, float32.
+
+        Args:
+            image: the image.
+            size: as the attribute `size`, in pixels.
+            resample: bilinear, or None for it.
+            kwargs: whatever else Transformers hands to a resize.
+
+        Raises:
+            ValueError: another interpolation than bilinear.
+        """
+        if resample not in (None, Image.Resampling.BILINEAR):
+            raise ValueError(f"resample is {resample}: RF-DETR's image processor is bilinear (2) only")
+        width, height = size.width, size.height
+        if size.shortest_edge:
+            width, height = resized_size(image.shape[:0:-1], size.shortest_edge, size.longest_edge)
+        pixels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
+        return torch.nn.functional.interpolate(pixels[None], size=(height, width), mode="bilinear")[0].numpy()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, as those of Transformers' own class."""
+        return super().to_dict() | {"image_processor_type": RF_DETR}
+
+
+# of families for which Transformers names none that works without torchvision: what their checkpoints say
+CLASSES: dict[str, type[BaseImageProcessor]] = {
+    "d_fine": RTDetrImageProcessorPil,
+    "dab-detr": ConditionalDetrImageProcessorPil,
+    "rf_detr": RfDetrImageProcessorPil,
+    "rt_detr_v2": RTDetrImageProcessorPil,
+}
+
+
+def image_processor_class(model_type: str) -> type[BaseImageProcessor]:
+    """The class of a family's image processors.
+
+    Args:
+        model_type: the family, as Transformers calls it.
+    """
+    if model_type in CLASSES:
+        return CLASSES[model_type]
+    return getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["pil"])
+
+
+def image_processor_of(
+    model_type: str,
+    source: str | None,
+    short_side: int | None = None,
+    long_side: int | None = None,
+    image_size: int | None = None,
+) -> BaseImageProcessor:
+    """The image processor of a family's model: as the one saved beside a checkpoint is set, else a new one.
+
+    It is of the family's own class even where the checkpoint is of another (a teacher's): whoever loads a model reads
+    its scores with it. Of a checkpoint that takes images of another kind of size than this family, or normalised where
+    it does not, nothing is taken over: the two models see pixels of their own.
+
+    Args:
+        model_type: the family.
+        source: a folder or Hub id; None for a new one.
+        short_side, long_side: the size in pixels to resize to, instead of the saved one.
+        image_size: the same for a family that takes squares, their side.
+
+    Raises:
+        DetectorLoadError: there is a saved one, and it cannot be read.
+        DatasetError: the family is not sized in this way.
+    """
+    own: Any = image_processor_class(model_type)()
+    theirs = None if source is None else load_image_processor(source)
+    if type(theirs) is type(own):
+        own = theirs
+    elif (
+        theirs is not None
+        and takes_fixed_size(theirs) == takes_fixed_size(own)
+        and theirs.do_normalize == own.do_normalize
+    ):
+        own = type(own)(**{name: getattr(theirs, name) for name in PIXEL_SETTINGS})
+    set_image_size(own, short_side, long_side, image_size)
+    return own
+
+
+def load_image_processor(
+    path: str | None,
+    short_side: int | None = None,
+    long_side: int | None = None,
+    model_type: str = DEFAULT_FAMILY,
+    image_size: int | None = None,
+) -> Any:
+    """The image processor saved beside a checkpoint (None if there is none), or a new one where `path` is None.
+
+    Args:
+        short_side, long_side: the size in pixels to resize to, instead of the saved one.
+        model_type: the family of a new one.
+        image_size: as `short_side`, for a family that takes squares: their side.
+
+    Raises:
+        DetectorLoadError: there is one, and it cannot be read.
+        DatasetError: it is not sized in this way.
+    """
+    processor = image_processor_class(model_type)() if path is None else _saved_image_processor(path)
+    if processor is not None:
+        set_image_size(processor, short_side, long_side, image_size)
+    return processor
+
+
+def _saved_image_processor(path: str) -> BaseImageProcessor | None:
+    try:
+        settings, _ = BaseImageProcessor.get_image_processor_dict(path)
+        if settings.get("image_processor_type") == RF_DETR:
+            return RfDetrImageProcessorPil.from_pretrained(path)
+        return AutoImageProcessor.from_pretrained(path, backend="pil")
+    except (OSError, ValueError) as error:
+        if (Path(path) / IMAGE_PROCESSOR_NAME).exists():
+            raise DetectorLoadError(
+                f"{path}: {IMAGE_PROCESSOR_NAME} could not be read ({error}); copy or download it again"
+            ) from error
+        logger.warning(f"{path} holds no image processor, so its pixel scaling cannot be checked")
+        return None

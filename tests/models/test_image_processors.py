@@ -1,0 +1,148 @@
+"""Image processors: of which class, loaded and new, and RF-DETR's own."""
+
+import inspect
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import ConditionalDetrImageProcessorPil, RTDetrImageProcessorPil, pipeline
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+from d3etr_hf.data.image_sizes import takes_fixed_size
+from d3etr_hf.errors import DatasetError, DetectorLoadError
+from d3etr_hf.models.image_processors import (
+    CLASSES,
+    RfDetrImageProcessorPil,
+    image_processor_class,
+    image_processor_of,
+    load_image_processor,
+)
+from d3etr_hf.models.loading import FAMILIES
+from tests.tiny import small_image_processor, tiny_model
+
+PACKAGE = Path(inspect.getfile(transformers.models.rf_detr)).parent
+STOCK_RF_DETR = (PACKAGE / "image_processing_rf_detr.py").read_text(encoding="utf-8")
+NOISE = np.random.default_rng(1).integers(0, 256, (97, 151, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder with a model and no image processor."""
+    tiny_model().save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_image_processor_comes_back_with_its_scaling_and_the_size_asked_for(tmp_path):
+    saved = load_image_processor(None, 96, 128)
+    saved.image_mean = [0.1, 0.2, 0.3]
+    saved.save_pretrained(tmp_path)
+    as_saved, resized = load_image_processor(str(tmp_path)), load_image_processor(str(tmp_path), 48, 64)
+    assert as_saved.image_mean == resized.image_mean == (0.1, 0.2, 0.3)
+    assert (as_saved.size["shortest_edge"], as_saved.size["longest_edge"]) == (96, 128)
+    assert (resized.size["shortest_edge"], resized.size["longest_edge"]) == (48, 64)
+
+
+def test_absent_image_processor_is_told_and_a_broken_one_refused(checkpoint, caplog):
+    caplog.set_level(logging.WARNING)
+    assert load_image_processor(str(checkpoint)) is None
+    assert f"{checkpoint} holds no image processor" in caplog.text
+    (checkpoint / "preprocessor_config.json").write_text("{nope")
+    with pytest.raises(DetectorLoadError, match=f"{checkpoint}: preprocessor_config.json could not be read"):
+        load_image_processor(str(checkpoint))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_processor_is_of_the_familys_class(tmp_path, family):
+    """Even where the settings come from a teacher of another: a sigmoid's processor reads a DETR wrongly."""
+    own = small_image_processor(family, 64, 96)
+    others = [small_image_processor(name, 64, 96) for name in FAMILIES if name != family]
+    kin = [each for each in others if takes_fixed_size(each) == takes_fixed_size(own)]
+    other = kin[0] if kin else own
+    other.save_pretrained(tmp_path)
+    made = image_processor_of(family, str(tmp_path))
+    assert type(made) is type(own) and dict(made.size) == dict(other.size)
+    assert type(image_processor_of(family, None)) is type(made)
+    model = tiny_model(0, family)
+    model.save_pretrained(tmp_path / "student")
+    made.save_pretrained(tmp_path / "student")
+    detect = pipeline("object-detection", model=str(tmp_path / "student"), image_processor=made)
+    found = detect(Image.new("RGB", (64, 64)), threshold=0.0)
+    assert {each["label"] for each in found} <= set(model.class_names)
+
+
+SQUARES = ["d_fine", "deimv2", "rf_detr", "rt_detr", "rt_detr_v2"]
+SHORT_SIDES = ["conditional_detr", "dab-detr", "deformable_detr", "detr", "lw_detr", "table-transformer"]
+
+
+@pytest.mark.parametrize("model_type", SQUARES + SHORT_SIDES)
+def test_every_detr_of_transformers_has_an_image_processor(model_type):
+    """Those that Transformers' table leaves out, too; each without torchvision."""
+    made = load_image_processor(None, model_type=model_type)
+    assert takes_fixed_size(made) == (model_type in SQUARES) and made.backend == "pil"
+    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {})
+    assert ("pil" in names) != (model_type in CLASSES)  # one place says it: theirs, or ours where theirs is silent
+    assert type(made) is image_processor_class(model_type)
+
+
+def test_sizes_of_the_other_kind_are_refused_with_the_way_out(tmp_path):
+    RTDetrImageProcessorPil(size={"height": 96, "width": 96}).save_pretrained(tmp_path / "squares")
+    assert load_image_processor(str(tmp_path / "squares"), image_size=64).size["height"] == 64
+    with pytest.raises(DatasetError, match="one fixed size, now 96×96 pixels: give image_size instead"):
+        load_image_processor(str(tmp_path / "squares"), 64, 96)
+    with pytest.raises(DatasetError, match="image_size is 64, but this model takes.*give short_side and long_side"):
+        load_image_processor(None, image_size=64)
+
+
+def test_a_student_of_another_kind_has_pixels_of_its_own(tmp_path):
+    """A short side would leave it padding that it does not know; ImageNet's colours are not what it starts from."""
+    teacher = ConditionalDetrImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 128})
+    teacher.save_pretrained(tmp_path / "detr")
+    own = image_processor_of("rt_detr", str(tmp_path / "detr"))
+    assert own.to_dict() == RTDetrImageProcessorPil().to_dict()
+    # of its own kind it takes all that decides an image's pixels
+    RTDetrImageProcessorPil(size={"height": 96, "width": 96}, resample=3).save_pretrained(tmp_path / "rt")
+    made = image_processor_of("d_fine", str(tmp_path / "rt"))
+    assert (dict(made.size), made.resample) == ({"height": 96, "width": 96}, 3)
+    # normalised, where the teacher's are not
+    assert image_processor_of("rf_detr", str(tmp_path / "rt")).to_dict() == RfDetrImageProcessorPil().to_dict()
+
+
+# RF-DETR
+
+
+@pytest.mark.parametrize("size", [{"height": 56, "width": 56}, {"shortest_edge": 56, "longest_edge": 70}])
+def test_rf_detr_pixels_are_those_of_transformers_class(size):
+    """Which cannot be run without torchvision, whose resize of floats without antialias is this interpolation."""
+    rescaled, resized = "stacked_images = self.rescale(", "size=size, resample=resample, antialias=False)"
+    assert 0 < STOCK_RF_DETR.index(rescaled) < STOCK_RF_DETR.index(resized)
+    processor = RfDetrImageProcessorPil(size=size)
+    made = processor(Image.fromarray(NOISE), do_pad=False, return_tensors="pt")["pixel_values"][0]
+    pixels = torch.from_numpy(NOISE).permute(2, 0, 1).float() / 255
+    sides = tuple(made.shape[1:])
+    assert sides == (56, 56) or sides == (45, 70)
+    expected = torch.nn.functional.interpolate(pixels[None], sides, mode="bilinear", antialias=False)[0]
+    mean, std = (torch.tensor(values)[:, None, None] for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    torch.testing.assert_close(made, (expected - mean) / std, rtol=0, atol=1e-5)
+    # Pillow, which smooths, is far from it
+    smoothed = torch.nn.functional.interpolate(pixels[None], sides, mode="bilinear", antialias=True)[0]
+    assert (smoothed - expected).abs().max() > 0.2
+
+
+def test_rf_detr_saved_is_the_stock_class_and_comes_back(tmp_path):
+    RfDetrImageProcessorPil(size={"height": 384, "width": 384}).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    stock = IMAGE_PROCESSOR_MAPPING_NAMES["rf_detr"]["torchvision"]
+    assert saved["image_processor_type"] == "RfDetrImageProcessor" == stock
+    assert saved["size"] == {"height": 384, "width": 384} and saved["do_normalize"] and saved["do_pad"]
+    for name in saved.keys() - {"image_processor_type", "rescale_factor"}:  # which every image processor has
+        assert f" {name} = " in STOCK_RF_DETR or f"self.{name} = " in STOCK_RF_DETR, name
+    again = load_image_processor(str(tmp_path))
+    assert type(again) is RfDetrImageProcessorPil and json.loads(again.to_json_string()) == saved
+    assert image_processor_of("rf_detr", str(tmp_path)).to_dict() == again.to_dict()
+    with pytest.raises(ValueError, match="resample is 3: RF-DETR's image processor is bilinear"):
+        again(Image.fromarray(NOISE), resample=3)
