@@ -6,6 +6,7 @@ import torch
 from transformers import (
     ConditionalDetrConfig,
     ConvNextConfig,
+    DeformableDetrConfig,
     DetrConfig,
     LwDetrConfig,
     LwDetrViTConfig,
@@ -132,9 +133,24 @@ def _lw_options(**changes) -> dict:
     return _group_options(backbone, **({"projector_scale_factors": [2.0, 1.0]} | changes))
 
 
+def _deformable_options(**changes) -> dict:
+    """Three levels of strides 4, 8 and 16, box refinement; `num_queries` counts proposals, too."""
+    backbone = ConvNextConfig(
+        num_stages=2,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        out_features=["stage1", "stage2"],
+        layer_scale_init_value=1.0,
+    )
+    options = {"backbone_config": backbone, "num_feature_levels": 3, "with_box_refine": True}
+    options = _dense_options(**(options | changes))
+    return {"two_stage_num_proposals": options["num_queries"]} | options
+
+
 # by model type; a new family adds a line here and is then held to the contract by tests/models/test_contract.py
 TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "conditional_detr": lambda **changes: ConditionalDetrConfig(**_dense_options(**changes)),
+    "deformable_detr": lambda **changes: DeformableDetrConfig(**_deformable_options(**changes)),
     "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
     "lw_detr": lambda **changes: LwDetrConfig(**_lw_options(**changes)),
     "rf_detr": lambda **changes: RfDetrConfig(**_rf_options(**changes)),

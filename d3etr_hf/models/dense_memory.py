@@ -35,7 +35,7 @@ class Memory(NamedTuple):
         return self.mask.flatten(1)[:, None, None]
 
 
-class _AssumeFinite(TorchFunctionMode):
+class AssumeFinite(TorchFunctionMode):
     """Answers `torch.isfinite(...).all()` by yes.
 
     Stock encoder layers ask it in training, and the host waits for the device once a layer. The trainer looks once a
@@ -60,7 +60,7 @@ def encode(model: PreTrainedModel, pixel_values: torch.Tensor, pixel_mask: torch
     memory = Memory(base.input_projection(features).flatten(2).transpose(1, 2), position.flatten(2).mT, mask)
     # scaled-dot-product attention takes the mask as it is; any other implementation makes one of its own kind
     fused = implementation_of(base.encoder.config) == "sdpa"
-    with nullcontext() if torch.compiler.is_compiling() else _AssumeFinite():
+    with nullcontext() if torch.compiler.is_compiling() else AssumeFinite():
         encoded = base.encoder(
             inputs_embeds=memory.tokens,
             attention_mask=memory.attention_mask if fused else mask.flatten(1),

@@ -43,9 +43,6 @@ class Detector(StockModel):
         title: what people call the family.
         tag: the family's tag on the Hub.
         parts: for each of `ROLES` the prefixes of its parameters' names.
-        anchor_size: numbers of an anchor that a group may bring with its queries; 0 where the family takes none.
-        makes_anchors: whether a head of the decoder makes anchors of queries, so that those of another model's queries
-            can be made afresh; false where they belong to the queries, as proposals of an image do.
         reads_padding: whether it reads the pixel mask; what does not, takes images of one size.
         predictions_only: whether it can teach nothing but its predictions; false of every family.
         citation: BibTeX of the family's paper.
@@ -56,8 +53,6 @@ class Detector(StockModel):
     title: ClassVar[str]
     tag: ClassVar[str]
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
-    anchor_size: ClassVar[int]
-    makes_anchors: ClassVar[bool]
     reads_padding: ClassVar[bool] = True
     predictions_only: ClassVar[bool] = False
     citation: ClassVar[str]
@@ -116,7 +111,8 @@ class Detector(StockModel):
         """The teacher's tensor that a student of the same family inherits as `name`.
 
         Args:
-            layer_map: the teacher's decoder layer (from 0) for each of the student's.
+            layer_map: the teacher's decoder layer (from 0) for each of the student's, and last the number of its
+                layers: what follows the student's last layer inherits from what follows the teacher's.
         """
 
     @classmethod
@@ -143,6 +139,19 @@ class Detector(StockModel):
     @abstractmethod
     def decoder_depth(self) -> int:
         """Number of decoder layers whose predictions are returned."""
+
+    @property
+    @abstractmethod
+    def anchor_size(self) -> int:
+        """Numbers of an anchor that a group may bring with its queries; 0 where the model takes none."""
+
+    @property
+    @abstractmethod
+    def makes_anchors(self) -> bool:
+        """Whether a head of the decoder makes anchors of queries, so that another model's can get theirs afresh.
+
+        False where they belong to the queries, as proposals of an image do.
+        """
 
     @property
     def skipped_layers(self) -> str | None:
@@ -273,6 +282,11 @@ class Detector(StockModel):
         with torch.device("meta"):
             stock = self.stock_class(config)
         stock.load_state_dict(own, strict=True, assign=True)
+        first = {id(parameter): name for name, parameter in self.named_parameters()}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if name in own and name != first[id(parameter)]:  # assigned one by one, tied parameters have come apart
+                module, _, leaf = name.rpartition(".")
+                setattr(stock.get_submodule(module), leaf, stock.get_parameter(first[id(parameter)]))
         for name, buffer in self.named_buffers():  # those that no state dict holds, such as a Swin's index tables
             if name not in own and not name.startswith(f"{ADAPTERS}."):
                 module, _, leaf = name.rpartition(".")
@@ -316,7 +330,7 @@ def inherit(student: Detector, teacher: Detector, roles: Iterable[str], class_in
         for name, value in student.state_dict().items():
             if student.role_of(name) not in roles:
                 continue
-            tensor = source.get(student.source_of(name, layer_map))
+            tensor = source.get(student.source_of(name, [*layer_map, teacher.decoder_depth]))
             if tensor is None or tensor.shape != value.shape:
                 skipped.append(name)
                 continue

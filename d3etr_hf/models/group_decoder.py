@@ -89,6 +89,13 @@ class GroupDecoder(nn.Module):
         """Attention to the memory, from one call of a sampling module."""
         raise NotImplementedError
 
+    def in_the_image(self, sampled: SampledAttention, arguments: Mapping[str, Any]) -> SampledAttention:
+        """The same with places in 0..1 of the unpadded image; by default they are there.
+
+        A step of its own: what a layer computes on the side, activation checkpointing would miss the second time.
+        """
+        return sampled
+
     def see(self, groups: GroupAttention, arguments: dict[str, Any]) -> None:
         """Say which of the model's own groups see which, and take the mask that said so from the arguments."""
 
@@ -115,6 +122,7 @@ class GroupDecoder(nn.Module):
                     hook = partial(self._record, going_on.sampled)
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             output = super().forward(**going_on.arguments, groups=going_on.groups)
+        going_on.sampled = [self.in_the_image(layer, going_on.arguments) for layer in going_on.sampled]
         going_on.groups.open = False
         return output
 

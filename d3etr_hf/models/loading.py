@@ -20,6 +20,7 @@ from d3etr_hf.configurations import find_configuration, option, read_yaml
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.deformable_detr import D3etrDeformableDetrForObjectDetection
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.initialisation import is_resnet
@@ -42,6 +43,7 @@ logger = logging.get_logger(__name__)
 
 FAMILIES: dict[str, type[Detector]] = {
     "conditional_detr": D3etrConditionalDetrForObjectDetection,
+    "deformable_detr": D3etrDeformableDetrForObjectDetection,
     "detr": D3etrDetrForObjectDetection,
     "lw_detr": D3etrLwDetrForObjectDetection,
     "rf_detr": D3etrRfDetrForObjectDetection,

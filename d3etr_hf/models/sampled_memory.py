@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from d3etr_hf.models.dense_memory import AssumeFinite
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.group_attention import route_attention
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder
@@ -36,8 +37,6 @@ class SampledMemoryDetector(Detector):
     class_outputs: ClassVar[tuple[str, ...]]
     layer_modules: ClassVar[tuple[str, ...]]
     model: Any
-    anchor_size = 4
-    makes_anchors = False
     reads_padding = False
 
     # what a family says
@@ -60,9 +59,8 @@ class SampledMemoryDetector(Detector):
         """What the stock base model takes beside the image."""
         return {}
 
-    @abstractmethod
     def check_image(self, height: int, width: int) -> None:
-        """Refuse an image whose memory has fewer tokens than queries are chosen from it.
+        """Refuse an image whose memory has fewer tokens than queries are chosen from it; by default none.
 
         Raises:
             ValueError: the message names both numbers.
@@ -81,6 +79,14 @@ class SampledMemoryDetector(Detector):
     @property
     def decoder_depth(self) -> int:
         return self.config.decoder_layers
+
+    @property
+    def anchor_size(self) -> int:
+        return 4
+
+    @property
+    def makes_anchors(self) -> bool:
+        return False
 
     def prepare_attention(self) -> None:
         decoder = self.model.decoder
@@ -111,15 +117,23 @@ class SampledMemoryDetector(Detector):
         """Within this context the stock model leaves autocast with its memory.
 
         Half precision would round the anchors, the places that are sampled and the boxes by a tenth of a small
-        object's size.
+        object's size. Nor does the memory's module ask whether it is finite; see `AssumeFinite`.
         """
+        memory_module = self.get_submodule(self.memory_module)
         with ExitStack() as stack:
+            assumed = stack.enter_context(ExitStack())
+
+            def assume_finite(module: nn.Module, args: tuple) -> None:
+                if not torch.compiler.is_compiling():
+                    assumed.enter_context(AssumeFinite())
 
             def leave_autocast(module: nn.Module, args: tuple, memory):
+                assumed.close()
                 stack.enter_context(torch.autocast(self.device.type, enabled=False))
                 return _as(memory, self.dtype)
 
-            stack.callback(self.get_submodule(self.memory_module).register_forward_hook(leave_autocast).remove)
+            stack.enter_context(memory_module.register_forward_pre_hook(assume_finite))
+            stack.enter_context(memory_module.register_forward_hook(leave_autocast))
             yield
 
     def memory_mask(self, decoder_pass: DecoderPass, pixel_mask: torch.Tensor | None) -> torch.Tensor:

@@ -19,6 +19,8 @@ from tests.toy_detector import toy_model
 MOST_IN_A_STEP = 3
 # what the step's sums are divided by; both kinds of solutions, together
 MOST_COPIES_IN_A_STEP = 3
+# a stock model's own, of student and teacher: the shapes of its levels
+STOCK_COPIES = {"deformable_detr": 2}
 MODELS = {family: partial(tiny_model, model_type=family) for family in FAMILIES} | {"toy detector": toy_model}
 
 
@@ -65,13 +67,14 @@ def test_a_step_waits_three_times(step_and_trainer):
 
 
 def test_a_step_copies_little_to_the_device(step_and_trainer):
-    step, _ = step_and_trainer
+    step, trainer = step_and_trainer
+    most = MOST_COPIES_IN_A_STEP + STOCK_COPIES.get(trainer.model.config.model_type, 0)
     with counted_copies_to_device([(solver, "on_device")]) as counts:
         step()
     assert counts["on_device"] == 2
     # some stock models hand the shapes of their memory over, the student's and the teacher's
     assert counts.pop("as_tensor", 0) <= 2
-    assert sum(counts.values()) <= MOST_COPIES_IN_A_STEP, counts
+    assert sum(counts.values()) <= most, counts
 
 
 def test_the_counters_see_what_they_count():
