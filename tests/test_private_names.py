@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from d3etr_hf.models.loading import FAMILIES
+from d3etr_hf.models.loading import FAMILIES, IMAGE_PROCESSORS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "d3etr_hf"
 TRAINER = "transformers.trainer.Trainer"
@@ -112,6 +112,13 @@ TABLE = [
         "models/conditional_detr.py",
         "sine embeddings of reference points",
         ("num_pos_feats",),
+    ),
+    Private(
+        "transformers.models.timm_backbone.modeling_timm_backbone.TimmBackbone",
+        "_backbone",
+        "models/dab_detr.py",
+        "timm's ResNet is frozen as Transformers' own",
+        source=r"self\._backbone = ",
     ),
     Private(CONDITIONAL_DETR, "inverse_sigmoid", "models/conditional_detr.py", "boxes are offsets of points"),
     Private(
@@ -259,7 +266,9 @@ def test_what_the_tables_of_transformers_hold():
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
-    assert all("pil" in IMAGE_PROCESSOR_MAPPING_NAMES[family] for family in FAMILIES)
+    unlisted = set(IMAGE_PROCESSORS)
+    assert all("pil" in IMAGE_PROCESSOR_MAPPING_NAMES[family] for family in set(FAMILIES) - unlisted)
+    assert not unlisted & set(IMAGE_PROCESSOR_MAPPING_NAMES)
     assert {"resnet", "convnext", "swin"} <= set(MODEL_FOR_BACKBONE_MAPPING_NAMES)
     default = object()
     assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", default) is default

@@ -3,7 +3,14 @@
 from collections.abc import Callable
 
 import torch
-from transformers import ConditionalDetrConfig, ConvNextConfig, DetrConfig, PreTrainedConfig, RTDetrConfig
+from transformers import (
+    ConditionalDetrConfig,
+    ConvNextConfig,
+    DabDetrConfig,
+    DetrConfig,
+    PreTrainedConfig,
+    RTDetrConfig,
+)
 
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.loading import FAMILIES
@@ -35,6 +42,11 @@ def _dense_options(**changes) -> dict:
         "label2id": {"circle": 0, "rectangle": 1, "triangle": 2},
     }
     return options | changes
+
+
+def _dab_options(**changes) -> dict:
+    options = _dense_options()
+    return options | {"hidden_size": options.pop("d_model")} | changes
 
 
 def _hybrid_options(**changes) -> dict:
@@ -71,6 +83,7 @@ def _hybrid_options(**changes) -> dict:
 # by model type; a new family adds a line here and is then held to the contract by tests/models/test_contract.py
 TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "conditional_detr": lambda **changes: ConditionalDetrConfig(**_dense_options(**changes)),
+    "dab-detr": lambda **changes: DabDetrConfig(**_dab_options(**changes)),
     "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
     "rt_detr": lambda **changes: RTDetrConfig(**_hybrid_options(**changes)),
 }

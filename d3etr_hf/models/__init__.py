@@ -1,7 +1,13 @@
 """Detectors that emit, per decoder layer and query group, predictions and attention maps in one common type."""
 
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.dab_detr import D3etrDabDetrForObjectDetection
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 
-__all__ = ["D3etrConditionalDetrForObjectDetection", "D3etrDetrForObjectDetection", "Detector"]
+__all__ = [
+    "D3etrConditionalDetrForObjectDetection",
+    "D3etrDabDetrForObjectDetection",
+    "D3etrDetrForObjectDetection",
+    "Detector",
+]

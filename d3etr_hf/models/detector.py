@@ -255,6 +255,9 @@ class Detector(StockModel):
         with torch.device("meta"):
             stock = self.stock_class(config)
         stock.load_state_dict(own, strict=True, assign=True)
+        for name, source in stock.all_tied_weights_keys.items():  # `tie_weights` would copy biases
+            module, _, leaf = name.rpartition(".")
+            setattr(stock.get_submodule(module), leaf, stock.get_parameter(source))
         for name, buffer in self.named_buffers():  # those that no state dict holds, such as a Swin's index tables
             if name not in own and not name.startswith(f"{ADAPTERS}."):
                 module, _, leaf = name.rpartition(".")

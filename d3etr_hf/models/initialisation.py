@@ -8,7 +8,7 @@ from torch import nn
 from d3etr_hf.models.detector import Detector
 
 # the stem and the first stage of a ResNet, in the names of Transformers' own backbone and of timm's
-RESET = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
+RESET = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.PReLU)
 FROZEN_RESNET_PARTS = ("embedder.", "encoder.stages.0.", "conv1.", "bn1.", "layer1.")
 
 
@@ -69,10 +69,11 @@ def reset_but(model: Detector, backbone: nn.Module, chosen: set[str]) -> Iterato
     Within the context a family sets what its authors set otherwise.
 
     Args:
-        chosen: names of the parameters that start afresh.
+        chosen: names of the parameters that start afresh; of a tied one any of its names.
     """
     inside = set(backbone.modules())
-    kept = {name: value.clone() for name, value in model.named_parameters() if name not in chosen}
+    afresh = {value for name, value in model.named_parameters(remove_duplicate=False) if name in chosen}
+    kept = {name: value.clone() for name, value in model.named_parameters() if value not in afresh}
     kept |= {name: value.clone() for name, value in backbone.named_parameters("backbone")}
     for module in model.modules():
         if module not in inside and isinstance(module, RESET):
