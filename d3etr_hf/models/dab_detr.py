@@ -136,12 +136,13 @@ class D3etrDabDetrForObjectDetection(OwnAttentionDetector, DabDetrForObjectDetec
     def _decode(self, memory: Memory, queries: dict[str, Queries], groups: GroupAttention):
         """The stock decoder over the queries of all groups."""
         batch, dtype = len(memory.tokens), self.dtype
-        anchors = {name: boxes_of(group).logit(1e-5) for name, group in queries.items()}
-        anchors[OWN] = self._own_anchors()  # as they are learned
+        anchors = [  # the model's own as they are learned
+            self._own_anchors() if name == OWN else boxes_of(group).logit(1e-5) for name, group in queries.items()
+        ]
         with self.attending(groups):
             return self.model.decoder(
                 inputs_embeds=join((self._content(group) for group in queries.values()), batch).to(dtype),
-                query_position_embeddings=join(anchors.values(), batch).to(dtype),
+                query_position_embeddings=join(anchors, batch).to(dtype),
                 encoder_hidden_states=memory.tokens.to(dtype),
                 object_queries=memory.position.to(dtype),
                 memory_key_padding_mask=memory.attention_mask,

@@ -15,6 +15,9 @@ from d3etr_hf.models.group_attention import GroupAttention, implementation_of, r
 from d3etr_hf.models.initialisation import freeze_backbone_as_detr
 from d3etr_hf.outputs import DetectorOutput, GroupOutput, GroupRequest, Queries, wide
 
+# where they are learned
+POSITION_EMBEDDINGS = ("model.position_embedding.", "model.backbone.position_embedding.")
+
 
 class Memory(NamedTuple):
     """The encoder's output for a batch.
@@ -112,8 +115,8 @@ class DenseMemoryDetector(Detector):
     """
 
     parts = {
-        BACKBONE: ("model.backbone.",),
-        ENCODER: ("model.encoder.", "model.input_projection."),
+        BACKBONE: ("model.backbone.model.", "model.backbone.conv_encoder."),
+        ENCODER: ("model.encoder.", "model.input_projection.", *POSITION_EMBEDDINGS),
         DECODER: ("model.decoder.",),
         HEADS: ("class_labels_classifier.", "bbox_predictor."),
         QUERIES: ("model.query_position_embeddings.",),
@@ -220,8 +223,8 @@ class DenseMemoryDetector(Detector):
                     nn.init.xavier_uniform_(value)
                 elif name.endswith("bias"):
                     nn.init.zeros_(value)
-                else:
-                    nn.init.ones_(value)  # the weight of a layer norm
+                elif name.endswith("norm.weight"):
+                    nn.init.ones_(value)
         if "model.query_position_embeddings.weight" in chosen:
             nn.init.normal_(self.model.query_position_embeddings.weight)
         for name in ("model.input_projection", self.class_head, *self.box_layers):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, pipeline
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-from d3etr_hf.models.detector import ADAPTERS, DECODER, HEADS, QUERIES, ROLES, inherit
+from d3etr_hf.models.detector import ADAPTERS, DECODER, ENCODER, HEADS, QUERIES, ROLES, inherit
 from d3etr_hf.models.loading import FAMILIES, load_detector, load_image_processor
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
 from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, AttentionMap, GroupRequest, Queries
@@ -343,6 +343,16 @@ def test_every_parameter_plays_one_role(any_family):
     model.query_adapters[AUXILIARY] = LearnedQueries(model.new_queries(4))
     adapters = [name for name, _ in model.named_parameters() if name.startswith(ADAPTERS)]
     assert adapters and all(model.role_of(name) is None for name in adapters)
+
+
+def test_learned_position_embeddings_of_a_memory_are_the_encoders():
+    """Where a family can have them."""
+    for name in FAMILIES:
+        if "position_embedding_type" in tiny_config(name).to_dict():
+            model = tiny_model(model_type=name, position_embedding_type="learned")
+            found = [model.role_of(each) for each, _ in model.named_parameters() if ".row_embeddings." in each]
+            assert found == [ENCODER], name
+            equals_stock_forward(model, training=False, maps=False)
 
 
 def test_what_ground_truth_alone_supervises(any_family):
