@@ -10,6 +10,7 @@ from transformers import (
     DetrConfig,
     PreTrainedConfig,
     RTDetrConfig,
+    TableTransformerConfig,
 )
 
 from d3etr_hf.models.detector import Detector
@@ -86,6 +87,7 @@ TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "dab-detr": lambda **changes: DabDetrConfig(**_dab_options(**changes)),
     "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
     "rt_detr": lambda **changes: RTDetrConfig(**_hybrid_options(**changes)),
+    "table-transformer": lambda **changes: TableTransformerConfig(**_dense_options(**changes)),
 }
 
 

@@ -4,10 +4,12 @@ from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetect
 from d3etr_hf.models.dab_detr import D3etrDabDetrForObjectDetection
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
+from d3etr_hf.models.table_transformer import D3etrTableTransformerForObjectDetection
 
 __all__ = [
     "D3etrConditionalDetrForObjectDetection",
     "D3etrDabDetrForObjectDetection",
     "D3etrDetrForObjectDetection",
+    "D3etrTableTransformerForObjectDetection",
     "Detector",
 ]

@@ -28,6 +28,7 @@ from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.initialisation import is_resnet
 from d3etr_hf.models.other_detector import OtherDetector, load_other_detector
 from d3etr_hf.models.rt_detr import D3etrRTDetrForObjectDetection
+from d3etr_hf.models.table_transformer import D3etrTableTransformerForObjectDetection
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +37,7 @@ FAMILIES: dict[str, type[Detector]] = {
     "detr": D3etrDetrForObjectDetection,
     "dab-detr": D3etrDabDetrForObjectDetection,
     "rt_detr": D3etrRTDetrForObjectDetection,
+    "table-transformer": D3etrTableTransformerForObjectDetection,
 }
 # of a model_config that names none
 DEFAULT_FAMILY = "conditional_detr"
