@@ -120,6 +120,13 @@ TABLE = [
         "sine embeddings of reference points",
         ("num_pos_feats",),
     ),
+    Private(
+        "transformers.models.timm_backbone.modeling_timm_backbone.TimmBackbone",
+        "_backbone",
+        "models/dab_detr.py",
+        "timm's ResNet is frozen as Transformers' own",
+        source=r"self\._backbone = ",
+    ),
     Private(CONDITIONAL_DETR, "inverse_sigmoid", "models/conditional_detr.py", "boxes are offsets of points"),
     Private(
         "transformers.models.rf_detr.modeling_rf_detr.RfDetrPreTrainedModel",

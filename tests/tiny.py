@@ -6,6 +6,7 @@ import torch
 from transformers import (
     ConditionalDetrConfig,
     ConvNextConfig,
+    DabDetrConfig,
     DeformableDetrConfig,
     DetrConfig,
     LwDetrConfig,
@@ -14,6 +15,7 @@ from transformers import (
     RfDetrConfig,
     RfDetrDinov2Config,
     RTDetrConfig,
+    TableTransformerConfig,
 )
 
 from d3etr_hf.data.image_sizes import set_image_size, takes_fixed_size
@@ -48,6 +50,11 @@ def _dense_options(**changes) -> dict:
         "label2id": {"circle": 0, "rectangle": 1, "triangle": 2},
     }
     return options | changes
+
+
+def _dab_options(**changes) -> dict:
+    options = _dense_options()
+    return options | {"hidden_size": options.pop("d_model")} | changes
 
 
 def _hybrid_options(**changes) -> dict:
@@ -151,10 +158,12 @@ def _deformable_options(**changes) -> dict:
 TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "conditional_detr": lambda **changes: ConditionalDetrConfig(**_dense_options(**changes)),
     "deformable_detr": lambda **changes: DeformableDetrConfig(**_deformable_options(**changes)),
+    "dab-detr": lambda **changes: DabDetrConfig(**_dab_options(**changes)),
     "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
     "lw_detr": lambda **changes: LwDetrConfig(**_lw_options(**changes)),
     "rf_detr": lambda **changes: RfDetrConfig(**_rf_options(**changes)),
     "rt_detr": lambda **changes: RTDetrConfig(**_hybrid_options(**changes)),
+    "table-transformer": lambda **changes: TableTransformerConfig(**_dense_options(**changes)),
 }
 
 

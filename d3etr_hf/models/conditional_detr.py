@@ -12,12 +12,13 @@ from transformers.models.conditional_detr.modeling_conditional_detr import (
     inverse_sigmoid,
 )
 
-from d3etr_hf.losses import DetectionCriterion, FocalCriterion
+from d3etr_hf.losses import DetectionCriterion
 from d3etr_hf.models.dense_memory import (
     DenseMemoryDetector,
     Memory,
     collect_groups,
     encode,
+    focal_criterion,
     join,
     start_groups,
     without_autocast,
@@ -104,16 +105,7 @@ class D3etrConditionalDetrForObjectDetection(DenseMemoryDetector, ConditionalDet
         return self.normed_layers(position, run)
 
     def criterion(self) -> DetectionCriterion:
-        config = self.config
-        return FocalCriterion(
-            class_cost=config.class_cost,
-            l1_cost=config.bbox_cost,
-            giou_cost=config.giou_cost,
-            class_weight=config.cls_loss_coefficient,
-            l1_weight=config.bbox_loss_coefficient,
-            giou_weight=config.giou_loss_coefficient,
-            alpha=config.focal_alpha,
-        )
+        return focal_criterion(self.config)
 
     @torch.no_grad()
     def initialise(self, names: Iterable[str] | None = None) -> None:

@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
+from d3etr_hf.losses import FocalCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES, Detector
 from d3etr_hf.models.group_attention import GroupAttention, implementation_of, route_attention
 from d3etr_hf.models.initialisation import freeze_backbone_as_detr
 from d3etr_hf.outputs import DetectorOutput, GroupOutput, GroupRequest, Queries, wide
+
+# where they are learned
+POSITION_EMBEDDINGS = ("model.position_embedding.", "model.backbone.position_embedding.")
 
 
 class Memory(NamedTuple):
@@ -48,24 +51,15 @@ class AssumeFinite(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def encode(model: PreTrainedModel, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> Memory:
-    """Backbone and encoder of a model whose base model is `model.model`, as its stock forward pass runs them."""
-    base = model.model
+def encode(model: "DenseMemoryDetector", pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> Memory:
+    """Backbone and encoder, as the stock forward pass runs them."""
     if pixel_mask is None:
         pixel_mask = torch.ones_like(pixel_values[:, 0], dtype=torch.int64)
-    features, mask = base.backbone(pixel_values, pixel_mask)[-1]
-    position = base.position_embedding(
-        shape=features.shape, device=features.device, dtype=pixel_values.dtype, mask=mask
-    )
-    memory = Memory(base.input_projection(features).flatten(2).transpose(1, 2), position.flatten(2).mT, mask)
-    # scaled-dot-product attention takes the mask as it is; any other implementation makes one of its own kind
-    fused = implementation_of(base.encoder.config) == "sdpa"
+    features, mask, position = model.see(pixel_values, pixel_mask)
+    tokens = model.model.input_projection(features).flatten(2).transpose(1, 2)
+    memory = Memory(tokens, position.flatten(2).mT, mask)
     with nullcontext() if torch.compiler.is_compiling() else AssumeFinite():
-        encoded = base.encoder(
-            inputs_embeds=memory.tokens,
-            attention_mask=memory.attention_mask if fused else mask.flatten(1),
-            spatial_position_embeddings=memory.position,
-        )
+        encoded = model.model.encoder(inputs_embeds=tokens, **model.encoder_arguments(memory))
     return memory._replace(tokens=encoded.last_hidden_state)
 
 
@@ -93,22 +87,43 @@ def collect_groups(
     return DetectorOutput(groups=outputs, queries=own, memory_mask=memory.mask)
 
 
+def focal_criterion(config) -> FocalCriterion:
+    """Conditional DETR's and DAB-DETR's criterion, as a configuration of theirs weighs it."""
+    return FocalCriterion(
+        class_cost=config.class_cost,
+        l1_cost=config.bbox_cost,
+        giou_cost=config.giou_cost,
+        class_weight=config.cls_loss_coefficient,
+        l1_weight=config.bbox_loss_coefficient,
+        giou_weight=config.giou_loss_coefficient,
+        alpha=config.focal_alpha,
+    )
+
+
 def without_autocast(tensor: torch.Tensor):
     """The context in which heads run: half precision would round a small object's box by a tenth of its size."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 class DenseMemoryDetector(Detector):
-    """A family whose decoder reads one dense memory and whose queries are learned position embeddings."""
+    """A family whose decoder reads one dense memory and whose queries are learned.
+
+    Attributes:
+        eager_attention: its eager attention function, where its decoder asks Transformers' attention interface.
+        class_head: name of its class head.
+        width_field: what its configuration calls the hidden size.
+    """
 
     parts = {
-        BACKBONE: ("model.backbone.",),
-        ENCODER: ("model.encoder.", "model.input_projection."),
+        BACKBONE: ("model.backbone.model.", "model.backbone.conv_encoder."),
+        ENCODER: ("model.encoder.", "model.input_projection.", *POSITION_EMBEDDINGS),
         DECODER: ("model.decoder.",),
         HEADS: ("class_labels_classifier.", "bbox_predictor."),
         QUERIES: ("model.query_position_embeddings.",),
     }
     eager_attention: ClassVar[Callable]
+    class_head: ClassVar[str] = "class_labels_classifier"
+    width_field: ClassVar[str] = "d_model"
     model: Any
     class_labels_classifier: nn.Linear
     bbox_predictor: Any
@@ -118,7 +133,7 @@ class DenseMemoryDetector(Detector):
 
     @property
     def width(self) -> int:
-        return self.config.d_model
+        return self.config.hidden_size
 
     @property
     def query_count(self) -> int:
@@ -139,12 +154,13 @@ class DenseMemoryDetector(Detector):
 
     @classmethod
     def check_config(cls, config) -> None:
+        width = config.hidden_size
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             heads = getattr(config, name)
-            if heads < 1 or config.d_model % heads:
-                raise ValueError(f"d_model {config.d_model} must be a multiple of {name}, which is {heads}")
-        if config.d_model % 4:
-            raise ValueError(f"d_model {config.d_model} must be a multiple of 4, for its sine embeddings")
+            if heads < 1 or width % heads:
+                raise ValueError(f"{cls.width_field} {width} must be a multiple of {name}, which is {heads}")
+        if width % 4:
+            raise ValueError(f"{cls.width_field} {width} must be a multiple of 4, for its sine embeddings")
 
     def prepare_attention(self) -> None:
         layers = self.model.decoder.layers
@@ -152,6 +168,23 @@ class DenseMemoryDetector(Detector):
         route_attention(
             self.config, self_attention, [layer.encoder_attn for layer in layers], type(self).eager_attention
         )
+
+    def see(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The backbone's features `(B, c, H, W)`, their mask, bool `(B, H, W)`, and positions `(B, d, H, W)`."""
+        features, mask = self.model.backbone(pixel_values, pixel_mask)[-1]
+        position = self.model.position_embedding(
+            shape=features.shape, device=features.device, dtype=pixel_values.dtype, mask=mask
+        )
+        return features, mask, position
+
+    def encoder_arguments(self, memory: Memory) -> dict[str, torch.Tensor]:
+        """What the encoder takes beside the tokens."""
+        # scaled-dot-product attention takes the mask as it is; any other implementation makes one of its own kind
+        fused = implementation_of(self.model.encoder.config) == "sdpa"
+        mask = memory.attention_mask if fused else memory.mask.flatten(1)
+        return {"attention_mask": mask, "spatial_position_embeddings": memory.position}
 
     def normed_layers(self, position: torch.Tensor, run: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The normed hidden states of every decoder layer, `(L, B, sum of N, d)`, from zeros.
@@ -190,11 +223,11 @@ class DenseMemoryDetector(Detector):
                     nn.init.xavier_uniform_(value)
                 elif name.endswith("bias"):
                     nn.init.zeros_(value)
-                else:
-                    nn.init.ones_(value)  # the weight of a layer norm
+                elif name.endswith("norm.weight"):
+                    nn.init.ones_(value)
         if "model.query_position_embeddings.weight" in chosen:
             nn.init.normal_(self.model.query_position_embeddings.weight)
-        for name in ("model.input_projection", "class_labels_classifier", *self.box_layers):
+        for name in ("model.input_projection", self.class_head, *self.box_layers):
             if self._is_new(name, chosen):
                 layer: Any = self.get_submodule(name)
                 layer.reset_parameters()
@@ -220,12 +253,12 @@ class DenseMemoryDetector(Detector):
 
     def _keep_outputs(self, index: torch.Tensor, names: list[str]) -> None:
         """Leave these outputs of the class head, in this order, and name the classes."""
-        head = self.class_labels_classifier
+        head: Any = self.get_submodule(self.class_head)
         kept = nn.Linear(head.in_features, len(index), device=head.weight.device, dtype=head.weight.dtype)
         with torch.no_grad():
             kept.weight.copy_(head.weight[index])
             kept.bias.copy_(head.bias[index])
-        self.class_labels_classifier = kept
+        setattr(self, self.class_head, kept)
         self.config.id2label = dict(enumerate(names))
         self.config.label2id = {name: label for label, name in enumerate(names)}
 

@@ -1,5 +1,7 @@
 """DETR (Carion et al., ECCV 2020)."""
 
+from abc import abstractmethod
+
 import torch
 from transformers import DetrForObjectDetection
 from transformers.models.detr.modeling_detr import eager_attention_forward
@@ -18,23 +20,17 @@ from d3etr_hf.models.group_attention import GroupAttention
 from d3etr_hf.outputs import DetectorOutput, GroupRequest, Queries
 
 
-class D3etrDetrForObjectDetection(DenseMemoryDetector, DetrForObjectDetection):
-    """`DetrForObjectDetection` with further query groups and attention maps on demand; see `Detector`."""
+class PlainDetector(DenseMemoryDetector):
+    """What DETR and Table Transformer share: queries are positions alone, scores a softmax with no object."""
 
-    stock_class = DetrForObjectDetection
-    title = "DETR"
-    tag = "detr"
     anchor_size = 0
     makes_anchors = False
-    citation = """@inproceedings{carion2020end,
-  title={End-to-End Object Detection with Transformers},
-  author={Carion, Nicolas and Massa, Francisco and Synnaeve, Gabriel and Usunier, Nicolas and Kirillov, Alexander and
-    Zagoruyko, Sergey},
-  booktitle={European Conference on Computer Vision},
-  year={2020}
-}"""
 
-    eager_attention = staticmethod(eager_attention_forward)
+    @abstractmethod
+    def run_layer(
+        self, index: int, hidden_states: torch.Tensor, position: torch.Tensor, memory: Memory, groups: GroupAttention
+    ) -> torch.Tensor:
+        """One decoder layer over the queries of all groups, `(B, sum of N, d)` each and in return."""
 
     def static_queries(self) -> Queries:
         return Queries(position=self.model.query_position_embeddings.weight)
@@ -57,19 +53,7 @@ class D3etrDetrForObjectDetection(DenseMemoryDetector, DetrForObjectDetection):
 
     def _decode(self, memory: Memory, position: torch.Tensor, groups: GroupAttention) -> torch.Tensor:
         """Run the decoder's own layers over all groups; see `normed_layers`."""
-
-        def run(index: int, hidden_states: torch.Tensor) -> torch.Tensor:
-            return self.model.decoder.layers[index](
-                hidden_states,
-                None,
-                memory.position,
-                position,
-                memory.tokens,
-                encoder_attention_mask=memory.attention_mask,
-                groups=groups,
-            )
-
-        return self.normed_layers(position, run)
+        return self.normed_layers(position, lambda index, x: self.run_layer(index, x, position, memory, groups))
 
     def criterion(self) -> DetectionCriterion:
         config = self.config
@@ -87,3 +71,33 @@ class D3etrDetrForObjectDetection(DenseMemoryDetector, DetrForObjectDetection):
         """Also keeps no object, last. What the head gave to other classes is shared out among those that stay."""
         no_object = torch.tensor([self.class_labels_classifier.out_features - 1], device=index.device)
         self._keep_outputs(torch.cat([index, no_object]), names)
+
+
+class D3etrDetrForObjectDetection(PlainDetector, DetrForObjectDetection):
+    """`DetrForObjectDetection` with further query groups and attention maps on demand; see `Detector`."""
+
+    stock_class = DetrForObjectDetection
+    title = "DETR"
+    tag = "detr"
+    citation = """@inproceedings{carion2020end,
+  title={End-to-End Object Detection with Transformers},
+  author={Carion, Nicolas and Massa, Francisco and Synnaeve, Gabriel and Usunier, Nicolas and Kirillov, Alexander and
+    Zagoruyko, Sergey},
+  booktitle={European Conference on Computer Vision},
+  year={2020}
+}"""
+
+    eager_attention = staticmethod(eager_attention_forward)
+
+    def run_layer(
+        self, index: int, hidden_states: torch.Tensor, position: torch.Tensor, memory: Memory, groups: GroupAttention
+    ) -> torch.Tensor:
+        return self.model.decoder.layers[index](
+            hidden_states,
+            None,
+            memory.position,
+            position,
+            memory.tokens,
+            encoder_attention_mask=memory.attention_mask,
+            groups=groups,
+        )

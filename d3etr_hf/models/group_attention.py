@@ -69,6 +69,19 @@ class GroupAttention:
             self.self_maps.append(maps)
         return torch.cat([attended[name] for name in self.sizes], dim=2)
 
+    def attend_to_memory(self, query, key, value, mask, dropout: float, scaling: float) -> torch.Tensor:
+        """Cross-attention of all groups at once, so that one projection of the memory serves them; maps are recorded.
+
+        Arguments and return value as of `attend`.
+        """
+        if self.cross_attention and mask is not None:
+            mask = mask[:, :, :1]  # padding is the same for every query
+        output, whole = attend(query, key, value, mask, dropout, scaling, self.cross_attention)
+        if whole is not None and self.open:
+            forms = [self.split(form, 2) for form in whole]
+            self.cross_maps.append({name: AttentionMap(*(form[name] for form in forms)) for name in self.sizes})
+        return output
+
     def maps_of(self, group: str) -> dict[str, Any]:
         """The maps of one group as fields of its `GroupOutput`."""
         return {
@@ -165,9 +178,8 @@ def query_group_attention(
     """The attention function of a decoder whose queries are several groups one after the other.
 
     In self-attention each group attends to itself alone: the groups are attended one by one, so no mask can leak
-    (a boolean group mask does, under eager attention). Cross-attention sees all queries at once, so the projections
-    of the memory serve every group. Arguments and return value follow Transformers' attention interface;
-    `attention_mask` is boolean or None when `groups` is given.
+    (a boolean group mask does, under eager attention). Arguments and return value follow Transformers' attention
+    interface; `attention_mask` is boolean or None when `groups` is given.
     """
     stock: _Stock = module.stock
     if groups is None:
@@ -176,12 +188,7 @@ def query_group_attention(
     if stock.is_self_attention:
         output = groups.attend_to_themselves(query, key, value, dropout, scaling)
     else:
-        if groups.cross_attention and attention_mask is not None:
-            attention_mask = attention_mask[:, :, :1]  # padding is the same for every query
-        output, whole = attend(query, key, value, attention_mask, dropout, scaling, groups.cross_attention)
-        if groups.cross_attention and groups.open:
-            forms = [groups.split(form, 2) for form in whole]
-            groups.cross_maps.append({name: AttentionMap(*(form[name] for form in forms)) for name in groups.sizes})
+        output = groups.attend_to_memory(query, key, value, attention_mask, dropout, scaling)
     return output.transpose(1, 2), None
 
 

@@ -10,7 +10,16 @@ from torch import nn
 from d3etr_hf.models.detector import Detector
 
 # the stem and the first stage of a ResNet, in the names of Transformers' own backbone and of timm's
-RESET = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
+RESET = (
+    nn.Linear,
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.BatchNorm2d,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.Embedding,
+    nn.PReLU,
+)
 FROZEN_RESNET_PARTS = ("embedder.", "encoder.stages.0.", "conv1.", "bn1.", "layer1.")
 
 

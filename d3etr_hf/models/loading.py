@@ -20,6 +20,7 @@ from d3etr_hf.configurations import find_configuration, option, read_yaml
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.dab_detr import D3etrDabDetrForObjectDetection
 from d3etr_hf.models.deformable_detr import D3etrDeformableDetrForObjectDetection
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
@@ -29,6 +30,7 @@ from d3etr_hf.models.new_classes import with_new_classes
 from d3etr_hf.models.other_detector import OtherDetector, load_other_detector
 from d3etr_hf.models.rf_detr import D3etrRfDetrForObjectDetection
 from d3etr_hf.models.rt_detr import D3etrRTDetrForObjectDetection
+from d3etr_hf.models.table_transformer import D3etrTableTransformerForObjectDetection
 from d3etr_hf.models.timm_names import (
     DILATED,
     DILATED_STRIDE,
@@ -47,7 +49,9 @@ FAMILIES: dict[str, type[Detector]] = {
     "detr": D3etrDetrForObjectDetection,
     "lw_detr": D3etrLwDetrForObjectDetection,
     "rf_detr": D3etrRfDetrForObjectDetection,
+    "dab-detr": D3etrDabDetrForObjectDetection,
     "rt_detr": D3etrRTDetrForObjectDetection,
+    "table-transformer": D3etrTableTransformerForObjectDetection,
 }
 # of a model_config that names none
 DEFAULT_FAMILY = "conditional_detr"

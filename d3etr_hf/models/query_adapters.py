@@ -1,4 +1,4 @@
-"""The modules through which further query groups reach a student's decoder while it trains."""
+"""How further query groups reach a student's decoder while it trains: modules, and what is made of their anchors."""
 
 import math
 
@@ -6,6 +6,9 @@ import torch
 from torch import nn
 
 from d3etr_hf.outputs import Queries
+
+# sides of the box around a query that has none, as a share of the image
+FRESH_SIDE = 0.2
 
 
 class LearnedQueries(nn.Module):
@@ -53,3 +56,11 @@ class QueryAdapter(nn.Module):
             return None if part is None else self.projection(part)
 
         return Queries(carried(queries.content), carried(queries.position), queries.anchors)
+
+
+def boxes_of(queries: Queries) -> torch.Tensor:
+    """Any model's queries as boxes, cxcywh in 0..1: around points, and the whole image where there is neither."""
+    anchors, content = queries.anchors, queries.position if queries.content is None else queries.content
+    if anchors is None:
+        return content.new_tensor([0.5, 0.5, 1, 1]).expand(*content.shape[:-1], 4)
+    return anchors if anchors.shape[-1] == 4 else torch.cat([anchors, torch.full_like(anchors, FRESH_SIDE)], dim=-1)

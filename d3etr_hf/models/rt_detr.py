@@ -18,7 +18,8 @@ from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_attention import GroupAttention
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in
 from d3etr_hf.models.initialisation import freeze_stem
-from d3etr_hf.models.sampled_memory import SampledMemoryDetector, boxes_of, labels_of
+from d3etr_hf.models.query_adapters import boxes_of
+from d3etr_hf.models.sampled_memory import SampledMemoryDetector, labels_of
 from d3etr_hf.outputs import NO_OBJECT, OWN, GroupOutput, GroupRequest, Queries, SampledAttention, Supervised
 
 DENOISING = "denoising"

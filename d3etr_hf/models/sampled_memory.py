@@ -14,10 +14,9 @@ from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.group_attention import route_attention
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder
 from d3etr_hf.models.initialisation import reset_but
+from d3etr_hf.models.query_adapters import FRESH_SIDE
+from d3etr_hf.models.query_adapters import boxes_of as boxes_of
 from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupOutput, GroupRequest, Queries, Supervised, Targets
-
-# sides of a fresh query's box, as a share of the image
-FRESH_SIDE = 0.2
 
 
 class SampledMemoryDetector(Detector):
@@ -184,14 +183,6 @@ def _keep_rows(module: nn.Linear | nn.Embedding, index: torch.Tensor, kept: dict
         if id(value) not in kept:
             kept[id(value)] = nn.Parameter(value[rows], requires_grad=value.requires_grad)
         setattr(module, leaf, kept[id(value)])
-
-
-def boxes_of(queries: Queries) -> torch.Tensor:
-    """Any model's queries as boxes, cxcywh in 0..1: around points, and the whole image where there is neither."""
-    anchors, content = queries.anchors, queries.position if queries.content is None else queries.content
-    if anchors is None:
-        return content.new_tensor([0.5, 0.5, 1, 1]).expand(*content.shape[:-1], 4)
-    return anchors if anchors.shape[-1] == 4 else torch.cat([anchors, torch.full_like(anchors, FRESH_SIDE)], dim=-1)
 
 
 def _as(value, dtype: torch.dtype):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForObjectDetection, pipeline
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-from d3etr_hf.models.detector import ADAPTERS, DECODER, HEADS, QUERIES, ROLES, inherit
+from d3etr_hf.models.detector import ADAPTERS, DECODER, ENCODER, HEADS, QUERIES, ROLES, inherit
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import FAMILIES, load_detector
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
@@ -359,6 +359,16 @@ def test_every_parameter_plays_one_role(any_family):
     assert adapters and all(model.role_of(name) is None for name in adapters)
 
 
+def test_learned_position_embeddings_of_a_memory_are_the_encoders():
+    """Where a family can have them."""
+    for name in FAMILIES:
+        if "position_embedding_type" in tiny_config(name).to_dict():
+            model = tiny_model(model_type=name, position_embedding_type="learned")
+            found = [model.role_of(each) for each, _ in model.named_parameters() if ".row_embeddings." in each]
+            assert found == [ENCODER], name
+            equals_stock_forward(model, training=False, maps=False)
+
+
 def test_what_ground_truth_alone_supervises(any_family):
     """As the criterion takes it: predictions of layers of its own, in full precision, under a name of their own."""
     model = model_of(any_family).train()
@@ -598,7 +608,7 @@ def test_image_processor_and_pipeline_are_the_familys(family, tmp_path):
     import numpy as np
     from PIL import Image
 
-    if "pil" not in IMAGE_PROCESSOR_MAPPING_NAMES[family]:
+    if "pil" not in IMAGE_PROCESSOR_MAPPING_NAMES.get(family, {"pil": None}):
         pytest.skip("Transformers' image processor of this family needs torchvision")
     model = tiny_model(model_type=family)
     processor = small_image_processor(family)
