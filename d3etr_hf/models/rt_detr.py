@@ -1,7 +1,7 @@
 """RT-DETR (Zhao et al., CVPR 2024)."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,8 +25,8 @@ DENOISING = "denoising"
 FOREGROUND_PRIOR = 0.01
 
 
-class GroupRTDetrDecoder(GroupDecoder, RTDetrDecoder):
-    """RT-DETR's decoder for several groups: queries are content and boxes before the sigmoid."""
+class ProposalDecoder(GroupDecoder):
+    """The queries of RT-DETR and its heirs: content and boxes before the sigmoid, denoising ones first."""
 
     query_arguments = ("inputs_embeds", "reference_points")
 
@@ -48,6 +48,10 @@ class GroupRTDetrDecoder(GroupDecoder, RTDetrDecoder):
         content = queries.position if queries.content is None else queries.content
         return {"inputs_embeds": content, "reference_points": boxes_of(queries).logit(1e-5)}
 
+
+class GroupRTDetrDecoder(ProposalDecoder, RTDetrDecoder):
+    """RT-DETR's decoder for several groups."""
+
     def sampling_modules(self) -> list[nn.Module]:
         return [layer.get_submodule("encoder_attn.attn") for layer in self.layers]
 
@@ -55,22 +59,16 @@ class GroupRTDetrDecoder(GroupDecoder, RTDetrDecoder):
         return sampled_in(*args[4:6])
 
 
-class D3etrRTDetrForObjectDetection(SampledMemoryDetector, RTDetrForObjectDetection):
-    """`RTDetrForObjectDetection` with further query groups and attention on demand; see `Detector`.
+class ProposalDetector(SampledMemoryDetector):
+    """RT-DETR and its heirs: queries are the encoder's best proposals.
 
-    In training its denoising queries are a group of their own, which only ground truth supervises.
+    In training their denoising queries are a group of their own, which only ground truth supervises.
+
+    Attributes:
+        sampling_attention: the class of their decoder layers' attention to the memory.
     """
 
-    stock_class = RTDetrForObjectDetection
-    title = "RT-DETR"
-    tag = "rt-detr"
-    citation = """@inproceedings{zhao2024detrs,
-  title={{DETRs} Beat {YOLOs} on Real-time Object Detection},
-  author={Zhao, Yian and Lv, Wenyu and Xu, Shangliang and Wei, Jinman and Wang, Guanzhong and Dang, Qingqing and
-    Liu, Yi and Chen, Jie},
-  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year={2024}
-}"""
+    sampling_attention: ClassVar[type[nn.Module]]
     parts = {
         BACKBONE: ("model.backbone.",),
         ENCODER: ("model.encoder.", "model.encoder_input_proj."),
@@ -78,8 +76,6 @@ class D3etrRTDetrForObjectDetection(SampledMemoryDetector, RTDetrForObjectDetect
         DECODER: ("model.decoder.layers.", "model.decoder.query_pos_head.", "model.decoder_input_proj."),
         QUERIES: ("model.enc_", "model.denoising_class_embed.", "model.weight_embedding."),
     }
-    group_decoder = GroupRTDetrDecoder
-    eager_attention = staticmethod(eager_attention_forward)
     class_outputs = ("model.decoder.class_embed.", "model.enc_score_head", "model.denoising_class_embed")
     layer_modules = ("model.decoder.layers.", "model.decoder.class_embed.", "model.decoder.bbox_embed.")
 
@@ -148,7 +144,7 @@ class D3etrRTDetrForObjectDetection(SampledMemoryDetector, RTDetrForObjectDetect
         """Boxes start at their anchors and classes at a prior of 0.01; sampling as in Deformable DETR."""
         decoder = self.model.decoder
         for module in decoder.modules():
-            if isinstance(module, RTDetrMultiscaleDeformableAttention):
+            if isinstance(module, self.sampling_attention):
                 self._init_weights(module)
         for head in (*decoder.class_embed, self.model.enc_score_head):
             nn.init.constant_(head.bias, -math.log((1 - FOREGROUND_PRIOR) / FOREGROUND_PRIOR))
@@ -160,3 +156,21 @@ class D3etrRTDetrForObjectDetection(SampledMemoryDetector, RTDetrForObjectDetect
 
     def freeze(self) -> None:
         freeze_stem(self, self.backbone_module, self.config)
+
+
+class D3etrRTDetrForObjectDetection(ProposalDetector, RTDetrForObjectDetection):
+    """`RTDetrForObjectDetection` with further query groups and attention on demand; see `Detector`."""
+
+    stock_class = RTDetrForObjectDetection
+    title = "RT-DETR"
+    tag = "rt-detr"
+    citation = """@inproceedings{zhao2024detrs,
+  title={{DETRs} Beat {YOLOs} on Real-time Object Detection},
+  author={Zhao, Yian and Lv, Wenyu and Xu, Shangliang and Wei, Jinman and Wang, Guanzhong and Dang, Qingqing and
+    Liu, Yi and Chen, Jie},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2024}
+}"""
+    group_decoder = GroupRTDetrDecoder
+    eager_attention = staticmethod(eager_attention_forward)
+    sampling_attention = RTDetrMultiscaleDeformableAttention
