@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from transformers import ConditionalDetrConfig, ConvNextConfig, DetrConfig, PreTrainedConfig, RTDetrConfig
+from transformers import ConditionalDetrConfig, ConvNextConfig, DetrConfig, DFineConfig, PreTrainedConfig, RTDetrConfig
 
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.loading import FAMILIES
@@ -72,6 +72,7 @@ def _hybrid_options(**changes) -> dict:
 TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "conditional_detr": lambda **changes: ConditionalDetrConfig(**_dense_options(**changes)),
     "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
+    "d_fine": lambda **changes: DFineConfig(**_hybrid_options(**changes)),
     "rt_detr": lambda **changes: RTDetrConfig(**_hybrid_options(**changes)),
 }
 

@@ -7,6 +7,7 @@ from d3etr_hf.losses.attention_distillation import (
 )
 from d3etr_hf.losses.attention_geometry import moment_distillation, place_distillation
 from d3etr_hf.losses.detection_loss import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
+from d3etr_hf.losses.distribution_criterion import DistributionCriterion
 from d3etr_hf.losses.prediction_distillation import PREDICTION_NORMALISERS, pair_weights, prediction_distillation
 from d3etr_hf.losses.stock_criterion import StockCriterion
 
@@ -15,6 +16,7 @@ __all__ = [
     "PREDICTION_NORMALISERS",
     "CrossEntropyCriterion",
     "DetectionCriterion",
+    "DistributionCriterion",
     "FocalCriterion",
     "StockCriterion",
     "cross_attention_distillation",

@@ -255,6 +255,11 @@ class Detector(StockModel):
         with torch.device("meta"):
             stock = self.stock_class(config)
         stock.load_state_dict(own, strict=True, assign=True)
+        first = {id(parameter): name for name, parameter in self.named_parameters()}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if name in own and name != first[id(parameter)]:  # assigned one by one, tied parameters have come apart
+                module, _, leaf = name.rpartition(".")
+                setattr(stock.get_submodule(module), leaf, stock.get_parameter(first[id(parameter)]))
         for name, buffer in self.named_buffers():  # those that no state dict holds, such as a Swin's index tables
             if name not in own and not name.startswith(f"{ADAPTERS}."):
                 module, _, leaf = name.rpartition(".")

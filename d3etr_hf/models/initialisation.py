@@ -1,7 +1,9 @@
 """What of a detector's backbone trains, as in DETR's authors' code (Transformers does not do it)."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -69,10 +71,11 @@ def reset_but(model: Detector, backbone: nn.Module, chosen: set[str]) -> Iterato
     Within the context a family sets what its authors set otherwise.
 
     Args:
-        chosen: names of the parameters that start afresh.
+        chosen: names of the parameters that start afresh; of tied ones any name.
     """
     inside = set(backbone.modules())
-    kept = {name: value.clone() for name, value in model.named_parameters() if name not in chosen}
+    fresh = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in chosen}
+    kept = {name: value.clone() for name, value in model.named_parameters() if id(value) not in fresh}
     kept |= {name: value.clone() for name, value in backbone.named_parameters("backbone")}
     for module in model.modules():
         if module not in inside and isinstance(module, RESET):
@@ -81,3 +84,18 @@ def reset_but(model: Detector, backbone: nn.Module, chosen: set[str]) -> Iterato
     own = dict(model.named_parameters()) | dict(backbone.named_parameters("backbone"))
     for name, value in kept.items():
         own[name].copy_(value)
+
+
+def start_as_multihead_attention(attention: Any) -> None:
+    """Start the four projections of an attention module as `torch.nn.MultiheadAttention` starts them, in place.
+
+    There queries, keys and values share one Xavier-uniform matrix, and no bias starts elsewhere than at zero. The last
+    projection's weight is left as it is, which is as any linear layer's.
+    """
+    inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
+    width = attention.q_proj.in_features
+    bound = math.sqrt(6 / (width + sum(projection.out_features for projection in inputs)))
+    for projection in inputs:
+        nn.init.uniform_(projection.weight, -bound, bound)
+    for projection in (*inputs, attention.o_proj):
+        nn.init.zeros_(projection.bias)

@@ -22,6 +22,7 @@ from d3etr_hf.configurations import find_configuration, option, read_yaml
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.initialisation import is_resnet
@@ -33,10 +34,13 @@ logger = logging.get_logger(__name__)
 FAMILIES: dict[str, type[Detector]] = {
     "conditional_detr": D3etrConditionalDetrForObjectDetection,
     "detr": D3etrDetrForObjectDetection,
+    "d_fine": D3etrDFineForObjectDetection,
     "rt_detr": D3etrRTDetrForObjectDetection,
 }
 # of a model_config that names none
 DEFAULT_FAMILY = "conditional_detr"
+# of families for which Transformers names none: what their checkpoints say
+IMAGE_PROCESSORS = {"d_fine": "RTDetrImageProcessorPil", "rt_detr_v2": "RTDetrImageProcessorPil"}
 # what an image processor of one family hands on to one of another
 SHARED_SETTINGS = ("size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 INHERITABLE_PARTS = tuple(role for role in ROLES if role != "backbone")
@@ -267,7 +271,8 @@ def load_image_processor(
     """
     size = {} if short_side is None else {"size": {"shortest_edge": short_side, "longest_edge": long_side}}
     if path is None:
-        return getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["pil"])(**size)
+        name = IMAGE_PROCESSORS.get(model_type) or IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["pil"]
+        return getattr(transformers, name)(**size)
     try:
         return AutoImageProcessor.from_pretrained(path, backend="pil", **size)
     except (OSError, ValueError) as error:

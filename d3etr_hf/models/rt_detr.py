@@ -17,7 +17,7 @@ from d3etr_hf.losses import DetectionCriterion, StockCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_attention import GroupAttention
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in
-from d3etr_hf.models.initialisation import freeze_stem
+from d3etr_hf.models.initialisation import freeze_stem, start_as_multihead_attention
 from d3etr_hf.models.sampled_memory import SampledMemoryDetector, boxes_of, labels_of
 from d3etr_hf.outputs import NO_OBJECT, OWN, GroupOutput, GroupRequest, Queries, SampledAttention, Supervised
 
@@ -29,6 +29,8 @@ class ProposalDecoder(GroupDecoder):
     """The queries of RT-DETR and its heirs: content and boxes before the sigmoid, denoising ones first."""
 
     query_arguments = ("inputs_embeds", "reference_points")
+    config: Any
+    layers: Any
 
     def own_groups(self, count: int) -> dict[str, int]:
         denoising = count - self.config.num_queries
@@ -65,10 +67,10 @@ class ProposalDetector(SampledMemoryDetector):
     In training their denoising queries are a group of their own, which only ground truth supervises.
 
     Attributes:
-        sampling_attention: the class of their decoder layers' attention to the memory.
+        stock_starts: classes of the decoder's modules that Transformers starts as the authors do.
     """
 
-    sampling_attention: ClassVar[type[nn.Module]]
+    stock_starts: ClassVar[tuple[type[nn.Module], ...]]
     parts = {
         BACKBONE: ("model.backbone.",),
         ENCODER: ("model.encoder.", "model.encoder_input_proj."),
@@ -76,8 +78,46 @@ class ProposalDetector(SampledMemoryDetector):
         DECODER: ("model.decoder.layers.", "model.decoder.query_pos_head.", "model.decoder_input_proj."),
         QUERIES: ("model.enc_", "model.denoising_class_embed.", "model.weight_embedding."),
     }
-    class_outputs = ("model.decoder.class_embed.", "model.enc_score_head", "model.denoising_class_embed")
-    layer_modules = ("model.decoder.layers.", "model.decoder.class_embed.", "model.decoder.bbox_embed.")
+    class_outputs: ClassVar[tuple[str, ...]] = (
+        "model.decoder.class_embed.",
+        "model.enc_score_head",
+        "model.denoising_class_embed",
+    )
+    layer_modules: ClassVar[tuple[str, ...]] = (
+        "model.decoder.layers.",
+        "model.decoder.class_embed.",
+        "model.decoder.bbox_embed.",
+    )
+
+    @classmethod
+    def check_config(cls, config) -> None:
+        width, levels = config.encoder_hidden_dim, len(config.encoder_in_channels)
+        if width % 4 or (config.encoder_layers and width % config.encoder_attention_heads):
+            raise ValueError(
+                f"encoder_hidden_dim {width} must be a multiple of 4, for its sine embeddings, and of "
+                f"encoder_attention_heads, which is {config.encoder_attention_heads}"
+            )
+        read = len(config.backbone_config.out_indices)
+        if levels != read:
+            raise ValueError(
+                f"encoder_in_channels {list(config.encoder_in_channels)}: the backbone gives {read} levels"
+            )
+        if list(config.decoder_in_channels) != [width] * levels:
+            raise ValueError(
+                f"decoder_in_channels {list(config.decoder_in_channels)} must hold encoder_hidden_dim, {width}, for "
+                f"each of the {levels} levels of encoder_in_channels"
+            )
+        if config.num_feature_levels < levels or len(config.feat_strides) < levels:
+            raise ValueError(
+                f"num_feature_levels {config.num_feature_levels} and feat_strides {list(config.feat_strides)} must be "
+                f"of the {levels} levels of encoder_in_channels at least"
+            )
+        if not all(0 <= level < levels for level in config.encode_proj_layers):
+            raise ValueError(f"encode_proj_layers {config.encode_proj_layers}: there are levels 0 to {levels - 1}")
+        if config.learn_initial_query:
+            raise ValueError("learn_initial_query must be false: Transformers' forward pass fails with it")
+        if not config.use_focal_loss:
+            raise ValueError("use_focal_loss must be true: ground truth is assigned by focal costs")
 
     @property
     def backbone_module(self) -> nn.Module:
@@ -96,7 +136,7 @@ class ProposalDetector(SampledMemoryDetector):
         targets = request.targets if self.training else None
         return {"labels": None if targets is None else labels_of(targets)}
 
-    def predictions(self, output, decoder_pass: DecoderPass) -> tuple[torch.Tensor, torch.Tensor]:
+    def predictions(self, output, decoder_pass: DecoderPass) -> tuple[torch.Tensor, ...]:
         return output.intermediate_logits.transpose(0, 1), output.intermediate_reference_points.transpose(0, 1)
 
     def supervised(
@@ -144,8 +184,12 @@ class ProposalDetector(SampledMemoryDetector):
         """Boxes start at their anchors and classes at a prior of 0.01; sampling as in Deformable DETR."""
         decoder = self.model.decoder
         for module in decoder.modules():
-            if isinstance(module, self.sampling_attention):
+            if isinstance(module, self.stock_starts):
                 self._init_weights(module)
+        for part in (self.model.encoder, decoder):
+            for name, module in part.named_modules():
+                if name.endswith("self_attn"):
+                    start_as_multihead_attention(module)
         for head in (*decoder.class_embed, self.model.enc_score_head):
             nn.init.constant_(head.bias, -math.log((1 - FOREGROUND_PRIOR) / FOREGROUND_PRIOR))
         for head in (*decoder.bbox_embed, self.model.enc_bbox_head):
@@ -156,6 +200,20 @@ class ProposalDetector(SampledMemoryDetector):
 
     def freeze(self) -> None:
         freeze_stem(self, self.backbone_module, self.config)
+
+
+def check_tied_heads(config) -> None:
+    """Refuse what heirs whose heads have two names in Transformers do not take.
+
+    Raises:
+        ValueError: the message names the field and its value.
+    """
+    if config.decoder_layers < 2:
+        raise ValueError(f"decoder_layers is {config.decoder_layers}: Transformers ties the heads of two or more only")
+    if not config.tie_word_embeddings:
+        raise ValueError(
+            "tie_word_embeddings must be true: otherwise heads that nothing reads stand beside those used"
+        )
 
 
 class D3etrRTDetrForObjectDetection(ProposalDetector, RTDetrForObjectDetection):
@@ -173,4 +231,4 @@ class D3etrRTDetrForObjectDetection(ProposalDetector, RTDetrForObjectDetection):
 }"""
     group_decoder = GroupRTDetrDecoder
     eager_attention = staticmethod(eager_attention_forward)
-    sampling_attention = RTDetrMultiscaleDeformableAttention
+    stock_starts = (RTDetrMultiscaleDeformableAttention,)
