@@ -3,7 +3,15 @@
 from collections.abc import Callable
 
 import torch
-from transformers import ConditionalDetrConfig, ConvNextConfig, DetrConfig, DFineConfig, PreTrainedConfig, RTDetrConfig
+from transformers import (
+    ConditionalDetrConfig,
+    ConvNextConfig,
+    DetrConfig,
+    DFineConfig,
+    PreTrainedConfig,
+    RTDetrConfig,
+    RTDetrV2Config,
+)
 
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.loading import FAMILIES
@@ -74,6 +82,7 @@ TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
     "d_fine": lambda **changes: DFineConfig(**_hybrid_options(**changes)),
     "rt_detr": lambda **changes: RTDetrConfig(**_hybrid_options(**changes)),
+    "rt_detr_v2": lambda **changes: RTDetrV2Config(**({"decoder_n_levels": 2} | _hybrid_options(**changes))),
 }
 
 

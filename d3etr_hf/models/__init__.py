@@ -1,7 +1,17 @@
 """Detectors that emit, per decoder layer and query group, predictions and attention maps in one common type."""
 
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
+from d3etr_hf.models.rt_detr import D3etrRTDetrForObjectDetection
+from d3etr_hf.models.rt_detr_v2 import D3etrRTDetrV2ForObjectDetection
 
-__all__ = ["D3etrConditionalDetrForObjectDetection", "D3etrDetrForObjectDetection", "Detector"]
+__all__ = [
+    "D3etrConditionalDetrForObjectDetection",
+    "D3etrDFineForObjectDetection",
+    "D3etrDetrForObjectDetection",
+    "D3etrRTDetrForObjectDetection",
+    "D3etrRTDetrV2ForObjectDetection",
+    "Detector",
+]

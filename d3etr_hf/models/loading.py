@@ -28,6 +28,7 @@ from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.initialisation import is_resnet
 from d3etr_hf.models.other_detector import OtherDetector, load_other_detector
 from d3etr_hf.models.rt_detr import D3etrRTDetrForObjectDetection
+from d3etr_hf.models.rt_detr_v2 import D3etrRTDetrV2ForObjectDetection
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +37,7 @@ FAMILIES: dict[str, type[Detector]] = {
     "detr": D3etrDetrForObjectDetection,
     "d_fine": D3etrDFineForObjectDetection,
     "rt_detr": D3etrRTDetrForObjectDetection,
+    "rt_detr_v2": D3etrRTDetrV2ForObjectDetection,
 }
 # of a model_config that names none
 DEFAULT_FAMILY = "conditional_detr"

@@ -37,7 +37,7 @@ BATCH = padded_batch()
 
 TOY = "toy_detector"
 # families whose stock loss is a dictionary of weighted terms, and what it calls its class term
-WEIGHTED_TERMS = {"d_fine": "loss_vfl", "rt_detr": "loss_vfl"}
+WEIGHTED_TERMS = {"d_fine": "loss_vfl", "rt_detr": "loss_vfl", "rt_detr_v2": "loss_vfl"}
 # what a stock model of a single layer needs: Transformers would tie its heads to those of others
 CUT = {"d_fine": {"tie_word_embeddings": False}, "rt_detr_v2": {"tie_word_embeddings": False}}
 # what the toy's configuration calls these

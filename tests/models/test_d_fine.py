@@ -12,6 +12,7 @@ from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
 from d3etr_hf.models.loading import ModelArguments, build_model
 from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, GroupRequest
+from tests.resampling import check_resampled
 from tests.tiny import padded_batch, perturb, random_labels, random_queries, targets_of, tiny_config, tiny_model
 
 PIXELS = padded_batch()["pixel_values"]
@@ -181,41 +182,14 @@ def test_groups_do_not_see_denoising_queries():
 # places
 
 
-@pytest.mark.parametrize("options", [{}, {"decoder_n_points": [2, 3]}], ids=["points", "points by level"])
-def test_places_and_weights_are_what_the_decoder_samples(options):
-    resampled(model_of(**options), nearest=False)
+@pytest.mark.parametrize("points", [4, [2, 3]], ids=["points", "points by level"])
+def test_places_and_weights_are_what_the_decoder_samples(points):
+    model = model_of(decoder_n_points=points)
+    check_resampled(model, PIXELS, points if isinstance(points, list) else [points] * 2)
 
 
 def test_places_of_the_discrete_method_are_the_pixels_that_are_read():
-    """Where none is read twice over a border; there two roundings meet."""
-    resampled(model_of(decoder_method="discrete"), nearest=True)
-
-
-def resampled(model, nearest: bool) -> None:
-    """Sampling the memory once more at the places, weighed, gives what each layer's module gave."""
-    seen = []
-    for layer in model.model.decoder.layers:
-        layer.encoder_attn.register_forward_hook(lambda *call: seen.append((call[2], call[3][0])), with_kwargs=True)
-    group = model(PIXELS, request=GroupRequest(cross_attention=True)).groups[OWN]
-    points = model.model.decoder.layers[0].encoder_attn.num_points_list
-    for (arguments, output), attention in zip(seen, group.cross_attention, strict=True):
-        batch, heads, queries = attention.weights.shape[:3]
-        memory = arguments["encoder_hidden_states"]
-        found = 0
-        levels = zip(
-            memory.split([h * w for h, w in arguments["spatial_shapes_list"]], dim=1),
-            arguments["spatial_shapes_list"],
-            attention.places.split(points, dim=3),
-            attention.weights.split(points, dim=3),
-            strict=True,
-        )
-        for tokens, (height, width), places, weights in levels:
-            value = tokens.reshape(batch, height, width, heads, -1).permute(0, 3, 4, 1, 2).flatten(0, 1)
-            grid = 2 * places.flatten(0, 1) - 1
-            mode = "nearest" if nearest else "bilinear"
-            samples = torch.nn.functional.grid_sample(value, grid, mode=mode, align_corners=False)
-            found = found + (samples.unflatten(0, (batch, heads)) * weights[:, :, None]).sum(-1)
-        close(found.permute(0, 3, 1, 2).flatten(2), output)
+    check_resampled(model_of(decoder_method="discrete"), PIXELS, [4, 4], nearest=True)
 
 
 # start values, what trains, tied heads
