@@ -9,12 +9,14 @@ from transformers import (
     DabDetrConfig,
     DeformableDetrConfig,
     DetrConfig,
+    DFineConfig,
     LwDetrConfig,
     LwDetrViTConfig,
     PreTrainedConfig,
     RfDetrConfig,
     RfDetrDinov2Config,
     RTDetrConfig,
+    RTDetrV2Config,
     TableTransformerConfig,
 )
 
@@ -160,9 +162,11 @@ TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "deformable_detr": lambda **changes: DeformableDetrConfig(**_deformable_options(**changes)),
     "dab-detr": lambda **changes: DabDetrConfig(**_dab_options(**changes)),
     "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
+    "d_fine": lambda **changes: DFineConfig(**_hybrid_options(**changes)),
     "lw_detr": lambda **changes: LwDetrConfig(**_lw_options(**changes)),
     "rf_detr": lambda **changes: RfDetrConfig(**_rf_options(**changes)),
     "rt_detr": lambda **changes: RTDetrConfig(**_hybrid_options(**changes)),
+    "rt_detr_v2": lambda **changes: RTDetrV2Config(**({"decoder_n_levels": 2} | _hybrid_options(**changes))),
     "table-transformer": lambda **changes: TableTransformerConfig(**_dense_options(**changes)),
 }
 

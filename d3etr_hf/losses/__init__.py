@@ -7,6 +7,7 @@ from d3etr_hf.losses.attention_distillation import (
 )
 from d3etr_hf.losses.attention_geometry import moment_distillation, place_distillation
 from d3etr_hf.losses.detection_loss import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
+from d3etr_hf.losses.distribution_criterion import DistributionCriterion
 from d3etr_hf.losses.iou_aware_criterion import IouAwareCriterion
 from d3etr_hf.losses.prediction_distillation import PREDICTION_NORMALISERS, pair_weights, prediction_distillation
 from d3etr_hf.losses.stock_criterion import StockCriterion
@@ -16,6 +17,7 @@ __all__ = [
     "PREDICTION_NORMALISERS",
     "CrossEntropyCriterion",
     "DetectionCriterion",
+    "DistributionCriterion",
     "FocalCriterion",
     "IouAwareCriterion",
     "StockCriterion",

@@ -7,6 +7,7 @@ world size once too often).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ from d3etr_hf.matching import Problem, assignment_of, assignment_problem, probab
 from d3etr_hf.outputs import NO_OBJECT, GroupOutput, Scores, SigmoidScores, SoftmaxScores, Targets, wide
 from d3etr_hf.outputs.boxes import generalised_iou
 
-TERMS = ("class", "l1", "giou")
+BOX_TERMS = ("l1", "giou")
+TERMS = ("class", *BOX_TERMS)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,23 @@ class DetectionCriterion(ABC):
         """
         return dict.fromkeys(TERMS, objects)
 
+    def box_assignments(self, assignments: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The assignments that the losses of boxes take instead, where a family has such.
+
+        Args:
+            assignments: by name, of groups and of what only ground truth supervises, int64 `(L, B, N)`: what ground
+                truth was assigned to by its cost.
+
+        Returns:
+            By name int64 `(B, N)`, the same for all layers; `box_terms` are then divided by its pairs.
+        """
+        return {}
+
+    @property
+    def box_terms(self) -> tuple[str, ...]:
+        """The terms that `box_assignments` are of, a mean over pairs each."""
+        return BOX_TERMS
+
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each term."""
@@ -86,29 +105,35 @@ class DetectionCriterion(ABC):
         problem = self.problem(self.scores.probabilities(group.logits), group.boxes, targets, whose)
         return assignment_of(solve(problem), group.boxes.shape[2])
 
-    def losses(self, group: GroupOutput, targets: Targets, assignment: torch.Tensor) -> dict[str, torch.Tensor]:
+    def losses(
+        self,
+        group: GroupOutput,
+        targets: Targets,
+        assignment: torch.Tensor,
+        box_assignment: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """The class loss of all queries, L1 and GIoU losses of those that hold an object.
 
         Args:
             group: logits `(L, B, N, ·)`, boxes `(L, B, N, 4)` cxcywh in 0..1.
             targets: the ground truth.
             assignment: int64 `(L, B, N)`, the object of each query or `NO_OBJECT`.
+            box_assignment: likewise, that of the losses of boxes; None: the same.
 
         Returns:
             "class", "l1" and "giou", unweighted sums, `(L,)` each.
         """
         logits, predicted = wide(group.logits), wide(group.boxes)
-        holds_object = assignment != NO_OBJECT
+        box_assignment = assignment if box_assignment is None else box_assignment
         if targets.class_labels.shape[1] == 0:  # no object in the whole batch: nothing to gather from
             classes, boxes = torch.zeros_like(assignment), torch.full_like(predicted, 0.5)
         else:
-            index = assignment.clamp(min=0)
-            classes = targets.class_labels.expand(len(index), -1, -1).gather(-1, index)
-            all_boxes = targets.boxes.to(predicted.dtype).expand(len(index), -1, -1, -1)
-            boxes = all_boxes.take_along_dim(index[..., None], dim=2)
-        share = holds_object.to(predicted.dtype)
+            classes = targets.class_labels.expand(len(assignment), -1, -1).gather(-1, assignment.clamp(min=0))
+            all_boxes = targets.boxes.to(predicted.dtype).expand(len(assignment), -1, -1, -1)
+            boxes = all_boxes.take_along_dim(box_assignment.clamp(min=0)[..., None], dim=2)
+        share = (box_assignment != NO_OBJECT).to(predicted.dtype)
         return {
-            "class": self.class_loss(logits, classes, holds_object),
+            "class": self.class_loss(logits, classes, assignment != NO_OBJECT),
             "l1": (share * (predicted - boxes).abs().sum(-1)).sum(dim=(1, 2)),
             "giou": (share * (1 - generalised_iou(predicted, boxes))).sum(dim=(1, 2)),
         }

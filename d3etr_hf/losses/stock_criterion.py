@@ -9,6 +9,9 @@ import torch
 from d3etr_hf.losses.detection_loss import FocalCriterion
 from d3etr_hf.outputs import NO_OBJECT, GroupOutput, Targets, wide
 
+# what Transformers' modules call the losses of boxes
+OF_BOXES = ("boxes", "local")
+
 
 @dataclass(frozen=True)
 class StockCriterion(FocalCriterion):
@@ -27,18 +30,27 @@ class StockCriterion(FocalCriterion):
     losses_of: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
 
-    def losses(self, group: GroupOutput, targets: Targets, assignment: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As in `DetectionCriterion`; the assignment is read on the host, once."""
+    def losses(
+        self,
+        group: GroupOutput,
+        targets: Targets,
+        assignment: torch.Tensor,
+        box_assignment: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """As in `DetectionCriterion`; each assignment is read on the host, once."""
         labels = [
             {"class_labels": classes[:count], "boxes": boxes[:count].to(group.boxes.dtype)}
             for classes, boxes, count in zip(targets.class_labels, targets.boxes, targets.counts, strict=True)
         ]
         found: dict[str, list[torch.Tensor]] = {name: [] for name in self.names}
-        for layer, pairs in enumerate(pairs_of(assignment)):
+        pairs = pairs_of(assignment)
+        box_pairs = pairs if box_assignment is None else pairs_of(box_assignment)
+        for layer in range(len(assignment)):
             outputs = self.outputs_of(group, layer)
             values: dict[str, torch.Tensor] = {}
             for loss in self.losses_of:
-                values |= self.module.get_loss(loss, outputs, labels, pairs, 1)
+                chosen = box_pairs if loss in OF_BOXES else pairs
+                values |= self.module.get_loss(loss, outputs, labels, chosen[layer], 1)
             for name, stock_name in self.names.items():
                 if stock_name in values:
                     found[name].append(values[stock_name])

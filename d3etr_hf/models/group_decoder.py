@@ -38,9 +38,22 @@ class DecoderPass:
     arguments: dict[str, Any] = field(default_factory=dict)
     sampled: list[SampledAttention] = field(default_factory=list)
 
-    def outputs(self, logits: torch.Tensor, boxes: torch.Tensor) -> dict[str, GroupOutput]:
-        """By the group's name, predictions `(L, B, sum of N, ·)` and maps."""
+    def outputs(
+        self,
+        logits: torch.Tensor,
+        boxes: torch.Tensor,
+        distribution: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None,
+        bins: torch.Tensor | None = None,
+    ) -> dict[str, GroupOutput]:
+        """By the group's name, predictions `(L, B, sum of N, ·)` and maps.
+
+        Args:
+            distribution, reference, bins: of boxes that come from distributions, as in `GroupOutput`, of all groups.
+        """
         logits_of, boxes_of = (self.groups.split(wide(part), 2) for part in (logits, boxes))
+        distribution_of = {} if distribution is None else self.groups.split(wide(distribution), 2)
+        reference_of = {} if reference is None else self.groups.split(wide(reference), 1)
         sampled_of = [tuple(self.groups.split(wide(part), 2) for part in layer) for layer in self.sampled]
         return {
             name: GroupOutput(
@@ -48,6 +61,9 @@ class DecoderPass:
                 boxes=boxes_of[name],
                 self_attention=self._self_attention(name),
                 cross_attention=tuple(SampledAttention(p[name], w[name]) for p, w in sampled_of) or None,
+                box_distribution=distribution_of.get(name),
+                box_reference=reference_of.get(name),
+                box_bins=bins,
             )
             for name in self.groups.sizes
         }
@@ -151,3 +167,31 @@ class GroupDecoder(nn.Module):
 def sampled_in(locations: torch.Tensor, weights: torch.Tensor) -> SampledAttention:
     """Places `(B, N, M, levels, P, 2)` and weights `(B, N, M, levels, P)`, as decoders have them, over all levels."""
     return SampledAttention(locations.transpose(1, 2).flatten(3, 4), weights.transpose(1, 2).flatten(3))
+
+
+def sampled_around(
+    boxes: torch.Tensor,
+    offsets: torch.Tensor,
+    weights: torch.Tensor,
+    nearest: tuple[list[int], list[tuple[int, int]]] | None = None,
+) -> SampledAttention:
+    """The attention of decoders that sample around boxes, with any number of points in a level.
+
+    Args:
+        boxes: `(B, N, 1, 4)`, cxcywh in 0..1.
+        offsets: `(B, N, M, P, 2)` from the centre, as a share of the box's size; P are the points of all levels.
+        weights: `(B, N, M, P)`.
+        nearest: where the nearest pixel is read: each level's number of points, and its height and width.
+    """
+    places = boxes[:, :, None, :, :2] + offsets * boxes[:, :, None, :, 2:]
+    if nearest is not None:
+        levels = zip(places.split(nearest[0], dim=3), nearest[1], strict=True)
+        places = torch.cat([_pixels(part, height, width) for part, (height, width) in levels], dim=3)
+    return SampledAttention(places.transpose(1, 2), weights.transpose(1, 2))
+
+
+def _pixels(places: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Centres of the pixels that a decoder reads which rounds its places `(..., 2)`; without a gradient, as there."""
+    x, y = (places[..., axis] * size + 0.5 for axis, size in enumerate((width, height)))
+    x, y = x.long().clamp(0, width - 1), y.long().clamp(0, height - 1)
+    return torch.stack([(x + 0.5) / width, (y + 0.5) / height], dim=-1).to(places.dtype)

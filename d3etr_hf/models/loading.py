@@ -20,6 +20,7 @@ from d3etr_hf.configurations import find_configuration, option, read_yaml
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
+from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
 from d3etr_hf.models.dab_detr import D3etrDabDetrForObjectDetection
 from d3etr_hf.models.deformable_detr import D3etrDeformableDetrForObjectDetection
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
@@ -30,6 +31,7 @@ from d3etr_hf.models.new_classes import with_new_classes
 from d3etr_hf.models.other_detector import OtherDetector, load_other_detector
 from d3etr_hf.models.rf_detr import D3etrRfDetrForObjectDetection
 from d3etr_hf.models.rt_detr import D3etrRTDetrForObjectDetection
+from d3etr_hf.models.rt_detr_v2 import D3etrRTDetrV2ForObjectDetection
 from d3etr_hf.models.table_transformer import D3etrTableTransformerForObjectDetection
 from d3etr_hf.models.timm_names import (
     DILATED,
@@ -50,7 +52,9 @@ FAMILIES: dict[str, type[Detector]] = {
     "lw_detr": D3etrLwDetrForObjectDetection,
     "rf_detr": D3etrRfDetrForObjectDetection,
     "dab-detr": D3etrDabDetrForObjectDetection,
+    "d_fine": D3etrDFineForObjectDetection,
     "rt_detr": D3etrRTDetrForObjectDetection,
+    "rt_detr_v2": D3etrRTDetrV2ForObjectDetection,
     "table-transformer": D3etrTableTransformerForObjectDetection,
 }
 # of a model_config that names none

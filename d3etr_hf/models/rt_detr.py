@@ -1,7 +1,7 @@
 """RT-DETR (Zhao et al., CVPR 2024)."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from d3etr_hf.losses import DetectionCriterion, StockCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_attention import GroupAttention
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in
-from d3etr_hf.models.initialisation import freeze_stem
+from d3etr_hf.models.initialisation import freeze_stem, start_as_multihead_attention
 from d3etr_hf.models.query_adapters import boxes_of
 from d3etr_hf.models.sampled_memory import SampledMemoryDetector, labels_of
 from d3etr_hf.outputs import NO_OBJECT, OWN, GroupOutput, GroupRequest, Queries, SampledAttention, Supervised
@@ -26,10 +26,12 @@ DENOISING = "denoising"
 FOREGROUND_PRIOR = 0.01
 
 
-class GroupRTDetrDecoder(GroupDecoder, RTDetrDecoder):
-    """RT-DETR's decoder for several groups: queries are content and boxes before the sigmoid."""
+class ProposalDecoder(GroupDecoder):
+    """The queries of RT-DETR and its heirs: content and boxes before the sigmoid, denoising ones first."""
 
     query_arguments = ("inputs_embeds", "reference_points")
+    config: Any
+    layers: Any
 
     def own_groups(self, count: int) -> dict[str, int]:
         denoising = count - self.config.num_queries
@@ -49,6 +51,10 @@ class GroupRTDetrDecoder(GroupDecoder, RTDetrDecoder):
         content = queries.position if queries.content is None else queries.content
         return {"inputs_embeds": content, "reference_points": boxes_of(queries).logit(1e-5)}
 
+
+class GroupRTDetrDecoder(ProposalDecoder, RTDetrDecoder):
+    """RT-DETR's decoder for several groups."""
+
     def sampling_modules(self) -> list[nn.Module]:
         return [layer.get_submodule("encoder_attn.attn") for layer in self.layers]
 
@@ -56,22 +62,16 @@ class GroupRTDetrDecoder(GroupDecoder, RTDetrDecoder):
         return sampled_in(*args[4:6])
 
 
-class D3etrRTDetrForObjectDetection(SampledMemoryDetector, RTDetrForObjectDetection):
-    """`RTDetrForObjectDetection` with further query groups and attention on demand; see `Detector`.
+class ProposalDetector(SampledMemoryDetector):
+    """RT-DETR and its heirs: queries are the encoder's best proposals.
 
-    In training its denoising queries are a group of their own, which only ground truth supervises.
+    In training their denoising queries are a group of their own, which only ground truth supervises.
+
+    Attributes:
+        stock_starts: classes of the decoder's modules that Transformers starts as the authors do.
     """
 
-    stock_class = RTDetrForObjectDetection
-    title = "RT-DETR"
-    tag = "rt-detr"
-    citation = """@inproceedings{zhao2024detrs,
-  title={{DETRs} Beat {YOLOs} on Real-time Object Detection},
-  author={Zhao, Yian and Lv, Wenyu and Xu, Shangliang and Wei, Jinman and Wang, Guanzhong and Dang, Qingqing and
-    Liu, Yi and Chen, Jie},
-  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year={2024}
-}"""
+    stock_starts: ClassVar[tuple[type[nn.Module], ...]]
     parts = {
         BACKBONE: ("model.backbone.",),
         ENCODER: ("model.encoder.", "model.encoder_input_proj."),
@@ -79,10 +79,46 @@ class D3etrRTDetrForObjectDetection(SampledMemoryDetector, RTDetrForObjectDetect
         DECODER: ("model.decoder.layers.", "model.decoder.query_pos_head.", "model.decoder_input_proj."),
         QUERIES: ("model.enc_", "model.denoising_class_embed.", "model.weight_embedding."),
     }
-    group_decoder = GroupRTDetrDecoder
-    eager_attention = staticmethod(eager_attention_forward)
-    class_outputs = ("model.decoder.class_embed.", "model.enc_score_head", "model.denoising_class_embed")
-    layer_modules = ("model.decoder.layers.", "model.decoder.class_embed.", "model.decoder.bbox_embed.")
+    class_outputs: ClassVar[tuple[str, ...]] = (
+        "model.decoder.class_embed.",
+        "model.enc_score_head",
+        "model.denoising_class_embed",
+    )
+    layer_modules: ClassVar[tuple[str, ...]] = (
+        "model.decoder.layers.",
+        "model.decoder.class_embed.",
+        "model.decoder.bbox_embed.",
+    )
+
+    @classmethod
+    def check_config(cls, config) -> None:
+        width, levels = config.encoder_hidden_dim, len(config.encoder_in_channels)
+        if width % 4 or (config.encoder_layers and width % config.encoder_attention_heads):
+            raise ValueError(
+                f"encoder_hidden_dim {width} must be a multiple of 4, for its sine embeddings, and of "
+                f"encoder_attention_heads, which is {config.encoder_attention_heads}"
+            )
+        read = len(config.backbone_config.out_indices)
+        if levels != read:
+            raise ValueError(
+                f"encoder_in_channels {list(config.encoder_in_channels)}: the backbone gives {read} levels"
+            )
+        if list(config.decoder_in_channels) != [width] * levels:
+            raise ValueError(
+                f"decoder_in_channels {list(config.decoder_in_channels)} must hold encoder_hidden_dim, {width}, for "
+                f"each of the {levels} levels of encoder_in_channels"
+            )
+        if config.num_feature_levels < levels or len(config.feat_strides) < levels:
+            raise ValueError(
+                f"num_feature_levels {config.num_feature_levels} and feat_strides {list(config.feat_strides)} must be "
+                f"of the {levels} levels of encoder_in_channels at least"
+            )
+        if not all(0 <= level < levels for level in config.encode_proj_layers):
+            raise ValueError(f"encode_proj_layers {config.encode_proj_layers}: there are levels 0 to {levels - 1}")
+        if config.learn_initial_query:
+            raise ValueError("learn_initial_query must be false: Transformers' forward pass fails with it")
+        if not config.use_focal_loss:
+            raise ValueError("use_focal_loss must be true: ground truth is assigned by focal costs")
 
     @property
     def backbone_module(self) -> nn.Module:
@@ -101,7 +137,7 @@ class D3etrRTDetrForObjectDetection(SampledMemoryDetector, RTDetrForObjectDetect
         targets = request.targets if self.training else None
         return {"labels": None if targets is None else labels_of(targets)}
 
-    def predictions(self, output, decoder_pass: DecoderPass) -> tuple[torch.Tensor, torch.Tensor]:
+    def predictions(self, output, decoder_pass: DecoderPass) -> tuple[torch.Tensor, ...]:
         return output.intermediate_logits.transpose(0, 1), output.intermediate_reference_points.transpose(0, 1)
 
     def supervised(
@@ -149,8 +185,12 @@ class D3etrRTDetrForObjectDetection(SampledMemoryDetector, RTDetrForObjectDetect
         """Boxes start at their anchors and classes at a prior of 0.01; sampling as in Deformable DETR."""
         decoder = self.model.decoder
         for module in decoder.modules():
-            if isinstance(module, RTDetrMultiscaleDeformableAttention):
+            if isinstance(module, self.stock_starts):
                 self._init_weights(module)
+        for part in (self.model.encoder, decoder):
+            for name, module in part.named_modules():
+                if name.endswith("self_attn"):
+                    start_as_multihead_attention(module)
         for head in (*decoder.class_embed, self.model.enc_score_head):
             nn.init.constant_(head.bias, -math.log((1 - FOREGROUND_PRIOR) / FOREGROUND_PRIOR))
         for head in (*decoder.bbox_embed, self.model.enc_bbox_head):
@@ -161,3 +201,35 @@ class D3etrRTDetrForObjectDetection(SampledMemoryDetector, RTDetrForObjectDetect
 
     def freeze(self) -> None:
         freeze_stem(self, self.backbone_module, self.config)
+
+
+def check_tied_heads(config) -> None:
+    """Refuse what heirs whose heads have two names in Transformers do not take.
+
+    Raises:
+        ValueError: the message names the field and its value.
+    """
+    if config.decoder_layers < 2:
+        raise ValueError(f"decoder_layers is {config.decoder_layers}: Transformers ties the heads of two or more only")
+    if not config.tie_word_embeddings:
+        raise ValueError(
+            "tie_word_embeddings must be true: otherwise heads that nothing reads stand beside those used"
+        )
+
+
+class D3etrRTDetrForObjectDetection(ProposalDetector, RTDetrForObjectDetection):
+    """`RTDetrForObjectDetection` with further query groups and attention on demand; see `Detector`."""
+
+    stock_class = RTDetrForObjectDetection
+    title = "RT-DETR"
+    tag = "rt-detr"
+    citation = """@inproceedings{zhao2024detrs,
+  title={{DETRs} Beat {YOLOs} on Real-time Object Detection},
+  author={Zhao, Yian and Lv, Wenyu and Xu, Shangliang and Wei, Jinman and Wang, Guanzhong and Dang, Qingqing and
+    Liu, Yi and Chen, Jie},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2024}
+}"""
+    group_decoder = GroupRTDetrDecoder
+    eager_attention = staticmethod(eager_attention_forward)
+    stock_starts = (RTDetrMultiscaleDeformableAttention,)

@@ -41,8 +41,11 @@ class SampledMemoryDetector(Detector):
     # what a family says
 
     @abstractmethod
-    def predictions(self, output, decoder_pass: DecoderPass) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and boxes `(L, B, sum of N, ·)` of all groups, from what the stock base model returned."""
+    def predictions(self, output, decoder_pass: DecoderPass) -> tuple[torch.Tensor, ...]:
+        """Logits and boxes `(L, B, sum of N, ·)` of all groups, from what the stock base model returned.
+
+        What follows them, if anything, is what `DecoderPass.outputs` takes of box distributions.
+        """
 
     @abstractmethod
     def start_values(self) -> None:

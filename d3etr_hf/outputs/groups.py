@@ -62,8 +62,11 @@ class GroupOutput(ModelOutput):
         boxes: `(L, B, N, 4)` boxes, cxcywh in 0..1 of the unpadded image, float32 or wider.
         self_attention: L maps over the N queries of the group itself; None unless they were asked for.
         cross_attention: per layer the attention to the memory, dense or sampled; None unless it was asked for.
-        box_distribution: `(L, B, N, 4, bins)` logits over the distances of each edge, where boxes come from such.
+        box_distribution: `(L, B, N, 4, bins)` logits over the distances of each edge (left, top, right, bottom), where
+            boxes come from such.
         box_reference: `(B, N, 4)`, the boxes from whose edges those distances are counted, cxcywh in 0..1.
+        box_bins: `(bins,)`, the distance that each bin stands for, outwards, as a share of the reference box's width
+            (left, right) or height; ascending.
     """
 
     logits: torch.Tensor | None = None
@@ -72,6 +75,7 @@ class GroupOutput(ModelOutput):
     cross_attention: tuple[AttentionMap, ...] | tuple[SampledAttention, ...] | None = None
     box_distribution: torch.Tensor | None = None
     box_reference: torch.Tensor | None = None
+    box_bins: torch.Tensor | None = None
 
 
 @dataclass

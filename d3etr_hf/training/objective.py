@@ -23,7 +23,7 @@ from d3etr_hf.matching import (
     matched_foreground_share,
     start_solving,
 )
-from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupOutput, Supervised, Targets
+from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, DetectorOutput, GroupOutput, Supervised, Targets
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.teacher import TeacherOutput
 
@@ -133,14 +133,9 @@ class D3etrObjective:
             terms |= self._attention_terms(OWN, teacher, student, pairs[OWN], shares)
             statistics["matched_foreground"] = matched_foreground_share(teacher.group.probabilities, pairs[OWN])
         if options.detection_weight > 0:
-            assignments = {
-                name: assignment_of(found, problems[name].cost.shape[2]) for name, found in solutions.items()
-            }
-            if teacher_assignment is not None:
-                assignments[AUXILIARY] = self._given(
-                    assignments.get(AUXILIARY), teacher_assignment(), groups[AUXILIARY]
-                )
-            terms |= self._detection_terms(student, targets, assignments, shares)
+            found = {name: assignment_of(of, problems[name].cost.shape[2]) for name, of in solutions.items()}
+            assigned = self._assignments(found, teacher_assignment, groups)
+            terms |= self._detection_terms(student, targets, *assigned, shares)
         if pairs and options.prediction_weight > 0:
             terms |= self._prediction_terms(teacher.group, groups, pairs, shares)
         return terms, statistics
@@ -170,20 +165,45 @@ class D3etrObjective:
         given = group == AUXILIARY and self.options.teacher_assigns
         return not given or self.options.auxiliary_assignment == "teacher_last_layer"
 
+    def _assignments(
+        self, own: Terms, teacher_assignment: Callable[[], torch.Tensor] | None, groups: Mapping[str, GroupOutput]
+    ) -> tuple[Terms, Terms]:
+        """By name, the assignments of what was solved and of what the teacher assigned, and those of boxes alone."""
+        if teacher_assignment is None:
+            return own, self.criterion.box_assignments(own)
+        # what the teacher assigned counts for boxes, too
+        of_boxes = self.criterion.box_assignments({name: of for name, of in own.items() if name != AUXILIARY})
+        given = self._given(own.get(AUXILIARY), teacher_assignment(), groups[AUXILIARY])
+        return own | {AUXILIARY: given}, of_boxes
+
     def _given(self, own: torch.Tensor | None, teachers: torch.Tensor, group: GroupOutput) -> torch.Tensor:
         """The auxiliary group's assignment `(L, B, N)`: the teacher's, after its own of the earlier layers."""
         if own is not None:
             return torch.cat([own, teachers])
         return teachers.expand(len(group.boxes), -1, -1)
 
-    def _detection_terms(self, student: DetectorOutput, targets: Targets, assignments, shares: Shares) -> Terms:
+    def _detection_terms(
+        self, student: DetectorOutput, targets: Targets, assignments: Terms, of_boxes: Terms, shares: Shares
+    ) -> Terms:
+        """The criterion's terms of all groups, and of what ground truth alone supervises.
+
+        Args:
+            assignments: by name, of those that bring none of their own.
+            of_boxes: the criterion's `box_assignments`.
+        """
         terms: Terms = {}
+        pairs = _counted_pairs(of_boxes, shares)
 
         def add(name: str, part: Supervised, weight: float, held: torch.Tensor) -> None:
             queries, repeats = shares.images * part.group.boxes.shape[2], part.repeats or 1
             normalisers = self.criterion.normalisers(shares.objects * repeats, held * repeats, queries)
             assignment = assignments[name] if part.assignment is None else part.assignment
-            for term, value in self.criterion.losses(part.group, part.targets or targets, assignment).items():
+            box_assignment = None
+            if name in of_boxes:
+                box_assignment = of_boxes[name].expand_as(assignment)
+                normalisers |= dict.fromkeys(self.criterion.box_terms, pairs[name])
+            losses = self.criterion.losses(part.group, part.targets or targets, assignment, box_assignment)
+            for term, value in losses.items():
                 scale = weight * self.criterion.weights[term]
                 terms[f"{TITLES.get(name, name)}/{term}"] = scale * value / normalisers[term]
 
@@ -255,3 +275,19 @@ class D3etrObjective:
         images = totals.new_full((1, totals.shape[1]), teacher.boxes.shape[1])
         *of_groups, images = shares.average(torch.cat([totals, images])).unbind()
         return weights, {n: total * shares.images / images for n, total in zip(weights, of_groups, strict=True)}
+
+
+def _counted_pairs(assignments: Terms, shares: Shares) -> Terms:
+    """How many pairs each of these has in the whole step, as `Shares` counts objects; none at all count as one.
+
+    Exact over processes; with accumulated batches each one's pairs are scaled to the images of the step.
+
+    Args:
+        assignments: by name int64 `(B, N)`, on every process the same names.
+    """
+    if not assignments:
+        return {}
+    counts = [(of != NO_OBJECT).sum().to(shares.images) for of in assignments.values()]
+    batch = torch.full_like(counts[0], len(next(iter(assignments.values()))))
+    *pairs, images = shares.average(torch.stack([*counts, batch])).unbind()
+    return {n: torch.where(of > 0, of * shares.images / images, 1) for n, of in zip(assignments, pairs, strict=True)}

@@ -40,11 +40,11 @@ BATCH = padded_batch()
 
 TOY = "toy_detector"
 # families whose stock loss is a dictionary of weighted terms, and what it calls its class term
-WEIGHTED_TERMS = {"rt_detr": "loss_vfl"}
+WEIGHTED_TERMS = {"d_fine": "loss_vfl", "rt_detr": "loss_vfl", "rt_detr_v2": "loss_vfl"}
 # in eval mode Transformers' loss would still split one group's queries into those of training
 ONE_GROUP = dict.fromkeys(("lw_detr", "rf_detr"), {"group_detr": 1})
 # what a stock model of a single layer needs: Transformers would tie its heads to those of others
-CUT = {"deformable_detr": {"tie_word_embeddings": False}}
+CUT = dict.fromkeys(("d_fine", "deformable_detr", "rt_detr_v2"), {"tie_word_embeddings": False})
 # what the toy's configuration calls these
 TOY_NAMES = {"decoder_layers": "rounds", "num_queries": "slots"}
 

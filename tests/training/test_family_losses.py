@@ -56,7 +56,7 @@ RT_DETR_NAMES = {"class": "loss_vfl", "l1": "loss_bbox", "giou": "loss_giou"}
 
 @pytest.mark.parametrize("objects", [OBJECTS, [0, 0]], ids=["objects", "no object"])
 @pytest.mark.parametrize("denoising", [10, 0])
-@pytest.mark.parametrize("family", ["rt_detr"])
+@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2"])
 def test_every_term_of_rt_detr_is_the_stock_classes(family, denoising, objects, tmp_path):
     """With no object in the batch the class embedding of denoising queries has a gradient, or processes would wait."""
     weights = {"weight_loss_vfl": 1.5, "weight_loss_bbox": 4.0, "weight_loss_giou": 3.0}

@@ -295,7 +295,7 @@ def test_auxiliary_assignment(tmp_path, policy, layers_from_teacher):
             expected[layer] = its[layer]
     run = objective(tmp_path, auxiliary_assignment=policy)
     seen = []
-    run._detection_terms = lambda student, targets, assignments, shares: seen.append(assignments) or {}
+    run._detection_terms = lambda student, targets, assignments, of_boxes, shares: seen.append(assignments) or {}
     step(run, output, batch, teacher)
     (assignments,) = seen
     assert set(assignments) == {OWN, AUXILIARY}
@@ -378,7 +378,7 @@ def test_teacher_assignment_is_of_its_own_last_layer(tmp_path):
     assert torch.equal(assigned, every_layer[3:]) and not torch.equal(assigned, every_layer[1:2])
     student = tiny_model(seed=2, decoder_layers=2)
     seen = []
-    run._detection_terms = lambda student, targets, assignments, shares: seen.append(assignments) or {}
+    run._detection_terms = lambda student, targets, assignments, of_boxes, shares: seen.append(assignments) or {}
     step(run, student, batch, teacher, targets)
     assert torch.equal(seen[0][AUXILIARY], every_layer[3:].expand(2, -1, -1))
 

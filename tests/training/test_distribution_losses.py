@@ -1,0 +1,132 @@
+"""What ground truth teaches D-FINE through the trainer: by its authors' rules, from Transformers' functions."""
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers.loss.loss_d_fine import DFineLoss
+
+from tests.tiny import tiny_model
+from tests.training.test_family_losses import OBJECTS, examples, logged
+
+WEIGHTS = {"vfl": 1.5, "bbox": 4.0, "giou": 3.0, "fgl": 0.7, "ddf": 1.1}
+TERMS = {"class": "vfl", "l1": "bbox", "giou": "giou", "fgl": "fgl", "ddf": "ddf"}
+
+
+def model_of():
+    return tiny_model(model_type="d_fine", **{f"weight_loss_{name}": value for name, value in WEIGHTS.items()})
+
+
+def union(matchings: list) -> list:
+    """Image by image the most frequent object of each query that has one."""
+    found = []
+    for image in range(len(matchings[0])):
+        votes: dict[int, Counter] = {}
+        for matching in matchings:
+            for query, index in zip(*(part.tolist() for part in matching[image]), strict=True):
+                votes.setdefault(query, Counter())[index] += 1
+        pairs = {query: min(of, key=lambda index: (-of[index], index)) for query, of in votes.items()}
+        found.append(
+            (torch.tensor(list(pairs), dtype=torch.long), torch.tensor(list(pairs.values()), dtype=torch.long))
+        )
+    return found
+
+
+class Expected:
+    """Every term of one batch, from what the stock model gave in training."""
+
+    def __init__(self, model, output, labels):
+        self.loss, self.labels, self.terms = DFineLoss(model.config), labels, {}
+        self.objects = max(1, sum(len(label["boxes"]) for label in labels))
+        meta = output.denoising_meta_values
+        dn, queries = (0, 7) if meta is None else meta["dn_num_split"]
+
+        def parts(values):
+            return values.transpose(0, 1).split([dn, queries], dim=2)
+
+        of_output = zip(
+            parts(output.intermediate_logits),
+            parts(output.intermediate_reference_points),
+            parts(output.intermediate_predicted_corners),
+            parts(output.initial_reference_points),
+            strict=True,
+        )
+        denoising, own = of_output
+        self.own(own, output)
+        if meta is not None:
+            pairs = self.loss.get_cdn_matched_indices(meta, labels)
+            self.group("denoising", denoising, [pairs] * 4, pairs, *[self.objects * meta["dn_num_group"]] * 2)
+
+    def own(self, part, output):
+        logits, boxes, *_ = part
+        matched = [self.match(*layer) for layer in zip(logits, boxes, strict=True)]
+        proposed = self.match(output.enc_topk_logits, output.enc_topk_bboxes)
+        boxed = union([*matched, proposed])
+        count = max(1, sum(len(queries) for queries, _ in boxed))
+        self.group("student", part, matched, boxed, self.objects, count)
+        given = {"logits": output.enc_topk_logits, "pred_boxes": output.enc_topk_bboxes}
+        self.add("proposals", 0, given, (proposed, boxed), (self.objects, count))
+
+    def match(self, logits, boxes):
+        return self.loss.matcher({"logits": logits, "pred_boxes": boxes.clamp(0, 1)}, self.labels)
+
+    def group(self, name, part, pairs, boxed, objects, count):
+        logits, boxes, corners, references = part
+        first = "first_head" if name == "student" else f"{name}_first_head"
+        self.add(first, 0, {"logits": logits[0], "pred_boxes": boxes[0]}, (pairs[0], boxed), (objects, count))
+        for layer in range(3):
+            given = {
+                "logits": logits[layer + 1],
+                "pred_boxes": boxes[layer + 1],
+                "pred_corners": corners[layer],
+                "ref_points": references[layer],
+                "teacher_corners": corners[-1],
+                "teacher_logits": logits[-1],
+            }
+            self.add(name, layer, given, (pairs[layer + 1], boxed), (objects, count))
+
+    def add(self, name, layer, given, pairs, counts):
+        given = given | {"pred_boxes": given["pred_boxes"].clamp(0, 1)}
+        values = self.loss.loss_labels_vfl(given, self.labels, pairs[0], counts[0])
+        values |= self.loss.loss_boxes(given, self.labels, pairs[1], counts[1])
+        values |= self.loss.loss_local(given, self.labels, pairs[1], counts[1])
+        for term, stock in TERMS.items():
+            if f"loss_{stock}" in values:
+                value = WEIGHTS[stock] * float(values[f"loss_{stock}"].detach())
+                self.terms[f"{name}/{term}/layer_{layer}"] = value
+
+
+@pytest.mark.parametrize("objects", [OBJECTS, [0, 0]], ids=["objects", "no object"])
+def test_every_term_is_what_the_authors_train_with(objects, tmp_path):
+    """Among them the union of assignments for boxes, and distributions that go with their own layer."""
+    model, images = model_of(), examples(objects)
+    stock = model.to_stock().train()
+    torch.manual_seed(7)
+    labels = [image["labels"] for image in images]
+    output = stock(torch.stack([image["pixel_values"] for image in images]), labels=labels)
+    expected = Expected(model, output, labels).terms
+    found = logged(model, images, tmp_path)
+    names = {name.removeprefix("loss/") for name in found if "/layer_" in name}
+    assert names == set(expected)
+    assert {name.split("/")[0] for name in names} >= {"student", "first_head", "proposals"}
+    for name, value in expected.items():
+        assert found[f"loss/{name}"] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert found["loss"] == pytest.approx(sum(expected.values()), rel=1e-4)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_union_matters_here(tmp_path):
+    """Else the test above would hold without it."""
+    model, images = model_of(), examples(OBJECTS)
+    torch.manual_seed(7)
+    labels = [image["labels"] for image in images]
+    output = model.to_stock().train()(torch.stack([image["pixel_values"] for image in images]), labels=labels)
+    own = [
+        part.transpose(0, 1)[:, :, -7:] for part in (output.intermediate_logits, output.intermediate_reference_points)
+    ]
+    loss = DFineLoss(model.config)
+    matched = [
+        loss.matcher({"logits": logits, "pred_boxes": boxes.clamp(0, 1)}, labels)
+        for logits, boxes in zip(*own, strict=True)
+    ]
+    assert sum(len(queries) for queries, _ in union(matched)) > 5
