@@ -1,12 +1,14 @@
 """Group DETR as RF-DETR and LW-DETR train with it: groups, proposals and losses against the stock class."""
 
+import json
 import math
 
 import pytest
 import torch
 
+from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.group_detr import GroupDetrDetector
-from d3etr_hf.models.loading import FAMILIES
+from d3etr_hf.models.loading import FAMILIES, load_detector
 from d3etr_hf.outputs import AUXILIARY, OWN, GroupRequest
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.objective import D3etrObjective, Shares
@@ -205,3 +207,12 @@ def test_an_image_that_does_not_fit_is_refused(family):
     model = tiny_model(model_type=family, num_queries=90)
     with pytest.raises(ValueError, match=r"num_queries is 90, but .* 32 x 32 pixels has only (16|80) tokens"):
         model(torch.zeros(1, 3, 32, 32), request=GroupRequest())
+
+
+@pytest.mark.parametrize("changes", [{"group_detr": 2}, {"num_queries": 9}])
+def test_a_checkpoint_of_other_groups_than_its_configuration_is_refused(family, changes, tmp_path):
+    tiny_model(model_type=family).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(DetectorLoadError, match="do not fit its config.json"):
+        load_detector(str(tmp_path))
