@@ -18,9 +18,11 @@ class Size:
     Attributes:
         teacher, student: YAML files with the fields of their configurations.
         batch: images a step.
-        height, width: pixels; in batches of more than one every second image is padded by a twelfth on both sides.
+        height, width: pixels; in batches of more than one every second image is padded by a twelfth on both sides,
+            if `padded`.
         classes: number of classes.
         objects: ground-truth boxes per image.
+        teacher_side: side of the squares that a teacher with pixels of its own sees; None where it sees the student's.
         queries, layers: of teacher and student; None leaves their files' own.
     """
 
@@ -33,8 +35,31 @@ class Size:
     objects: int
     queries: int | None = None
     layers: int | None = None
+    padded: bool = True
+    teacher_side: int | None = None
 
 
+def _squares(name: str, side: int, teacher_side: int | None = None) -> Size:
+    """A public pair, "teacher -> student", on squares of its own resolution."""
+    teacher, student = (f"configs/coco/{part}_model.yaml" for part in name.split(" -> "))
+    return Size(teacher, student, 2, side, side, classes=80, objects=7, padded=False, teacher_side=teacher_side)
+
+
+def _short_sides(name: str) -> Size:
+    """A public pair on images of a short side of 800."""
+    teacher, student = (f"configs/coco/{part}_model.yaml" for part in name.split(" -> "))
+    return Size(teacher, student, 2, 800, 1066, classes=91, objects=7)
+
+
+# one of each family, as its checkpoints are published
+FAMILY_PAIRS = {
+    "rf_detr": _squares("rf_detr_large -> rf_detr_nano", 384, teacher_side=704),
+    "d_fine": _squares("dfine_xlarge -> dfine_nano", 640),
+    "rt_detr": _squares("rtdetr_r101vd -> rtdetr_r18vd", 640),
+    "detr": _short_sides("detr_r101 -> detr_r50"),
+    "deformable_detr": _short_sides("deformable_r50 -> deformable_r18"),
+    "dab_detr": _short_sides("dab_r50 -> dab_r18"),
+}
 SIZES = {
     "shapes": Size(
         "configs/shapes/teacher_model.yaml", "configs/shapes/student_model.yaml", 16, 96, 96, classes=3, objects=3
@@ -83,8 +108,9 @@ def make_batch(size: Size, seed: int = 0) -> dict:
     `labels`."""
     generator = torch.Generator().manual_seed(seed)
     pixel_mask = torch.ones(size.batch, size.height, size.width, dtype=torch.int64)
-    pixel_mask[1::2, size.height - size.height // 12 :] = 0
-    pixel_mask[1::2, :, size.width - size.width // 12 :] = 0
+    if size.padded:
+        pixel_mask[1::2, size.height - size.height // 12 :] = 0
+        pixel_mask[1::2, :, size.width - size.width // 12 :] = 0
     pixel_values = torch.randn(size.batch, 3, size.height, size.width, generator=generator) * pixel_mask[:, None]
     centres = torch.rand(size.batch, size.objects, 2, generator=generator) * 0.6 + 0.2
     sides = torch.rand(size.batch, size.objects, 2, generator=generator) * 0.3 + 0.05
@@ -95,7 +121,12 @@ def make_batch(size: Size, seed: int = 0) -> dict:
         {"image_id": image, "objects": size.objects, "orig_size": [size.height, size.width]}
         for image in range(size.batch)
     ]
-    return {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "targets": pack(objects), "labels": labels}
+    batch = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "targets": pack(objects), "labels": labels}
+    if size.teacher_side is not None:
+        side = size.teacher_side
+        batch["teacher_pixel_values"] = torch.randn(size.batch, 3, side, side, generator=generator)
+        batch["teacher_pixel_mask"] = torch.ones(size.batch, side, side, dtype=torch.int64)
+    return batch
 
 
 def stock_labels(batch: dict) -> list[dict]:

@@ -13,7 +13,7 @@ from d3etr_hf.matching import mix_matcher, solver
 from d3etr_hf.models import group_attention
 from d3etr_hf.outputs import GroupRequest
 from d3etr_hf.training import objective
-from d3etr_hf.training.teacher import Teacher
+from d3etr_hf.training.teacher import Teacher, teacher_pixels
 from d3etr_hf.training.trainer import DistillationTrainer
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
@@ -126,8 +126,7 @@ def _plain(size: Size, precision: str) -> Callable[[], None]:
 
 def _teacher(size: Size, precision: str) -> Callable[[], None]:
     trainer = distillation_trainer(size, precision)
-    batch = trainer._prepare_inputs(make_batch(size))
-    pixels = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
+    pixels = teacher_pixels(trainer._prepare_inputs(make_batch(size)))
 
     def forward() -> None:
         with torch.no_grad(), trainer.accelerator.autocast():
