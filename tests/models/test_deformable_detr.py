@@ -11,6 +11,7 @@ from transformers import DeformableDetrForObjectDetection
 
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models import D3etrDeformableDetrForObjectDetection
+from d3etr_hf.models.detector import inherit
 from d3etr_hf.models.loading import ModelArguments, build_model, load_detector
 from d3etr_hf.outputs import AUXILIARY, OWN, GroupRequest, Queries
 from tests import slow_reference, tiny
@@ -308,6 +309,18 @@ def test_classes_that_are_dropped_choose_the_same_proposals():
     after = model(**BATCH, request=GroupRequest()).groups[OWN]
     close(after.boxes, before.boxes)
     close(after.logits, before.logits[..., [2, 1]])
+
+
+def test_heads_of_proposals_are_inherited_whichever_layers_are():
+    """They follow the decoder's last layer, in a teacher of another depth too."""
+    teacher, student = model_of(TWO_STAGE, decoder_layers=4), model_of(TWO_STAGE, decoder_layers=2)
+    perturb(teacher)
+    _, skipped = inherit(student, teacher, ["heads"], torch.arange(3), [0, 2])
+    assert not skipped
+    for heads, theirs in ((student.class_embed, teacher.class_embed), (student.bbox_embed, teacher.bbox_embed)):
+        for ours, layer in zip(heads, (0, 2, 4), strict=True):
+            for value, expected in zip(ours.parameters(), theirs[layer].parameters(), strict=True):
+                assert torch.equal(value, expected)
 
 
 def test_start_values(form):
