@@ -51,6 +51,7 @@ class Case:
 CASES = {
     "pairs": Case(evaluates=True),
     "DETR": Case(family="detr"),
+    "RF-DETR": Case(family="rf_detr"),
     "RT-DETR": Case(family="rt_detr"),
     "boxes": Case(options={"prediction_normaliser": "boxes"}),
     "accumulated batches": Case(accumulated=2),
