@@ -6,6 +6,7 @@ import torch
 from transformers import (
     ConditionalDetrConfig,
     ConvNextConfig,
+    Deimv2Config,
     DetrConfig,
     DFineConfig,
     PreTrainedConfig,
@@ -79,6 +80,7 @@ def _hybrid_options(**changes) -> dict:
 # by model type; a new family adds a line here and is then held to the contract by tests/models/test_contract.py
 TINY_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "conditional_detr": lambda **changes: ConditionalDetrConfig(**_dense_options(**changes)),
+    "deimv2": lambda **changes: Deimv2Config(**_hybrid_options(**changes)),
     "detr": lambda **changes: DetrConfig(**_dense_options(**changes)),
     "d_fine": lambda **changes: DFineConfig(**_hybrid_options(**changes)),
     "rt_detr": lambda **changes: RTDetrConfig(**_hybrid_options(**changes)),

@@ -2,6 +2,7 @@
 
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
+from d3etr_hf.models.deimv2 import D3etrDeimv2ForObjectDetection
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.rt_detr import D3etrRTDetrForObjectDetection
@@ -10,6 +11,7 @@ from d3etr_hf.models.rt_detr_v2 import D3etrRTDetrV2ForObjectDetection
 __all__ = [
     "D3etrConditionalDetrForObjectDetection",
     "D3etrDFineForObjectDetection",
+    "D3etrDeimv2ForObjectDetection",
     "D3etrDetrForObjectDetection",
     "D3etrRTDetrForObjectDetection",
     "D3etrRTDetrV2ForObjectDetection",

@@ -23,6 +23,7 @@ from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
+from d3etr_hf.models.deimv2 import D3etrDeimv2ForObjectDetection
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.initialisation import is_resnet
@@ -34,6 +35,7 @@ logger = logging.get_logger(__name__)
 
 FAMILIES: dict[str, type[Detector]] = {
     "conditional_detr": D3etrConditionalDetrForObjectDetection,
+    "deimv2": D3etrDeimv2ForObjectDetection,
     "detr": D3etrDetrForObjectDetection,
     "d_fine": D3etrDFineForObjectDetection,
     "rt_detr": D3etrRTDetrForObjectDetection,

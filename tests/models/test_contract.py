@@ -37,9 +37,11 @@ BATCH = padded_batch()
 
 TOY = "toy_detector"
 # families whose stock loss is a dictionary of weighted terms, and what it calls its class term
-WEIGHTED_TERMS = {"d_fine": "loss_vfl", "rt_detr": "loss_vfl", "rt_detr_v2": "loss_vfl"}
+WEIGHTED_TERMS = {"deimv2": "loss_mal", "d_fine": "loss_vfl", "rt_detr": "loss_vfl", "rt_detr_v2": "loss_vfl"}
 # what a stock model of a single layer needs: Transformers would tie its heads to those of others
-CUT = {"d_fine": {"tie_word_embeddings": False}, "rt_detr_v2": {"tie_word_embeddings": False}}
+CUT = dict.fromkeys(("d_fine", "deimv2", "rt_detr_v2"), {"tie_word_embeddings": False})
+# what a family's own assignment is compared under
+SEPARATE = {"deimv2": {"use_dense_one_to_one": False}}
 # what the toy's configuration calls these
 TOY_NAMES = {"decoder_layers": "rounds", "num_queries": "slots"}
 
@@ -548,7 +550,7 @@ def test_assignment_is_the_cheapest(any_family):
 
 def test_losses_equal_the_stock_loss(family):
     """Term by term what `labels` give in the stock class, of the last layer."""
-    model, labels = tiny_model(model_type=family), random_labels([2, 3])
+    model, labels = tiny_model(model_type=family, **SEPARATE.get(family, {})), random_labels([2, 3])
     stock = stock_twin(model)(**BATCH, labels=labels)
     group, targets = model(**BATCH, request=GroupRequest()).groups[OWN], targets_of(labels)
     criterion = model.criterion()
