@@ -4,6 +4,7 @@ from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetect
 from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
 from d3etr_hf.models.dab_detr import D3etrDabDetrForObjectDetection
 from d3etr_hf.models.deformable_detr import D3etrDeformableDetrForObjectDetection
+from d3etr_hf.models.deimv2 import D3etrDeimv2ForObjectDetection
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.lw_detr import D3etrLwDetrForObjectDetection
@@ -17,6 +18,7 @@ __all__ = [
     "D3etrDFineForObjectDetection",
     "D3etrDabDetrForObjectDetection",
     "D3etrDeformableDetrForObjectDetection",
+    "D3etrDeimv2ForObjectDetection",
     "D3etrDetrForObjectDetection",
     "D3etrLwDetrForObjectDetection",
     "D3etrRfDetrForObjectDetection",

@@ -303,7 +303,11 @@ class Detector(StockModel):
         if self.unsaveable is not None:
             raise DetectorLoadError(f"this model cannot be saved: {self.unsaveable}")
         stock = self._stock_model(self.state_dict() if state_dict is None else state_dict)
-        stock.save_pretrained(save_directory, is_main_process, None, *args, **kwargs)
+        stock.save_pretrained(save_directory, is_main_process, self.saved_tensors(stock), *args, **kwargs)
+
+    def saved_tensors(self, stock: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+        """What a checkpoint holds; None for what Transformers writes, which is each tied tensor under one name."""
+        return None
 
 
 def class_names_of(config) -> list[str]:

@@ -23,6 +23,7 @@ from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetect
 from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
 from d3etr_hf.models.dab_detr import D3etrDabDetrForObjectDetection
 from d3etr_hf.models.deformable_detr import D3etrDeformableDetrForObjectDetection
+from d3etr_hf.models.deimv2 import D3etrDeimv2ForObjectDetection
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
 from d3etr_hf.models.detr import D3etrDetrForObjectDetection
 from d3etr_hf.models.initialisation import is_resnet
@@ -48,6 +49,7 @@ logger = logging.get_logger(__name__)
 FAMILIES: dict[str, type[Detector]] = {
     "conditional_detr": D3etrConditionalDetrForObjectDetection,
     "deformable_detr": D3etrDeformableDetrForObjectDetection,
+    "deimv2": D3etrDeimv2ForObjectDetection,
     "detr": D3etrDetrForObjectDetection,
     "lw_detr": D3etrLwDetrForObjectDetection,
     "rf_detr": D3etrRfDetrForObjectDetection,

@@ -92,26 +92,26 @@ class ProposalDetector(SampledMemoryDetector):
 
     @classmethod
     def check_config(cls, config) -> None:
-        width, levels = config.encoder_hidden_dim, len(config.encoder_in_channels)
+        width, levels = config.encoder_hidden_dim, cls.levels_of(config)
         if width % 4 or (config.encoder_layers and width % config.encoder_attention_heads):
             raise ValueError(
                 f"encoder_hidden_dim {width} must be a multiple of 4, for its sine embeddings, and of "
                 f"encoder_attention_heads, which is {config.encoder_attention_heads}"
             )
         read = len(config.backbone_config.out_indices)
-        if levels != read:
+        if len(config.encoder_in_channels) != read:
             raise ValueError(
                 f"encoder_in_channels {list(config.encoder_in_channels)}: the backbone gives {read} levels"
             )
         if list(config.decoder_in_channels) != [width] * levels:
             raise ValueError(
                 f"decoder_in_channels {list(config.decoder_in_channels)} must hold encoder_hidden_dim, {width}, for "
-                f"each of the {levels} levels of encoder_in_channels"
+                f"each of the encoder's {levels} levels"
             )
         if config.num_feature_levels < levels or len(config.feat_strides) < levels:
             raise ValueError(
                 f"num_feature_levels {config.num_feature_levels} and feat_strides {list(config.feat_strides)} must be "
-                f"of the {levels} levels of encoder_in_channels at least"
+                f"of the encoder's {levels} levels at least"
             )
         if not all(0 <= level < levels for level in config.encode_proj_layers):
             raise ValueError(f"encode_proj_layers {config.encode_proj_layers}: there are levels 0 to {levels - 1}")
@@ -119,6 +119,11 @@ class ProposalDetector(SampledMemoryDetector):
             raise ValueError("learn_initial_query must be false: Transformers' forward pass fails with it")
         if not config.use_focal_loss:
             raise ValueError("use_focal_loss must be true: ground truth is assigned by focal costs")
+
+    @classmethod
+    def levels_of(cls, config) -> int:
+        """How many feature maps the encoder gives."""
+        return len(config.encoder_in_channels)
 
     @property
     def backbone_module(self) -> nn.Module:

@@ -40,11 +40,12 @@ BATCH = padded_batch()
 
 TOY = "toy_detector"
 # families whose stock loss is a dictionary of weighted terms, and what it calls its class term
-WEIGHTED_TERMS = {"d_fine": "loss_vfl", "rt_detr": "loss_vfl", "rt_detr_v2": "loss_vfl"}
-# in eval mode Transformers' loss would still split one group's queries into those of training
-ONE_GROUP = dict.fromkeys(("lw_detr", "rf_detr"), {"group_detr": 1})
+WEIGHTED_TERMS = {"d_fine": "loss_vfl", "deimv2": "loss_mal", "rt_detr": "loss_vfl", "rt_detr_v2": "loss_vfl"}
 # what a stock model of a single layer needs: Transformers would tie its heads to those of others
-CUT = dict.fromkeys(("d_fine", "deformable_detr", "rt_detr_v2"), {"tie_word_embeddings": False})
+CUT = dict.fromkeys(("d_fine", "deformable_detr", "deimv2", "rt_detr_v2"), {"tie_word_embeddings": False})
+# under what the stock loss of eval mode is compared: it would split one group's queries into those of training; and
+# assignments are each layer's own
+COMPARED = {"deimv2": {"use_dense_one_to_one": False}, "lw_detr": {"group_detr": 1}, "rf_detr": {"group_detr": 1}}
 # what the toy's configuration calls these
 TOY_NAMES = {"decoder_layers": "rounds", "num_queries": "slots"}
 
@@ -570,7 +571,7 @@ def test_assignment_is_the_cheapest(any_family):
 
 def test_losses_equal_the_stock_loss(family):
     """Term by term what `labels` give in the stock class, of the last layer."""
-    model, labels = tiny_model(model_type=family, **ONE_GROUP.get(family, {})), random_labels([2, 3])
+    model, labels = tiny_model(model_type=family, **COMPARED.get(family, {})), random_labels([2, 3])
     stock = stock_twin(model)(**BATCH, labels=labels)
     group, targets = model(**BATCH, request=GroupRequest()).groups[OWN], targets_of(labels)
     criterion = model.criterion()

@@ -227,6 +227,7 @@ def hgnet_config(frozen: bool, **changes):
         stage_in_channels=[8, 8, 16, 16],
         stage_mid_channels=[4, 4, 8, 8],
         stage_out_channels=[8, 16, 16, 32],
+        hidden_sizes=[8, 16, 16, 32],
         stage_num_blocks=[1] * 4,
         stage_downsample=[False, True, True, True],
         stage_light_block=[False] * 4,
@@ -246,6 +247,7 @@ def test_what_trains(frozen):
     stem = {name for name, _ in model.named_parameters() if ".embedder." in name}
     unread = {name for name, _ in model.named_parameters() if ".stages.3." in name}
     assert stem and unread
+    assert model(PIXELS).logits.isfinite().all()
     scales = {"model.decoder.reg_scale", "model.decoder.up"}
     assert off == (scales | unread | stem if frozen else scales | unread)
 

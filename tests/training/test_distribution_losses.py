@@ -9,12 +9,12 @@ from transformers.loss.loss_d_fine import DFineLoss
 from tests.tiny import tiny_model
 from tests.training.test_family_losses import OBJECTS, examples, logged
 
-WEIGHTS = {"vfl": 1.5, "bbox": 4.0, "giou": 3.0, "fgl": 0.7, "ddf": 1.1}
-TERMS = {"class": "vfl", "l1": "bbox", "giou": "giou", "fgl": "fgl", "ddf": "ddf"}
+WEIGHTS = {"vfl": 1.5, "mal": 1.5, "bbox": 4.0, "giou": 3.0, "fgl": 0.7, "ddf": 1.1}
 
 
-def model_of():
-    return tiny_model(model_type="d_fine", **{f"weight_loss_{name}": value for name, value in WEIGHTS.items()})
+def model_of(family: str = "d_fine", class_loss: str = "vfl", **options):
+    names = (class_loss, "bbox", "giou", "fgl", "ddf")
+    return tiny_model(model_type=family, **{f"weight_loss_{name}": WEIGHTS[name] for name in names}, **options)
 
 
 def union(matchings: list) -> list:
@@ -33,10 +33,17 @@ def union(matchings: list) -> list:
 
 
 class Expected:
-    """Every term of one batch, from what the stock model gave in training."""
+    """Every term of one batch, from what the stock model gave in training.
 
-    def __init__(self, model, output, labels):
-        self.loss, self.labels, self.terms = DFineLoss(model.config), labels, {}
+    Args:
+        loss: Transformers' loss module.
+        class_loss: its name of the class loss.
+        unions: whether losses of boxes take the union of assignments.
+    """
+
+    def __init__(self, loss, class_loss: str, output, labels, unions: bool = True):
+        self.loss, self.class_loss, self.labels, self.unions = loss, class_loss, labels, unions
+        self.terms: dict[str, float] = {}
         self.objects = max(1, sum(len(label["boxes"]) for label in labels))
         meta = output.denoising_meta_values
         dn, queries = (0, 7) if meta is None else meta["dn_num_split"]
@@ -55,17 +62,21 @@ class Expected:
         self.own(own, output)
         if meta is not None:
             pairs = self.loss.get_cdn_matched_indices(meta, labels)
-            self.group("denoising", denoising, [pairs] * 4, pairs, *[self.objects * meta["dn_num_group"]] * 2)
+            objects = self.objects * meta["dn_num_group"]
+            self.group("denoising", denoising, [pairs] * 4, [pairs] * 4, objects, objects)
 
     def own(self, part, output):
         logits, boxes, *_ = part
         matched = [self.match(*layer) for layer in zip(logits, boxes, strict=True)]
         proposed = self.match(output.enc_topk_logits, output.enc_topk_bboxes)
-        boxed = union([*matched, proposed])
-        count = max(1, sum(len(queries) for queries, _ in boxed))
+        every = [*matched, proposed]
+        boxed, count = every, self.objects
+        if self.unions:
+            boxed = [union(every)] * len(every)
+            count = max(1, sum(len(queries) for queries, _ in boxed[0]))
         self.group("student", part, matched, boxed, self.objects, count)
         given = {"logits": output.enc_topk_logits, "pred_boxes": output.enc_topk_bboxes}
-        self.add("proposals", 0, given, (proposed, boxed), (self.objects, count))
+        self.add("proposals", 0, given, (proposed, boxed[-1]), (self.objects, count))
 
     def match(self, logits, boxes):
         return self.loss.matcher({"logits": logits, "pred_boxes": boxes.clamp(0, 1)}, self.labels)
@@ -73,7 +84,7 @@ class Expected:
     def group(self, name, part, pairs, boxed, objects, count):
         logits, boxes, corners, references = part
         first = "first_head" if name == "student" else f"{name}_first_head"
-        self.add(first, 0, {"logits": logits[0], "pred_boxes": boxes[0]}, (pairs[0], boxed), (objects, count))
+        self.add(first, 0, {"logits": logits[0], "pred_boxes": boxes[0]}, (pairs[0], boxed[0]), (objects, count))
         for layer in range(3):
             given = {
                 "logits": logits[layer + 1],
@@ -83,29 +94,29 @@ class Expected:
                 "teacher_corners": corners[-1],
                 "teacher_logits": logits[-1],
             }
-            self.add(name, layer, given, (pairs[layer + 1], boxed), (objects, count))
+            self.add(name, layer, given, (pairs[layer + 1], boxed[layer + 1]), (objects, count))
 
     def add(self, name, layer, given, pairs, counts):
         given = given | {"pred_boxes": given["pred_boxes"].clamp(0, 1)}
-        values = self.loss.loss_labels_vfl(given, self.labels, pairs[0], counts[0])
+        values = self.loss.get_loss(self.class_loss, given, self.labels, pairs[0], counts[0])
         values |= self.loss.loss_boxes(given, self.labels, pairs[1], counts[1])
         values |= self.loss.loss_local(given, self.labels, pairs[1], counts[1])
-        for term, stock in TERMS.items():
+        names = {"class": self.class_loss, "l1": "bbox", "giou": "giou", "fgl": "fgl", "ddf": "ddf"}
+        for term, stock in names.items():
             if f"loss_{stock}" in values:
                 value = WEIGHTS[stock] * float(values[f"loss_{stock}"].detach())
                 self.terms[f"{name}/{term}/layer_{layer}"] = value
 
 
-@pytest.mark.parametrize("objects", [OBJECTS, [0, 0]], ids=["objects", "no object"])
-def test_every_term_is_what_the_authors_train_with(objects, tmp_path):
-    """Among them the union of assignments for boxes, and distributions that go with their own layer."""
-    model, images = model_of(), examples(objects)
-    stock = model.to_stock().train()
-    torch.manual_seed(7)
+def check_every_term(model, loss, class_loss: str, objects: list[int], folder, unions: bool = True) -> None:
+    """Of a batch with so many objects in its images, what the trainer logs is what is expected."""
+    images = examples(objects)
     labels = [image["labels"] for image in images]
+    torch.manual_seed(7)
+    stock = model.to_stock().train()
     output = stock(torch.stack([image["pixel_values"] for image in images]), labels=labels)
-    expected = Expected(model, output, labels).terms
-    found = logged(model, images, tmp_path)
+    expected = Expected(loss, class_loss, output, labels, unions).terms
+    found = logged(model, images, folder)
     names = {name.removeprefix("loss/") for name in found if "/layer_" in name}
     assert names == set(expected)
     assert {name.split("/")[0] for name in names} >= {"student", "first_head", "proposals"}
@@ -113,6 +124,13 @@ def test_every_term_is_what_the_authors_train_with(objects, tmp_path):
         assert found[f"loss/{name}"] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     assert found["loss"] == pytest.approx(sum(expected.values()), rel=1e-4)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("objects", [OBJECTS, [0, 0]], ids=["objects", "no object"])
+def test_every_term_is_what_the_authors_train_with(objects, tmp_path):
+    """Among them the union of assignments for boxes, and distributions that go with their own layer."""
+    model = model_of()
+    check_every_term(model, DFineLoss(model.config), "vfl", objects, tmp_path)
 
 
 def test_the_union_matters_here(tmp_path):
