@@ -8,9 +8,8 @@ from d3etr_hf.losses.attention_distillation import (
 from d3etr_hf.losses.attention_geometry import moment_distillation, place_distillation
 from d3etr_hf.losses.detection_loss import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
 from d3etr_hf.losses.distribution_criterion import DistributionCriterion
-from d3etr_hf.losses.iou_aware_criterion import IouAwareCriterion
+from d3etr_hf.losses.overlap_criteria import IouAwareCriterion, VarifocalCriterion
 from d3etr_hf.losses.prediction_distillation import PREDICTION_NORMALISERS, pair_weights, prediction_distillation
-from d3etr_hf.losses.stock_criterion import StockCriterion
 
 __all__ = [
     "DIVERGENCES",
@@ -20,7 +19,7 @@ __all__ = [
     "DistributionCriterion",
     "FocalCriterion",
     "IouAwareCriterion",
-    "StockCriterion",
+    "VarifocalCriterion",
     "cross_attention_distillation",
     "moment_distillation",
     "pair_weights",

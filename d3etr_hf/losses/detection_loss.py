@@ -15,7 +15,7 @@ from torch import nn
 
 from d3etr_hf.matching import Problem, assignment_of, assignment_problem, probabilities_of, solve
 from d3etr_hf.outputs import NO_OBJECT, GroupOutput, Scores, SigmoidScores, SoftmaxScores, Targets, wide
-from d3etr_hf.outputs.boxes import generalised_iou
+from d3etr_hf.outputs.boxes import generalised_iou, iou
 
 BOX_TERMS = ("l1", "giou")
 TERMS = ("class", *BOX_TERMS)
@@ -47,13 +47,16 @@ class DetectionCriterion(ABC):
         """Class cost of each query and object: `(L, B, N, C)` and int64 `(B, T)` to `(L, B, N, T)`."""
 
     @abstractmethod
-    def class_loss(self, logits: torch.Tensor, classes: torch.Tensor, holds_object: torch.Tensor) -> torch.Tensor:
+    def class_loss(
+        self, logits: torch.Tensor, classes: torch.Tensor, holds_object: torch.Tensor, overlap: torch.Tensor
+    ) -> torch.Tensor:
         """Class loss of each layer, a sum over images and queries.
 
         Args:
             logits: `(L, B, N, ·)`.
             classes: int64 `(L, B, N)`, the class of each query's object; any where there is none.
             holds_object: bool `(L, B, N)`.
+            overlap: `(L, B, N)`, IoU of each query's box with its object, without gradient; any where there is none.
 
         Returns:
             `(L,)`.
@@ -126,14 +129,18 @@ class DetectionCriterion(ABC):
         logits, predicted = wide(group.logits), wide(group.boxes)
         box_assignment = assignment if box_assignment is None else box_assignment
         if targets.class_labels.shape[1] == 0:  # no object in the whole batch: nothing to gather from
-            classes, boxes = torch.zeros_like(assignment), torch.full_like(predicted, 0.5)
+            classes = torch.zeros_like(assignment)
+            held_boxes = boxes = torch.full_like(predicted, 0.5)
         else:
             classes = targets.class_labels.expand(len(assignment), -1, -1).gather(-1, assignment.clamp(min=0))
             all_boxes = targets.boxes.to(predicted.dtype).expand(len(assignment), -1, -1, -1)
-            boxes = all_boxes.take_along_dim(box_assignment.clamp(min=0)[..., None], dim=2)
+            held_boxes, boxes = (
+                all_boxes.take_along_dim(objects.clamp(min=0)[..., None], dim=2)
+                for objects in (assignment, box_assignment)
+            )
         share = (box_assignment != NO_OBJECT).to(predicted.dtype)
         return {
-            "class": self.class_loss(logits, classes, assignment != NO_OBJECT),
+            "class": self.class_loss(logits, classes, assignment != NO_OBJECT, iou(predicted.detach(), held_boxes)),
             "l1": (share * (predicted - boxes).abs().sum(-1)).sum(dim=(1, 2)),
             "giou": (share * (1 - generalised_iou(predicted, boxes))).sum(dim=(1, 2)),
         }
@@ -160,7 +167,9 @@ class FocalCriterion(DetectionCriterion):
         as_object = self.alpha * (1 - scores) ** self.gamma * -(scores + 1e-8).log()
         return as_object - background
 
-    def class_loss(self, logits: torch.Tensor, classes: torch.Tensor, holds_object: torch.Tensor) -> torch.Tensor:
+    def class_loss(
+        self, logits: torch.Tensor, classes: torch.Tensor, holds_object: torch.Tensor, overlap: torch.Tensor
+    ) -> torch.Tensor:
         held = holds_object[..., None].to(logits.dtype)
         one_hot = torch.zeros_like(logits).scatter(-1, classes[..., None], held)
         scores = logits.sigmoid()
@@ -187,7 +196,9 @@ class CrossEntropyCriterion(DetectionCriterion):
     def class_costs(self, probabilities: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         return -probabilities_of(probabilities, class_labels)
 
-    def class_loss(self, logits: torch.Tensor, classes: torch.Tensor, holds_object: torch.Tensor) -> torch.Tensor:
+    def class_loss(
+        self, logits: torch.Tensor, classes: torch.Tensor, holds_object: torch.Tensor, overlap: torch.Tensor
+    ) -> torch.Tensor:
         target = torch.where(holds_object, classes, logits.shape[-1] - 1)
         entropy = -logits.log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
         return (torch.where(holds_object, 1.0, self.no_object_weight) * entropy).sum(dim=(1, 2))

@@ -1,18 +1,19 @@
 """The detection criterion of families whose boxes come from distributions over the distances of their edges."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from d3etr_hf.losses.detection_loss import BOX_TERMS
-from d3etr_hf.losses.stock_criterion import StockCriterion
+from d3etr_hf.losses.overlap_criteria import VarifocalCriterion
 from d3etr_hf.matching import Problem
 from d3etr_hf.outputs import NO_OBJECT, GroupOutput, Targets, wide
 
 
 @dataclass(frozen=True)
-class DistributionCriterion(StockCriterion):
+class DistributionCriterion(VarifocalCriterion):
     """D-FINE's (Peng et al., ICLR 2025): fine-grained localisation, and each layer's distillation from the last.
 
     Terms beside "class", "l1" and "giou", for predictions with a box distribution: "fgl", a sum over pairs, and "ddf",
@@ -24,10 +25,12 @@ class DistributionCriterion(StockCriterion):
     in Transformers.
 
     Attributes:
+        module: `DFineLoss` of Transformers, or its heir; asked for the loss of a single object it returns a sum.
         fgl_weight, ddf_weight: weights of these losses.
         shared_queries: names of predictions that share their queries; () for no unions.
     """
 
+    module: Any = field(default=None, compare=False)
     fgl_weight: float = 0.0
     ddf_weight: float = 0.0
     shared_queries: tuple[tuple[str, ...], ...] = ()
@@ -62,22 +65,49 @@ class DistributionCriterion(StockCriterion):
         assignment: torch.Tensor,
         box_assignment: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        self.module.to(group.boxes.device)
+        group = replace(group, boxes=wide(group.boxes).clamp(0, 1))
         terms = super().losses(group, targets, assignment, box_assignment)
-        if "ddf" in terms:
-            terms["ddf"] = terms["ddf"] * group.boxes[0, ..., 0].numel()
-        return terms
-
-    def outputs_of(self, group: GroupOutput, layer: int) -> dict[str, torch.Tensor]:
-        outputs = super().outputs_of(replace(group, boxes=group.boxes.clamp(0, 1)), layer)
         if group.box_distribution is None:
-            return outputs
-        return outputs | {
-            "pred_corners": wide(group.box_distribution[layer]).flatten(2),
-            "ref_points": wide(group.box_reference),
-            "teacher_corners": wide(group.box_distribution[-1]).flatten(2),
-            "teacher_logits": wide(group.logits[-1]),
+            return terms
+        pairs = pairs_of(assignment if box_assignment is None else box_assignment.expand_as(assignment))
+        return terms | self._of_distributions(group, targets, pairs)
+
+    def _of_distributions(self, group: GroupOutput, targets: Targets, pairs: list) -> dict[str, torch.Tensor]:
+        """ "fgl" and "ddf" of every layer, by Transformers' module; the assignment has been read on the host, once."""
+        module, images = self.module.to(group.boxes.device), len(group.boxes[0])
+        labels = [
+            {"class_labels": classes[:count], "boxes": boxes[:count].to(group.boxes.dtype)}
+            for classes, boxes, count in zip(targets.class_labels, targets.boxes, targets.counts, strict=True)
+        ]
+        found = []
+        for layer, chosen in enumerate(pairs):
+            outputs = {
+                "logits": wide(group.logits[layer]),
+                "pred_boxes": group.boxes[layer],
+                "pred_corners": wide(group.box_distribution[layer]).flatten(2),
+                "ref_points": wide(group.box_reference),
+                "teacher_corners": wide(group.box_distribution[-1]).flatten(2),
+                "teacher_logits": wide(group.logits[-1]),
+            }
+            found.append(module.get_loss("local", outputs, labels, chosen, 1))
+        queries = images * group.boxes.shape[2]
+        return {
+            "fgl": torch.stack([values["loss_fgl"] for values in found]),
+            "ddf": torch.stack([values["loss_ddf"] for values in found]) * queries,
         }
+
+
+def pairs_of(assignment: torch.Tensor) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Layer by layer and image by image the queries that hold an object, and their objects, int64 on the host.
+
+    Args:
+        assignment: int64 `(L, B, N)`, the object of each query or `NO_OBJECT`.
+    """
+    layers = []
+    for layer in assignment.cpu():
+        held = [(image != NO_OBJECT).nonzero().squeeze(1) for image in layer]
+        layers.append([(queries, image[queries]) for queries, image in zip(held, layer, strict=True)])
+    return layers
 
 
 def union_of(assignment: torch.Tensor) -> torch.Tensor:

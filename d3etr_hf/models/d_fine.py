@@ -124,12 +124,11 @@ class DistributionDetector(ProposalDetector):
         return found
 
     def criterion(self) -> DetectionCriterion:
-        return self._criterion(DFineLoss(self.config), "vfl", self.config.weight_loss_vfl, unions=True)
+        return self._criterion(DFineLoss(self.config), self.config.weight_loss_vfl, unions=True)
 
-    def _criterion(self, module: DFineLoss, class_loss: str, class_weight: float, unions: bool) -> DetectionCriterion:
-        """The criterion around a loss module, with its name of the class loss."""
+    def _criterion(self, module: DFineLoss, class_weight: float, unions: bool, **class_loss) -> DetectionCriterion:
+        """The criterion around a loss module, which is asked for what distributions lose."""
         config = self.config
-        names = {"class": class_loss, "l1": "bbox", "giou": "giou", "fgl": "fgl", "ddf": "ddf"}
         return DistributionCriterion(
             class_cost=config.matcher_class_cost,
             l1_cost=config.matcher_bbox_cost,
@@ -140,11 +139,12 @@ class DistributionDetector(ProposalDetector):
             alpha=config.matcher_alpha,
             gamma=config.matcher_gamma,
             module=module,
-            losses_of=(class_loss, "boxes", "local"),
-            names={term: f"loss_{name}" for term, name in names.items()},
             fgl_weight=config.weight_loss_fgl,
             ddf_weight=config.weight_loss_ddf,
             shared_queries=SHARED_QUERIES if unions else (),
+            **(
+                {"background_alpha": config.focal_loss_alpha, "background_gamma": config.focal_loss_gamma} | class_loss
+            ),
         )
 
     def start_values(self) -> None:

@@ -78,7 +78,14 @@ class D3etrDeimv2ForObjectDetection(DistributionDetector, Deimv2ForObjectDetecti
 
     def criterion(self) -> DetectionCriterion:
         config = self.config
-        return self._criterion(Deimv2Loss(config), "mal", config.weight_loss_mal, config.use_dense_one_to_one)
+        return self._criterion(
+            Deimv2Loss(config),
+            config.weight_loss_mal,
+            config.use_dense_one_to_one,
+            background_alpha=1.0 if config.mal_alpha is None else config.mal_alpha,
+            target_exponent=config.focal_loss_gamma,
+            weighs_overlap=False,
+        )
 
     def saved_tensors(self, stock) -> dict[str, torch.Tensor] | None:
         """A box head that layers share, under all its names: from a single one Transformers does not load it again."""

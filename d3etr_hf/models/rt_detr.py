@@ -6,14 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import RTDetrForObjectDetection
-from transformers.loss.loss_rt_detr import RTDetrLoss
 from transformers.models.rt_detr.modeling_rt_detr import (
     RTDetrDecoder,
     RTDetrMultiscaleDeformableAttention,
     eager_attention_forward,
 )
 
-from d3etr_hf.losses import DetectionCriterion, StockCriterion
+from d3etr_hf.losses import DetectionCriterion, VarifocalCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_attention import GroupAttention
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in
@@ -172,7 +171,7 @@ class ProposalDetector(SampledMemoryDetector):
 
     def criterion(self) -> DetectionCriterion:
         config = self.config
-        return StockCriterion(
+        return VarifocalCriterion(
             class_cost=config.matcher_class_cost,
             l1_cost=config.matcher_bbox_cost,
             giou_cost=config.matcher_giou_cost,
@@ -181,9 +180,8 @@ class ProposalDetector(SampledMemoryDetector):
             giou_weight=config.weight_loss_giou,
             alpha=config.matcher_alpha,
             gamma=config.matcher_gamma,
-            module=RTDetrLoss(config),
-            losses_of=("vfl", "boxes"),
-            names={"class": "loss_vfl", "l1": "loss_bbox", "giou": "loss_giou"},
+            background_alpha=config.focal_loss_alpha,
+            background_gamma=config.focal_loss_gamma,
         )
 
     def start_values(self) -> None:

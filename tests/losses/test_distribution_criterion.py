@@ -7,8 +7,7 @@ import torch
 from transformers.loss.loss_d_fine import DFineLoss
 from transformers.loss.loss_deimv2 import Deimv2Loss
 
-from d3etr_hf.losses.distribution_criterion import union_of
-from d3etr_hf.losses.stock_criterion import pairs_of
+from d3etr_hf.losses.distribution_criterion import pairs_of, union_of
 from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, GroupOutput, GroupRequest
 from tests.tiny import padded_batch, random_labels, targets_of, tiny_model
 
