@@ -4,8 +4,8 @@
     python scripts/family_steps.py --pairs rt_detr d_fine --json family_steps.json
 
 Two images, float32. Per pair, in processes of their own: seconds of the teacher's forward pass, of a step with two
-query groups and no distillation, and of the full step, turn by turn; step / (teacher + two groups); and the peak memory
-of full steps. One line a pair as it arrives. Nothing else should run meanwhile.
+query groups and no distillation, and of the full step, turn by turn; step / (teacher + two groups); and the peak
+memory of full steps. One line a pair as it arrives. Nothing else should run meanwhile.
 """
 
 import json

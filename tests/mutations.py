@@ -86,9 +86,8 @@ MUTATIONS = [
     ("note 7: own class saved", DETECTOR, "def save_pretrained(", "def save_as_stock(",
      f"{MODEL_TESTS}::test_saved_checkpoint_is_a_plain_stock_model"),
     ("note 7: adapters saved with the student", DETECTOR,
-     "        stock.save_pretrained(save_directory, is_main_process, None, *args, **kwargs)",
-     "        stock.query_adapters = self.query_adapters\n"
-     "        stock.save_pretrained(save_directory, is_main_process, None, *args, **kwargs)",
+     "        stock.save_pretrained(save_directory,",
+     "        stock.query_adapters = self.query_adapters\n        stock.save_pretrained(save_directory,",
      f"{CONTRACT}::test_saved_model_is_a_plain_stock_checkpoint"),
     ("note 7: teacher left in train mode", TEACHER, "detector.eval().requires_grad_(False)",
      "detector.train().requires_grad_(False)", f"{TRAINER_TESTS}::test_teacher_is_frozen_and_kept_out_of_the_student"),

@@ -10,6 +10,13 @@ from d3etr_hf.matching import TaughtGroup
 from d3etr_hf.outputs import AttentionMap, GroupOutput
 
 
+def with_bins_of(loss, model):
+    """The loss with the model's own bins, which are its parameters, as its authors hand them over."""
+    decoder = model.model.decoder
+    loss.up, loss.reg_scale = decoder.up, decoder.reg_scale.detach()
+    return loss
+
+
 def scalar_giou(a, b):
     """Generalised IoU of two cxcywh boxes given as lists."""
     ax0, ay0, ax1, ay1 = a[0] - a[2] / 2, a[1] - a[3] / 2, a[0] + a[2] / 2, a[1] + a[3] / 2

@@ -1,15 +1,19 @@
 """The detection criterion of families whose boxes come from distributions over the distances of their edges."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from d3etr_hf.losses.detection_loss import BOX_TERMS
 from d3etr_hf.losses.overlap_criteria import VarifocalCriterion
 from d3etr_hf.matching import Problem
 from d3etr_hf.outputs import NO_OBJECT, GroupOutput, Targets, wide
+from d3etr_hf.outputs.boxes import iou
+
+# of self-distillation
+TEMPERATURE = 5.0
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,10 @@ class DistributionCriterion(VarifocalCriterion):
     in Transformers.
 
     Attributes:
-        module: `DFineLoss` of Transformers, or its heir; asked for the loss of a single object it returns a sum.
         fgl_weight, ddf_weight: weights of these losses.
         shared_queries: names of predictions that share their queries; () for no unions.
     """
 
-    module: Any = field(default=None, compare=False)
     fgl_weight: float = 0.0
     ddf_weight: float = 0.0
     shared_queries: tuple[tuple[str, ...], ...] = ()
@@ -69,45 +71,94 @@ class DistributionCriterion(VarifocalCriterion):
         terms = super().losses(group, targets, assignment, box_assignment)
         if group.box_distribution is None:
             return terms
-        pairs = pairs_of(assignment if box_assignment is None else box_assignment.expand_as(assignment))
-        return terms | self._of_distributions(group, targets, pairs)
+        box_assignment = assignment if box_assignment is None else box_assignment.expand_as(assignment)
+        return terms | self._of_distributions(group, targets, box_assignment)
 
-    def _of_distributions(self, group: GroupOutput, targets: Targets, pairs: list) -> dict[str, torch.Tensor]:
-        """ "fgl" and "ddf" of every layer, by Transformers' module; the assignment has been read on the host, once."""
-        module, images = self.module.to(group.boxes.device), len(group.boxes[0])
-        labels = [
-            {"class_labels": classes[:count], "boxes": boxes[:count].to(group.boxes.dtype)}
-            for classes, boxes, count in zip(targets.class_labels, targets.boxes, targets.counts, strict=True)
-        ]
-        found = []
-        for layer, chosen in enumerate(pairs):
-            outputs = {
-                "logits": wide(group.logits[layer]),
-                "pred_boxes": group.boxes[layer],
-                "pred_corners": wide(group.box_distribution[layer]).flatten(2),
-                "ref_points": wide(group.box_reference),
-                "teacher_corners": wide(group.box_distribution[-1]).flatten(2),
-                "teacher_logits": wide(group.logits[-1]),
-            }
-            found.append(module.get_loss("local", outputs, labels, chosen, 1))
-        queries = images * group.boxes.shape[2]
+    @staticmethod
+    def _of_distributions(group: GroupOutput, targets: Targets, assignment: torch.Tensor) -> dict[str, torch.Tensor]:
+        """ "fgl" and "ddf" of every layer."""
+        corners, holds_object = wide(group.box_distribution), assignment != NO_OBJECT
+        if targets.class_labels.shape[1] == 0:  # no object in the whole batch: nothing to gather from
+            objects, overlap = torch.full_like(group.boxes, 0.5), torch.zeros_like(group.boxes[..., 0])
+        else:
+            all_boxes = targets.boxes.to(group.boxes.dtype).expand(len(assignment), -1, -1, -1)
+            objects = all_boxes.take_along_dim(assignment.clamp(min=0)[..., None], dim=2)
+            overlap = iou(group.boxes.detach(), objects)
+        distances = edge_distances(wide(group.box_reference), objects)
+        located = localisation_loss(corners, distances, wide(group.box_bins)).sum(-1)
+        confidence = wide(group.logits[-1]).detach().sigmoid().amax(-1)
+        weights = torch.where(holds_object, overlap, confidence)
+        queries = group.boxes[0, ..., 0].numel()
         return {
-            "fgl": torch.stack([values["loss_fgl"] for values in found]),
-            "ddf": torch.stack([values["loss_ddf"] for values in found]) * queries,
+            "fgl": (holds_object * overlap * located).sum(dim=(1, 2)),
+            "ddf": self_distillation(corners, weights, holds_object) * queries,
         }
 
 
-def pairs_of(assignment: torch.Tensor) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Layer by layer and image by image the queries that hold an object, and their objects, int64 on the host.
+def edge_distances(reference: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """How far the edges of boxes lie outside those of the reference: left, top, right, bottom, in its sizes.
 
     Args:
-        assignment: int64 `(L, B, N)`, the object of each query or `NO_OBJECT`.
+        reference, boxes: `(B, N, 4)` and `(L, B, N, 4)`, cxcywh.
+
+    Returns:
+        `(L, B, N, 4)`.
     """
-    layers = []
-    for layer in assignment.cpu():
-        held = [(image != NO_OBJECT).nonzero().squeeze(1) for image in layer]
-        layers.append([(queries, image[queries]) for queries, image in zip(held, layer, strict=True)])
-    return layers
+    centre, size = reference[..., :2], reference[..., 2:]
+    near, far = boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2
+    return torch.cat([(centre - near) / size, (far - centre) / size], dim=-1) - 0.5
+
+
+def localisation_loss(corners: torch.Tensor, distances: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each edge's distribution against the two bins around its distance, by how near they are.
+
+    Fine-grained localisation without its weights (D-FINE, section 4.1).
+
+    Args:
+        corners: `(..., bins)` logits.
+        distances: `(...)`; those beyond the bins count as the last one.
+        bins: `(bins,)` their distances, ascending.
+
+    Returns:
+        `(...)`.
+    """
+    distances = distances.clamp(bins[0], bins[-1]).contiguous()
+    left = (torch.searchsorted(bins, distances, right=True) - 1).clamp(0, len(bins) - 2)
+    share = (distances - bins[left]) / (bins[left + 1] - bins[left])
+    entropy = -corners.log_softmax(-1)
+    found = [entropy.gather(-1, (left + step)[..., None]).squeeze(-1) for step in (0, 1)]
+    return (1 - share) * found[0] + share * found[1]
+
+
+def self_distillation(corners: torch.Tensor, weights: torch.Tensor, holds_object: torch.Tensor) -> torch.Tensor:
+    """Each layer's distributions learn from the last layer's: a mean over one batch, zero for the last layer.
+
+    Decoupled distillation focal loss (D-FINE, section 4.2): KL divergences at a temperature, their means over queries
+    with and without an object weighed by the roots of how many there are.
+
+    Args:
+        corners: `(L, B, N, 4, bins)` logits.
+        weights: `(L, B, N)`, of each query.
+        holds_object: bool `(L, B, N)`.
+
+    Returns:
+        `(L,)`.
+    """
+    heated = corners / TEMPERATURE
+    target = heated[-1].detach().log_softmax(-1)
+    divergence = nn.functional.kl_div(
+        heated.log_softmax(-1), target.expand_as(heated), reduction="none", log_target=True
+    )
+    edges = (TEMPERATURE**2 * weights[..., None] * divergence.sum(-1)).sum(-1)
+    total = torch.zeros_like(edges[:, 0, 0])
+    roots = torch.zeros_like(total)
+    for chosen in (holds_object, ~holds_object):
+        count = 4 * chosen.sum(dim=(1, 2))
+        root = (count / corners.shape[1]).sqrt()
+        total = total + root * (chosen * edges).sum(dim=(1, 2)) / count.clamp(min=1)
+        roots = roots + root
+    earlier = torch.arange(len(corners), device=corners.device) < len(corners) - 1
+    return torch.where(earlier, total / roots, 0 * total)
 
 
 def union_of(assignment: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DFineForObjectDetection
-from transformers.loss.loss_d_fine import DFineLoss, weighting_function
+from transformers.loss.loss_d_fine import weighting_function
 from transformers.models.d_fine.modeling_d_fine import (
     DFineDecoder,
     DFineGate,
@@ -124,10 +124,10 @@ class DistributionDetector(ProposalDetector):
         return found
 
     def criterion(self) -> DetectionCriterion:
-        return self._criterion(DFineLoss(self.config), self.config.weight_loss_vfl, unions=True)
+        return self._criterion(self.config.weight_loss_vfl, unions=True)
 
-    def _criterion(self, module: DFineLoss, class_weight: float, unions: bool, **class_loss) -> DetectionCriterion:
-        """The criterion around a loss module, which is asked for what distributions lose."""
+    def _criterion(self, class_weight: float, unions: bool, **class_loss) -> DetectionCriterion:
+        """The criterion with these settings of its class loss."""
         config = self.config
         return DistributionCriterion(
             class_cost=config.matcher_class_cost,
@@ -138,13 +138,11 @@ class DistributionDetector(ProposalDetector):
             giou_weight=config.weight_loss_giou,
             alpha=config.matcher_alpha,
             gamma=config.matcher_gamma,
-            module=module,
             fgl_weight=config.weight_loss_fgl,
             ddf_weight=config.weight_loss_ddf,
             shared_queries=SHARED_QUERIES if unions else (),
-            **(
-                {"background_alpha": config.focal_loss_alpha, "background_gamma": config.focal_loss_gamma} | class_loss
-            ),
+            background_gamma=config.focal_loss_gamma,
+            **({"background_alpha": config.focal_loss_alpha} | class_loss),
         )
 
     def start_values(self) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Deimv2ForObjectDetection
-from transformers.loss.loss_deimv2 import Deimv2Loss
 from transformers.models.deimv2.modeling_deimv2 import (
     Deimv2Decoder,
     Deimv2Gate,
@@ -79,7 +78,6 @@ class D3etrDeimv2ForObjectDetection(DistributionDetector, Deimv2ForObjectDetecti
     def criterion(self) -> DetectionCriterion:
         config = self.config
         return self._criterion(
-            Deimv2Loss(config),
             config.weight_loss_mal,
             config.use_dense_one_to_one,
             background_alpha=1.0 if config.mal_alpha is None else config.mal_alpha,

@@ -7,8 +7,9 @@ import torch
 from transformers.loss.loss_d_fine import DFineLoss
 from transformers.loss.loss_deimv2 import Deimv2Loss
 
-from d3etr_hf.losses.distribution_criterion import pairs_of, union_of
+from d3etr_hf.losses.distribution_criterion import union_of
 from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, GroupOutput, GroupRequest
+from tests.slow_reference import with_bins_of
 from tests.tiny import padded_batch, random_labels, targets_of, tiny_model
 
 PIXELS = padded_batch()["pixel_values"]
@@ -19,6 +20,15 @@ STOCK_NAMES = {"class": "loss_vfl", "l1": "loss_bbox", "giou": "loss_giou"}
 
 def model_of(**changes):
     return tiny_model(0, "d_fine", **changes).train()
+
+
+def pairs_of(assignment: torch.Tensor) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Layer by layer and image by image queries and their objects, as Transformers' losses take them."""
+    images = [[(image != NO_OBJECT).nonzero().squeeze(1) for image in layer] for layer in assignment]
+    return [
+        [(queries, image[queries]) for queries, image in zip(held, layer, strict=True)]
+        for held, layer in zip(images, assignment, strict=True)
+    ]
 
 
 def output_of(model, targets=TARGETS):
@@ -70,7 +80,7 @@ def test_distribution_terms_go_with_the_predictions_of_their_layer():
     """As the authors call the very functions of Transformers; there layer k's boxes weigh layer k + 1's corners."""
     model = model_of(weight_loss_fgl=1.0, weight_loss_ddf=1.0)
     output, criterion = output_of(model), model.criterion()
-    loss = DFineLoss(model.config)
+    loss = with_bins_of(DFineLoss(model.config), model)
     for group, assignment in (
         (output.groups[OWN], criterion.assign(output.groups[OWN], TARGETS)),
         (output.supervised["denoising"].group, output.supervised["denoising"].assignment),

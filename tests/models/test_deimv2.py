@@ -13,6 +13,7 @@ from d3etr_hf.models.detector import BACKBONE
 from d3etr_hf.outputs import AUXILIARY, OWN, GroupRequest
 from tests.models.test_d_fine import hgnet_config
 from tests.resampling import check_resampled
+from tests.slow_reference import with_bins_of
 from tests.tiny import padded_batch, perturb, random_labels, random_queries, targets_of, tiny_config, tiny_model
 from tests.training.test_distribution_losses import check_every_term, model_of
 from tests.training.test_family_losses import OBJECTS
@@ -126,7 +127,7 @@ def test_places_and_weights_are_what_the_decoder_samples():
 @pytest.mark.parametrize("unions", [True, False])
 def test_every_term_is_what_the_authors_train_with(unions, objects, tmp_path):
     model = model_of("deimv2", "mal", use_dense_one_to_one=unions)
-    check_every_term(model, Deimv2Loss(model.config), "mal", objects, tmp_path, unions)
+    check_every_term(model, with_bins_of(Deimv2Loss(model.config), model), "mal", objects, tmp_path, unions)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.4])

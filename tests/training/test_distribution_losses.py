@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.loss.loss_d_fine import DFineLoss
 
+from tests.slow_reference import with_bins_of
 from tests.tiny import tiny_model
 from tests.training.test_family_losses import OBJECTS, examples, logged
 
@@ -130,7 +131,7 @@ def check_every_term(model, loss, class_loss: str, objects: list[int], folder, u
 def test_every_term_is_what_the_authors_train_with(objects, tmp_path):
     """Among them the union of assignments for boxes, and distributions that go with their own layer."""
     model = model_of()
-    check_every_term(model, DFineLoss(model.config), "vfl", objects, tmp_path)
+    check_every_term(model, with_bins_of(DFineLoss(model.config), model), "vfl", objects, tmp_path)
 
 
 def test_the_union_matters_here(tmp_path):
@@ -142,7 +143,7 @@ def test_the_union_matters_here(tmp_path):
     own = [
         part.transpose(0, 1)[:, :, -7:] for part in (output.intermediate_logits, output.intermediate_reference_points)
     ]
-    loss = DFineLoss(model.config)
+    loss = with_bins_of(DFineLoss(model.config), model)
     matched = [
         loss.matcher({"logits": logits, "pred_boxes": boxes.clamp(0, 1)}, labels)
         for logits, boxes in zip(*own, strict=True)
