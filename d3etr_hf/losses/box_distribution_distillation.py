@@ -12,6 +12,8 @@ from d3etr_hf.outputs import GroupOutput, wide
 TEMPERATURE = 5.0
 # a reference box's least side, as a share of the image's
 LEAST_SIDE = 1e-6
+# by which a place may miss the last bin and be taken for it, as a share of the range
+ROUNDING = 1e-4
 
 
 def box_distribution_distillation(
@@ -25,7 +27,8 @@ def box_distribution_distillation(
     """KL(teacher || student) of matched queries' distributions over the distances of each edge, at a temperature.
 
     The teacher's distribution is softened after it has been carried over, so that softening adds no mass at the ends
-    of the student's range; where both count alike this is D-FINE's own softening of logits.
+    of the student's range; where both count alike this is D-FINE's own softening of logits. An edge counts with the
+    mass that lies within that range: what lies beyond has no bin, and is left to the distillation of predictions.
 
     Args:
         teacher, student: box distributions with their references and bins, as `GroupOutput` has them.
@@ -36,7 +39,7 @@ def box_distribution_distillation(
         temperature: by which logits are divided; the loss is multiplied by its square.
 
     Returns:
-        `(L,)`, the weighted mean over pairs, of the mean over edges.
+        `(L,)`, the weighted mean over pairs, of the mean over four edges.
 
     Raises:
         ValueError: one of the two has no box distributions.
@@ -46,11 +49,11 @@ def box_distribution_distillation(
             raise ValueError(f"box distributions cannot be distilled: the {role}'s boxes come from none")
     theirs, reference = _matched(teacher, pairs.teacher)
     ours, onto_reference = _matched(student, pairs.student)
-    carried = carried_over(theirs.softmax(-1), reference, teacher.box_bins, onto_reference, student.box_bins)
+    carried, within = carried_over(theirs.softmax(-1), reference, teacher.box_bins, onto_reference, student.box_bins)
     target = carried ** (1 / temperature)
     target = target / target.sum(-1, keepdim=True)
     divergence = (torch.xlogy(target, target) - target * (ours / temperature).log_softmax(-1)).sum(-1)
-    return temperature**2 * (pair_weight * divergence.mean(-1)).sum(dim=(1, 2)) / total_weight
+    return temperature**2 * (pair_weight * (within * divergence).mean(-1)).sum(dim=(1, 2)) / total_weight
 
 
 def _matched(group: TaughtGroup | GroupOutput, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +69,7 @@ def carried_over(
     bins: torch.Tensor,
     onto_reference: torch.Tensor,
     onto_bins: torch.Tensor,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same distributions of where edges lie, counted in other bins from other reference boxes.
 
     Each bin's mass goes to the two bins around its place, so that it stays as much, and its mean where it is; what
@@ -79,7 +82,8 @@ def carried_over(
             width or height.
 
     Returns:
-        `(..., 4, other bins)`.
+        The distributions `(..., 4, other bins)`, and the mass of each that lies between the first bin and the last,
+        `(..., 4)`.
     """
     (edge, side), (onto_edge, onto_side) = _edges(reference), _edges(onto_reference)
     distance = (edge + bins * side - onto_edge) / onto_side.clamp(min=LEAST_SIDE)
@@ -87,7 +91,10 @@ def carried_over(
     low, high = onto_bins[left], onto_bins[left + 1]
     share = ((distance - low) / (high - low)).clamp(0, 1)
     carried = probability.new_zeros(*probability.shape[:-1], len(onto_bins))
-    return carried.scatter_add(-1, left, probability * (1 - share)).scatter_add(-1, left + 1, probability * share)
+    carried = carried.scatter_add(-1, left, probability * (1 - share)).scatter_add(-1, left + 1, probability * share)
+    slack = ROUNDING * (onto_bins[-1] - onto_bins[0])
+    within = (distance >= onto_bins[0] - slack) & (distance <= onto_bins[-1] + slack)
+    return carried, (probability * within).sum(-1)
 
 
 def _edges(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,16 +30,17 @@ def taught(group: dict[str, torch.Tensor]) -> TaughtGroup:
 
 
 def slow_carried(probability, reference, bins, onto_reference, onto_bins):
-    """One edge's distribution (lists), by where the edge lies in the image: `edge` is 0 to 3."""
-    found = []
+    """A box's distributions (lists) by where its edges lie in the image, and the mass of each within the bins."""
+    found, within = [], []
     for edge in range(4):
         axis, sign = edge % 2, -1 if edge < 2 else 1
         start = reference[axis] + sign * reference[2 + axis] / 2
         onto_start = onto_reference[axis] + sign * onto_reference[2 + axis] / 2
-        row = [0.0] * len(onto_bins)
+        row, inside = [0.0] * len(onto_bins), 0.0
         for mass, distance in zip(probability[edge], bins, strict=True):
             place = start + sign * distance * reference[2 + axis]
             moved = sign * (place - onto_start) / onto_reference[2 + axis]
+            inside += mass if onto_bins[0] <= moved <= onto_bins[-1] else 0.0
             if moved <= onto_bins[0]:
                 row[0] += mass
             elif moved >= onto_bins[-1]:
@@ -50,17 +51,19 @@ def slow_carried(probability, reference, bins, onto_reference, onto_bins):
                 row[low] += mass * (1 - share)
                 row[low + 1] += mass * share
         found.append(row)
-    return found
+        within.append(inside)
+    return found, within
 
 
-def slow_divergence(teacher, student, temperature):
+def slow_divergence(teacher, within, student, temperature):
     """The mean over edges of one pair, at a temperature; teacher in probabilities, student in logits (lists)."""
     total = 0.0
-    for theirs, ours in zip(teacher, student, strict=True):
+    for theirs, inside, ours in zip(teacher, within, student, strict=True):
         soft = [mass ** (1 / temperature) for mass in theirs]
         soft = [mass / sum(soft) for mass in soft]
         powers = [math.exp(value / temperature) for value in ours]
-        total += sum(p * math.log(p * sum(powers) / q) for p, q in zip(soft, powers, strict=True) if p > 0)
+        kl = sum(p * math.log(p * sum(powers) / q) for p, q in zip(soft, powers, strict=True) if p > 0)
+        total += inside * kl
     return temperature**2 * total / 4
 
 
@@ -77,7 +80,7 @@ def test_equals_a_slow_loop(temperature):
         for image in range(BATCH):
             for pair in range(3):
                 i, j = int(pairs.teacher[layer, image, pair]), int(pairs.student[layer, image, pair])
-                carried = slow_carried(
+                carried, within = slow_carried(
                     theirs["box_distribution"][layer, image, i].softmax(-1).tolist(),
                     theirs["box_reference"][image, i].tolist(),
                     BINS.tolist(),
@@ -85,7 +88,7 @@ def test_equals_a_slow_loop(temperature):
                     OTHER_BINS.tolist(),
                 )
                 logits = ours["box_distribution"][layer, image, j].tolist()
-                expected += float(weight[layer, image, pair]) * slow_divergence(carried, logits, temperature)
+                expected += float(weight[layer, image, pair]) * slow_divergence(carried, within, logits, temperature)
         assert float(found[layer]) == pytest.approx(expected / float(total[layer]), rel=1e-4)
 
 
@@ -93,8 +96,11 @@ def test_mass_stays_and_edges_stay_where_they_are():
     """As far as the student's range goes: here each edge's mean is the same place in the image."""
     theirs, ours = random_group(6, BINS / 10, 1), random_group(6, OTHER_BINS * 3, 2)
     probability = theirs["box_distribution"][0].softmax(-1)
-    carried = carried_over(probability, theirs["box_reference"], BINS / 10, ours["box_reference"], ours["box_bins"])
+    carried, within = carried_over(
+        probability, theirs["box_reference"], BINS / 10, ours["box_reference"], ours["box_bins"]
+    )
     torch.testing.assert_close(carried.sum(-1), torch.ones(BATCH, 6, 4))
+    torch.testing.assert_close(within, torch.ones(BATCH, 6, 4))
     places = []
     for mass, reference, bins in (
         (probability, theirs["box_reference"], BINS / 10),
@@ -106,13 +112,15 @@ def test_mass_stays_and_edges_stay_where_they_are():
     torch.testing.assert_close(*places)
 
 
-def test_what_lies_beyond_the_last_bin_goes_there():
+def test_what_lies_beyond_the_last_bin_goes_there_and_does_not_count():
+    """Here left and right edges, by two widths."""
     reference = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
     far = torch.tensor([[0.1, 0.5, 0.2, 0.2]])
-    carried = carried_over(torch.full((1, 4, 7), 1 / 7), far, BINS, reference, OTHER_BINS)
-    torch.testing.assert_close(carried[0, 0, -1], torch.tensor(1.0))  # left of the left edge, by two widths
+    carried, within = carried_over(torch.full((1, 4, 7), 1 / 7), far, BINS, reference, OTHER_BINS)
+    torch.testing.assert_close(carried[0, 0, -1], torch.tensor(1.0))
     torch.testing.assert_close(carried[0, 2, 0], torch.tensor(1.0))
     assert (carried[0, 1] > 0).sum() > 3
+    torch.testing.assert_close(within[0], torch.tensor([0.0, 5 / 7, 0.0, 5 / 7]))
 
 
 def test_where_both_count_alike_it_is_d_fines_own():
