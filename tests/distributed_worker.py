@@ -64,7 +64,11 @@ CASES = {
 
 
 # evaluated after their step instead of compared: processes draw their own denoising queries and statistics
-AS_TRAINED = {"RT-DETR as trained": Case(family="rt_detr", as_trained=True)}
+AS_TRAINED = {
+    "RT-DETR as trained": Case(family="rt_detr", as_trained=True),
+    # one of the processes has an object to make denoising queries of, the other none
+    "RT-DETR as trained, one object": Case(family="rt_detr", as_trained=True, images=2, data="sparse", rows=[2, 3]),
+}
 # families that draw queries in training: without them a step is the same on any number of processes
 NOTHING_DRAWN = {"rt_detr": {"num_denoising": 0}}
 

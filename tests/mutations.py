@@ -35,6 +35,8 @@ EVERY_TERM, LAUNCH_TESTS = "tests/training/test_every_term.py", "tests/training/
 INITIALISATION_TESTS, OBJECTIVE_TESTS = "tests/models/test_initialisation.py", "tests/training/test_objective.py"
 HALF_TESTS = "tests/training/test_half_precision.py"
 LOSS_TESTS = "tests/losses/test_detection_loss.py"
+DISTRIBUTION_TESTS = "tests/losses/test_distribution_criterion.py"
+BOX_DISTRIBUTION_TESTS = "tests/losses/test_box_distribution_distillation.py"
 DEFORMABLE, DEFORMABLE_TESTS = f"{MODELS}/deformable_detr.py", "tests/models/test_deformable_detr.py"
 DAB, DAB_TESTS = f"{MODELS}/dab_detr.py", "tests/models/test_dab_detr.py"
 OWN_ATTENTION, OWN_ATTENTION_TESTS = f"{MODELS}/own_attention.py", "tests/models/test_own_attention.py"
@@ -280,6 +282,32 @@ MUTATIONS = [
      f"{OBJECTIVE_TESTS}::test_supervised_predictions_get_detection_terms_of_their_own"),
     ("terms: repeated objects counted once", OBJECTIVE, "part.repeats or 1", "1",
      f"{OBJECTIVE_TESTS}::test_supervised_predictions_get_detection_terms_of_their_own"),
+    ("D-FINE: the last layer alone in evaluation", f"{MODELS}/d_fine.py",
+     "training or self.going_on is not None", "training",
+     "tests/models/test_d_fine.py::test_layers_in_evaluation_follow_from_the_hidden_states"),
+    ("D-FINE: distributions of the layer before", f"{LOSSES}/distribution_criterion.py",
+     "corners, holds_object = wide(group.box_distribution),",
+     "corners, holds_object = wide(group.box_distribution).roll(1, 0),",
+     f"{DISTRIBUTION_TESTS}::test_distribution_terms_go_with_the_predictions_of_their_layer"),
+    ("D-FINE: boxes by each layer's own assignment", OBJECTIVE,
+     "box_assignment = of_boxes[name].expand_as(assignment)", "box_assignment = assignment",
+     "tests/training/test_distribution_losses.py::test_every_term_is_what_the_authors_train_with"),
+    ("D-FINE: the union by the last layer", f"{LOSSES}/distribution_criterion.py",
+     "most = votes.amax(0)", "most = votes[-1]", f"{DISTRIBUTION_TESTS}::test_the_union_is_what_most_layers_say"),
+    ("DEIMv2: a shared box head under one name", f"{MODELS}/deimv2.py",
+     "if not self.config.share_bbox_head", "if self.config is not None",
+     "tests/models/test_deimv2.py::test_every_variant_is_saved_and_reduced"),
+    ("box distributions: counted from the teacher's boxes", f"{LOSSES}/box_distribution_distillation.py",
+     "(edge + bins * side - onto_edge) / onto_side.clamp(min=LEAST_SIDE)", "bins + 0 * edge",
+     f"{BOX_DISTRIBUTION_TESTS}::test_equals_a_slow_loop"),
+    ("box distributions: edges beyond the last bin count", f"{LOSSES}/box_distribution_distillation.py",
+     "(within * divergence)", "divergence", f"{BOX_DISTRIBUTION_TESTS}::test_equals_a_slow_loop"),
+    ("unions: counted on one process", OBJECTIVE, "*pairs, images = shares.average(torch.stack([*counts, batch]))",
+     "*pairs, images = (torch.stack([*counts, batch]))",
+     "tests/training/test_distribution_losses.py::test_pairs_are_counted_over_processes"),
+    ("box distributions: the teacher's not softened", f"{LOSSES}/box_distribution_distillation.py",
+     "target = carried ** (1 / temperature)", "target = carried",
+     f"{BOX_DISTRIBUTION_TESTS}::test_where_both_count_alike_it_is_d_fines_own"),
     ("DETR: weight of no object ignored", DETECTION_LOSS,
      "torch.where(holds_object, 1.0, self.no_object_weight) * entropy", "entropy",
      f"{LOSS_TESTS}::test_cross_entropy_equals_slow_loop"),

@@ -75,3 +75,5 @@ def test_running_statistics_are_the_same_in_every_process_when_evaluated(both, c
     one, two = (results[case] for results in both)
     assert two["spread"] == 0 and one["gradients"].keys() == two["gradients"].keys()
     assert {name for name in one["metrics"]} == {name for name in two["metrics"]}
+    terms = [{name for name in log if name.startswith("loss")} for log in (one["log"], two["log"])]
+    assert terms[0] == terms[1] and any("denoising" in name for name in terms[0])

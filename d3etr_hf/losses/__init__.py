@@ -6,6 +6,7 @@ from d3etr_hf.losses.attention_distillation import (
     self_attention_distillation,
 )
 from d3etr_hf.losses.attention_geometry import moment_distillation, place_distillation
+from d3etr_hf.losses.box_distribution_distillation import box_distribution_distillation
 from d3etr_hf.losses.detection_loss import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
 from d3etr_hf.losses.distribution_criterion import DistributionCriterion
 from d3etr_hf.losses.overlap_criteria import IouAwareCriterion, VarifocalCriterion
@@ -20,6 +21,7 @@ __all__ = [
     "FocalCriterion",
     "IouAwareCriterion",
     "VarifocalCriterion",
+    "box_distribution_distillation",
     "cross_attention_distillation",
     "moment_distillation",
     "pair_weights",

@@ -32,12 +32,16 @@ class TaughtGroup:
         probabilities: `(L, B, N_t, C)` class probabilities of objects, 0..1, float32 or wider.
         boxes: `(L, B, N_t, 4)`, cxcywh in 0..1.
         self_attention, cross_attention: as in `GroupOutput`.
+        box_distribution, box_reference, box_bins: likewise.
     """
 
     probabilities: torch.Tensor
     boxes: torch.Tensor
     self_attention: tuple | None = None
     cross_attention: tuple | None = None
+    box_distribution: torch.Tensor | None = None
+    box_reference: torch.Tensor | None = None
+    box_bins: torch.Tensor | None = None
 
 
 def fixed_pairs(teacher: TaughtGroup, student: GroupOutput) -> MatchedPairs:

@@ -68,6 +68,7 @@ class DistributionDetector(ProposalDetector):
     truth alone supervises it.
     """
 
+    predicts_distributions = True
     parts = ProposalDetector.parts | {
         HEADS: (
             *ProposalDetector.parts[HEADS],

@@ -45,6 +45,7 @@ class Detector(StockModel):
         parts: for each of `ROLES` the prefixes of its parameters' names.
         reads_padding: whether it reads the pixel mask; what does not, takes images of one size.
         predictions_only: whether it can teach nothing but its predictions; false of every family.
+        predicts_distributions: whether its boxes come from distributions over the distances of their edges.
         citation: BibTeX of the family's paper.
         unsaveable: why no stock checkpoint could hold this model, as an error tells it; None for nearly all.
     """
@@ -55,6 +56,7 @@ class Detector(StockModel):
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
     reads_padding: ClassVar[bool] = True
     predictions_only: ClassVar[bool] = False
+    predicts_distributions: ClassVar[bool] = False
     citation: ClassVar[str]
     unsaveable: str | None = None
     _read_classes: tuple[list[int], list[str]] | None = None

@@ -29,6 +29,7 @@ class OtherDetector(nn.Module):
         title: its class.
         decoder_depth: 1.
         predictions_only: true.
+        predicts_distributions: false.
         anchor_size, query_count, width, makes_anchors: of the queries that it does not have.
         name_or_path: where it was loaded from.
 
@@ -38,6 +39,7 @@ class OtherDetector(nn.Module):
 
     decoder_depth = 1
     predictions_only = True
+    predicts_distributions = False
     anchor_size = query_count = width = 0
     makes_anchors = False
 

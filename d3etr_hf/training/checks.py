@@ -24,7 +24,7 @@ def check_models(student: Detector, teacher: Detector | OtherDetector | None, ar
 
     Raises:
         IncompatibleTeacherError: no teacher where the options need one, a model of another type, layer dropout,
-            reference points that one of the two does not have.
+            reference points or box distributions that one of the two does not have.
     """
     if not isinstance(args, D3etrTrainingArguments):
         raise TypeError(f"args is a {type(args).__name__}: D3etrTrainer takes D3etrTrainingArguments")
@@ -46,6 +46,7 @@ def check_models(student: Detector, teacher: Detector | OtherDetector | None, ar
         raise IncompatibleTeacherError(
             f"the student's {student.skipped_layers}: skipped layers have nothing to match; set it to 0"
         )
+    _check_distributions(student, teacher, args)
     takes_queries = args.auxiliary_queries == "teacher" and not teacher.predictions_only
     if takes_queries and args.auxiliary_reference_points == "teacher":
         if student.anchor_size == 0 or teacher.anchor_size < student.anchor_size:
@@ -53,6 +54,19 @@ def check_models(student: Detector, teacher: Detector | OtherDetector | None, ar
                 f"auxiliary_reference_points='teacher': the teacher, a {teacher.title}, has reference points of "
                 f"{teacher.anchor_size} numbers, the student, a {student.title}, takes {student.anchor_size}; leave "
                 "the option at 'student'"
+            )
+
+
+def _check_distributions(
+    student: Detector, teacher: Detector | OtherDetector | None, args: D3etrTrainingArguments
+) -> None:
+    if args.box_distribution_weight == 0 or teacher is None:
+        return
+    for role, model in (("student", student), ("teacher", teacher)):
+        if not model.predicts_distributions and not model.predictions_only:
+            raise IncompatibleTeacherError(
+                f"box_distribution_weight={args.box_distribution_weight}: the {role}, a {model.title}, predicts no "
+                "box distributions; set it to 0"
             )
 
 
@@ -64,8 +78,9 @@ def terms_in_common(options: Distillation, teacher: Detector | OtherDetector | N
     """
     if teacher is None or not teacher.predictions_only or not options.needs_teacher:
         return options
-    left = replace(options, self_attention_weight=0.0, cross_attention_weight=0.0)
-    missing = [name for name in ("self_attention", "cross_attention") if getattr(options, f"{name}_weight") > 0]
+    left = replace(options, self_attention_weight=0.0, cross_attention_weight=0.0, box_distribution_weight=0.0)
+    lacking = ("self_attention", "cross_attention", "box_distribution")
+    missing = [name for name in lacking if getattr(options, f"{name}_weight") > 0]
     if options.auxiliary_queries == "teacher":
         left, missing = replace(left, auxiliary_queries="none"), [*missing, "the auxiliary group of its queries"]
     if not left.distilled_groups:

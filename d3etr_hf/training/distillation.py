@@ -18,6 +18,7 @@ class Distillation:
     self_attention_weight: float = 1.0
     cross_attention_weight: float = 1.0
     prediction_weight: float = 1.0
+    box_distribution_weight: float = 0.0
     detection_weight: float = 1.0
     distillation_class_weight: float = 1.0
     distillation_l1_weight: float = 5.0
@@ -34,7 +35,8 @@ class Distillation:
     @property
     def has_terms(self) -> bool:
         """Whether any distillation term is on."""
-        return self.self_attention_weight > 0 or self.cross_attention_weight > 0 or self.prediction_weight > 0
+        weights = self.self_attention_weight, self.cross_attention_weight, self.prediction_weight
+        return max(*weights, self.box_distribution_weight) > 0
 
     @property
     def distilled_groups(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import torch
 
 from d3etr_hf.losses import (
     DetectionCriterion,
+    box_distribution_distillation,
     cross_attention_distillation,
     moment_distillation,
     pair_weights,
@@ -38,8 +39,9 @@ Terms = dict[str, torch.Tensor]
 class Shares:
     """What sums over this batch are divided by, so that processes and accumulated batches add up to one mean.
 
-    Exact for every term but prediction distillation with the "boxes" normaliser, whose weights are known one batch at
-    a time: there it is the mean over batches of each one's weighted mean (exact over processes).
+    Exact for every term whose weights are known before the step. Those of prediction distillation with the "boxes"
+    normaliser and of box distributions are known one batch at a time: there it is the mean over batches of each one's
+    weighted mean (exact over processes).
 
     Attributes:
         images: images of the whole step (all processes, all accumulated batches) / number of processes.
@@ -136,8 +138,9 @@ class D3etrObjective:
             found = {name: assignment_of(of, problems[name].cost.shape[2]) for name, of in solutions.items()}
             assigned = self._assignments(found, teacher_assignment, groups)
             terms |= self._detection_terms(student, targets, *assigned, shares)
-        if pairs and options.prediction_weight > 0:
+        if pairs:
             terms |= self._prediction_terms(teacher.group, groups, pairs, shares)
+            terms |= self._box_distribution_terms(teacher.group, groups, pairs, shares)
         return terms, statistics
 
     def _problems(self, student: DetectorOutput, teacher: TeacherOutput | None, targets: Targets):
@@ -249,7 +252,9 @@ class D3etrObjective:
     def _prediction_terms(
         self, teacher: TaughtGroup, groups: Mapping[str, GroupOutput], pairs: dict[str, MatchedPairs], shares: Shares
     ) -> Terms:
-        weights, totals = self._prediction_weights(teacher, pairs, shares)
+        if self.options.prediction_weight == 0:
+            return {}
+        weights, totals = self._pair_weights(teacher, pairs, shares, self.options.prediction_normaliser)
         return {
             f"{TITLES.get(name, name)}/prediction": self.options.prediction_weight
             * prediction_distillation(
@@ -264,9 +269,22 @@ class D3etrObjective:
             for name, matched in pairs.items()
         }
 
-    def _prediction_weights(self, teacher: TaughtGroup, pairs: dict[str, MatchedPairs], shares: Shares):
+    def _box_distribution_terms(
+        self, teacher: TaughtGroup, groups: Mapping[str, GroupOutput], pairs: dict[str, MatchedPairs], shares: Shares
+    ) -> Terms:
+        if self.options.box_distribution_weight == 0:
+            return {}
+        # most queries are of background, and their edges mean nothing
+        weights, totals = self._pair_weights(teacher, pairs, shares, "boxes")
+        return {
+            f"{TITLES.get(name, name)}/box_distribution": self.options.box_distribution_weight
+            * box_distribution_distillation(teacher, groups[name], matched, weights[name], totals[name])
+            for name, matched in pairs.items()
+        }
+
+    @staticmethod
+    def _pair_weights(teacher: TaughtGroup, pairs: dict[str, MatchedPairs], shares: Shares, normaliser: str):
         """Per group, the weight of each pair and what their sum is divided by, global over processes."""
-        normaliser = self.options.prediction_normaliser
         weights = {name: pair_weights(teacher.probabilities, p, normaliser) for name, p in pairs.items()}
         if normaliser == "pairs":
             return weights, {name: shares.images * weight.shape[-1] for name, weight in weights.items()}

@@ -132,6 +132,9 @@ class Teacher:
             boxes=torch.stack(chosen(group.boxes)),
             self_attention=chosen(group.self_attention),
             cross_attention=chosen(group.cross_attention),
+            box_distribution=None if group.box_distribution is None else torch.stack(chosen(group.box_distribution)),
+            box_reference=group.box_reference,
+            box_bins=group.box_bins,
         )
 
 

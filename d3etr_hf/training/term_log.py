@@ -13,10 +13,13 @@ class TermLog:
 
     Args:
         average: the mean of a tensor over processes.
+        of_all: the names that any process has, given this one's. One whose images show nothing has no denoising terms.
     """
 
-    def __init__(self, average: Callable[[torch.Tensor], torch.Tensor]):
-        self.average = average
+    def __init__(
+        self, average: Callable[[torch.Tensor], torch.Tensor], of_all: Callable[[list[str]], list[str]] = list
+    ):
+        self.average, self.of_all = average, of_all
         self.sums: dict[str, torch.Tensor] = {}
 
     def add(self, values: Mapping[str, torch.Tensor], part: torch.Tensor) -> None:
@@ -32,8 +35,8 @@ class TermLog:
         """The mean over steps of every value since the last reading, the same on all processes; starts afresh."""
         if not self.sums:
             return {}
-        names = sorted(self.sums)
-        values = self.average(torch.stack([self.sums[name].float() for name in names])).tolist()
+        names, nothing = sorted(set(self.of_all(list(self.sums)))), torch.zeros_like(self.sums[PARTS])
+        values = self.average(torch.stack([self.sums.get(name, nothing).float() for name in names])).tolist()
         means = dict(zip(names, values, strict=True))
         steps = means.pop(PARTS)
         self.sums = {}

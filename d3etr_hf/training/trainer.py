@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from transformers.image_processing_utils import BaseImageProcessor
@@ -104,7 +104,7 @@ class DistillationTrainer(Trainer):
         self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
         self.skipped_steps = SkippedSteps(self.accelerator)
         self.add_callback(self.skipped_steps)
-        self._term_log, self._norm_log = TermLog(self._average), TermLog(self._average)
+        self._term_log, self._norm_log = TermLog(self._average, self._of_all), TermLog(self._average, self._of_all)
         self.add_callback(StartAfresh(self._term_log, self._norm_log))
         self._unread: tuple[list[str], torch.Tensor, list[dict]]
         self._evaluated_dataset = None
@@ -205,6 +205,10 @@ class DistillationTrainer(Trainer):
 
     def _average(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, "mean")
+
+    def _of_all(self, names: list[str]) -> list[str]:
+        """Every process's names, one after the other."""
+        return gather_object(names) if self.accelerator.num_processes > 1 else names
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:

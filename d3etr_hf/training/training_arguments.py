@@ -85,6 +85,11 @@ class D3etrTrainingArguments(TrainingArguments):
     prediction_weight: float = option(
         Distillation.prediction_weight, "Weight of prediction distillation; 0 switches it off."
     )
+    box_distribution_weight: float = option(
+        Distillation.box_distribution_weight,
+        "Weight of the distillation of box distributions, between two models that predict such (D-FINE, DEIMv2): "
+        "where the teacher sees each edge, weighted by its class score; 0 switches it off.",
+    )
     detection_weight: float = option(
         Distillation.detection_weight, "Weight of the detection loss of both groups; 0 switches it off."
     )

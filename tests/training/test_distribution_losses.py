@@ -6,9 +6,14 @@ import pytest
 import torch
 from transformers.loss.loss_d_fine import DFineLoss
 
+from d3etr_hf.outputs import NO_OBJECT, OWN, GroupRequest
+from d3etr_hf.training.objective import D3etrObjective, Shares
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.slow_reference import with_bins_of
-from tests.tiny import tiny_model
+from tests.tiny import targets_of, tiny_model
 from tests.training.test_family_losses import OBJECTS, examples, logged
+
+ALONE = {"auxiliary_queries": "none", "adaptive_matching": False}
 
 WEIGHTS = {"vfl": 1.5, "mal": 1.5, "bbox": 4.0, "giou": 3.0, "fgl": 0.7, "ddf": 1.1}
 
@@ -149,3 +154,23 @@ def test_the_union_matters_here(tmp_path):
         for logits, boxes in zip(*own, strict=True)
     ]
     assert sum(len(queries) for queries, _ in union(matched)) > 5
+
+
+def test_pairs_are_counted_over_processes(tmp_path):
+    """Seen by one of two whose other one found ten pairs, in as many images."""
+    model, images = model_of(), examples(OBJECTS)
+    output = model(torch.stack([image["pixel_values"] for image in images]), request=GroupRequest())
+    targets, criterion = targets_of([image["labels"] for image in images]), model.criterion()
+    options = D3etrTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **ALONE).distillation
+    found = []
+    for average in (lambda tensor: tensor, lambda tensor: (tensor + torch.tensor([10.0, 3.0])) / 2):
+        shares = Shares(torch.tensor(4.0), torch.tensor(5.0), {OWN: torch.tensor(5.0)}, average)
+        found.append(D3etrObjective(options, criterion)(output, None, targets, shares)[0])
+    own = criterion.box_assignments({OWN: criterion.assign(output.groups[OWN], targets)})[OWN]
+    pairs = int((own != NO_OBJECT).sum())
+    for term in ("l1", "giou", "fgl"):
+        alone, both = (terms[f"student/{term}"] for terms in found)
+        torch.testing.assert_close(alone * pairs, both * (pairs + 10) / 2)
+    assert found[0]["student/l1"][0] > 1.1 * found[1]["student/l1"][0]
+    for term in ("class", "ddf"):
+        assert torch.equal(found[0][f"student/{term}"], found[1][f"student/{term}"])
