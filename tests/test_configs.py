@@ -95,7 +95,35 @@ def test_no_two_recipes_share_an_output_folder():
     assert len(folders) == len(set(folders))
 
 
-@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.parent.name == "coco"], ids=name_of)
+COCO = [path for path in RECIPES if path.parent.name == "coco"]
+# of the other families, a public pair each: their teachers, and how large images are
+PAIRS = {
+    "dab_r50_r18": ("IDEA-Research/dab-detr-resnet-50", 800),
+    "deformable_r50_r18": ("SenseTime/deformable-detr", 800),
+    "detr_r101_r50": ("facebook/detr-resnet-101", 800),
+    "dfine_xlarge_nano": ("ustc-community/dfine-xlarge-coco", 640),
+    "rf_detr_large_nano": ("Roboflow/rf-detr-large", 384),
+    "rtdetr_r101_r18": ("PekingU/rtdetr_r101vd", 640),
+}
+
+
+@pytest.mark.parametrize("recipe", [path for path in COCO if path.stem in PAIRS], ids=name_of)
+def test_coco_pair_of_a_family(recipe):
+    """A public teacher, the family's own size of images, and a student that is published or whose files are here."""
+    parsed, (teacher, size) = parse(recipe), PAIRS[recipe.stem]
+    data, model = parsed[DataArguments], parsed[ModelArguments]
+    assert parsed[TeacherArguments].teacher == teacher
+    assert size == (data.short_side or data.image_size) and (data.long_side == 1333) == (size == 800)
+    assert f"scripts/distill.py configs/coco/{recipe.name}" in recipe.read_text()
+    assert (model.model or model.backbone_weights).count("/") == 1
+    assert model.model_config is None or (REPOSITORY / model.model_config).exists()
+
+
+def test_every_pair_is_there():
+    assert {path.stem for path in COCO} >= PAIRS.keys()
+
+
+@pytest.mark.parametrize("recipe", [path for path in COCO if path.stem not in PAIRS], ids=name_of)
 def test_coco_recipe_is_that_of_conditional_detr(recipe):
     """Conditional DETR's own recipe; 8 GPUs as in configs/accelerate/eight_gpus.yaml."""
     parsed = parse(recipe)
