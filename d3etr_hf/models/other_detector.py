@@ -1,6 +1,7 @@
 """Any other detector as a teacher: what it predicts, and nothing of how."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ class OtherDetector(nn.Module):
         predictions_only: true.
         predicts_distributions: false.
         anchor_size, query_count, width, makes_anchors: of the queries that it does not have.
+        tag, citation, parts: not known of it.
         name_or_path: where it was loaded from.
 
     Raises:
@@ -42,6 +44,8 @@ class OtherDetector(nn.Module):
     predicts_distributions = False
     anchor_size = query_count = width = 0
     makes_anchors = False
+    tag = citation = ""
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -96,6 +100,10 @@ class OtherDetector(nn.Module):
     def read_classes(self, index: torch.Tensor, names: list[str]) -> None:
         """Let detections be of these classes alone; as `Detector`."""
         self._read, self.class_names = index.tolist(), list(names)
+
+    def to_stock(self) -> PreTrainedModel:
+        """The model as it is."""
+        return self.model
 
     def static_queries(self) -> None:
         """None: it has no queries that another decoder could take."""

@@ -89,11 +89,16 @@ def cost_table(metrics: dict) -> str:
         "input, height × width": lambda row: f"{row['height']} × {row['width']}",
     }
     for part in metrics["student"]["parts"]:
-        lines[f"share of {part}: parameters / FLOPs"] = lambda row, part=part: (
-            f"{row['parts'][part]['parameters'] / row['parameters']:.0%} / "
-            f"{row['parts'][part]['flops'] / row['flops']:.0%}"
-        )
+        lines[f"share of {part}: parameters / FLOPs"] = lambda row, part=part: _share(row, part)
     return table(["", *models], [[title, *map(tell, models.values())] for title, tell in lines.items()])
+
+
+def _share(row: dict, part: str) -> str:
+    """What a part takes of a model; a dash where nothing is known of the model's parts."""
+    if part not in row["parts"]:
+        return "–"
+    shares = (row["parts"][part][kind] / row[kind] for kind in ("parameters", "flops"))
+    return " / ".join(f"{share:.0%}" for share in shares)
 
 
 def cost_note(metrics: dict) -> str:

@@ -48,4 +48,4 @@ def citations_for(metrics: dict) -> list[str]:
     used.append(TRANSFORMERS)
     if "energy" in training:
         used.append(CODECARBON)
-    return list(dict.fromkeys(used))
+    return list(dict.fromkeys(filter(None, used)))

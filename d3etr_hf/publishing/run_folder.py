@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from transformers.image_processing_utils import BaseImageProcessor
@@ -18,6 +18,7 @@ from d3etr_hf.models.image_processors import image_processor_of, load_image_proc
 from d3etr_hf.models.loading import load_detector, load_teacher
 from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
+from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, RENAMED_OPTIONS, D3etrTrainingArguments
 
 EMISSIONS = "emissions.csv"
@@ -185,6 +186,10 @@ def describe_training(run: PublishedRun, configuration: dict) -> dict:
     def value_of(name: str):
         return configuration.get(name, fields_of_arguments[name].default)
 
+    options = {name: value_of(name) for name in TOLD_OPTIONS}
+    if run.teacher is not None and run.teacher.predictions_only:
+        asked = Distillation(**{name: value for name, value in options.items() if name != "layer_map"})
+        options |= asdict(asked.of_predictions())
     results, launch = run.record(RESULTS), run.record(LAUNCH) or {}
     per_device = value_of("per_device_train_batch_size")
     accumulated, processes = value_of("gradient_accumulation_steps"), launch.get("processes", 1)
@@ -196,7 +201,7 @@ def describe_training(run: PublishedRun, configuration: dict) -> dict:
         "batch_size": per_device * accumulated * processes,
         "batch": {"per_device": per_device, "accumulated": accumulated, "processes": processes},
         "precision": {"no": "float32"}.get(launch.get("mixed_precision"), launch.get("mixed_precision")),
-        "options": {name: value_of(name) for name in TOLD_OPTIONS},
+        "options": options,
         "inherited": configuration.get("inherit_from_teacher", []),
         "started_from": configuration.get("model"),
         "environment": run.record(ENVIRONMENT),

@@ -1,7 +1,5 @@
 """Checks of a student, its options and its data before the first step: handled, or refused with the way out."""
 
-from dataclasses import replace
-
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
@@ -78,11 +76,11 @@ def terms_in_common(options: Distillation, teacher: Detector | OtherDetector | N
     """
     if teacher is None or not teacher.predictions_only or not options.needs_teacher:
         return options
-    left = replace(options, self_attention_weight=0.0, cross_attention_weight=0.0, box_distribution_weight=0.0)
+    left = options.of_predictions()
     lacking = ("self_attention", "cross_attention", "box_distribution")
     missing = [name for name in lacking if getattr(options, f"{name}_weight") > 0]
-    if options.auxiliary_queries == "teacher":
-        left, missing = replace(left, auxiliary_queries="none"), [*missing, "the auxiliary group of its queries"]
+    if left.auxiliary_queries != options.auxiliary_queries:
+        missing.append("the auxiliary group of its queries")
     if not left.distilled_groups:
         raise IncompatibleTeacherError(
             f"the teacher, a {teacher.title}, can teach its predictions only, and these options learn none of them: "

@@ -1,6 +1,6 @@
 """The options of the distillation as one small frozen object, which the objective takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from d3etr_hf.outputs import AUXILIARY, OWN
 
@@ -26,6 +26,12 @@ class Distillation:
     attention_divergence: str = "kl"
     cross_attention_space: str = "grid"
     prediction_normaliser: str = "pairs"
+
+    def of_predictions(self) -> "Distillation":
+        """What is left of it under a teacher that has predictions only."""
+        queries = "none" if self.auxiliary_queries == "teacher" else self.auxiliary_queries
+        nothing = dict.fromkeys(("self_attention_weight", "cross_attention_weight", "box_distribution_weight"), 0.0)
+        return replace(self, auxiliary_queries=queries, **nothing)
 
     @property
     def match_weights(self) -> tuple[float, float, float]:

@@ -38,7 +38,8 @@ def draw_pictures(
     Args:
         history: the run's `trainer.state.log_history`; None or empty draws no curves.
         val: the validation split.
-        models: the teacher, if there is one, and the student; without a teacher there is no picture of attention.
+        models: the teacher, if there is one, and the student; without a teacher, or of one with predictions only,
+            there is no picture of attention.
     """
     curves, detections, attention = (folder / f"{name}.png" for name in ("curves", "detections", "attention"))
     if history and not curves.exists():
@@ -49,7 +50,8 @@ def draw_pictures(
             for title, (model, examples) in models.items()
         }
         draw_detections_of(of_classes, val, detections)
-    if len(models) > 1 and not attention.exists():
+    have_attention = not any(model.predictions_only for model, _ in models.values())
+    if len(models) > 1 and have_attention and not attention.exists():
         draw_attention_of_run(models, val, attention)
 
 
