@@ -30,8 +30,13 @@ class Distillation:
     def of_predictions(self) -> "Distillation":
         """What is left of it under a teacher that has predictions only."""
         queries = "none" if self.auxiliary_queries == "teacher" else self.auxiliary_queries
-        nothing = dict.fromkeys(("self_attention_weight", "cross_attention_weight", "box_distribution_weight"), 0.0)
-        return replace(self, auxiliary_queries=queries, **nothing)
+        return replace(
+            self,
+            auxiliary_queries=queries,
+            self_attention_weight=0.0,
+            cross_attention_weight=0.0,
+            box_distribution_weight=0.0,
+        )
 
     @property
     def match_weights(self) -> tuple[float, float, float]:
