@@ -29,7 +29,7 @@ CARD_FILES = ("README.md", "metrics.json", "training.yaml", "log_history.json")
 # All that may leave a run's folder; whatever else lies there stays.
 PUBLISHED_FILES = (*MODEL_FILES, *CARD_FILES, *PICTURES, "model.onnx", "onnx_check.json")
 # All that may be pushed of a checkpoint; no pickle, which runs code where it is loaded.
-CHECKPOINT_FILES = (*MODEL_FILES, "query_adapters.safetensors", STATE)
+CHECKPOINT_FILES = (*MODEL_FILES, "query_adapters.safetensors", "trained.safetensors", STATE)
 
 CONNECT_SECONDS, SILENCE_SECONDS = 30.0, 300.0
 # what a failed upload raises: from the network, the file system, the client's checks, or an answer without a key

@@ -26,7 +26,7 @@ from d3etr_hf.training.optimization import keeps_running_statistics, parameter_g
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors, teacher_pixels
 from d3etr_hf.training.term_log import StartAfresh, TermLog
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
-from d3etr_hf.training.weight_average import WeightAverage
+from d3etr_hf.training.weight_average import TRAINED_WEIGHTS, WeightAverage
 
 logger = logging.get_logger(__name__)
 
@@ -97,9 +97,8 @@ class DistillationTrainer(Trainer):
         attach_query_adapter(model, self.teacher, self.distillation)
         self.weight_average: WeightAverage | None = None
         if args.ema_decay is not None:
-            self.weight_average = WeightAverage(model, args.ema_decay, args.ema_warmup_steps)
+            self.weight_average = WeightAverage(model, args.ema_decay, args.ema_warmup_steps, ADAPTERS)
             self.add_callback(self.weight_average)
-        self._saves_checkpoint = False
         self._prepare_objective()
         self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
         self.skipped_steps = SkippedSteps(self.accelerator)
@@ -341,21 +340,19 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Also keeps what trains but is no part of the student, so that the run can go on."""
         state = dict(self.model.query_adapters.named_parameters())
-        if state and self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.detach().contiguous() for name, value in state.items()}, folder / ADAPTER_WEIGHTS)
-        if self.weight_average is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            self.weight_average.save(folder)
-        self._saves_checkpoint = True
+            if state:
+                tensors = {name: value.detach().contiguous() for name, value in state.items()}
+                save_file(tensors, folder / ADAPTER_WEIGHTS)
+            if self.weight_average is not None:
+                self.weight_average.save(folder)
         super()._save_checkpoint(model, trial)
-        self._saves_checkpoint = False
 
     def save_model(self, *args, **kwargs) -> None:
-        """As Trainer, with averaged weights where there are any; a checkpoint goes on from those that train."""
-        with nullcontext() if self._saves_checkpoint else self._averaged():
+        """As Trainer, with averaged weights where an average is kept, in checkpoints too: what was evaluated."""
+        with self._averaged():
             super().save_model(*args, **kwargs)
 
     def _averaged(self) -> AbstractContextManager[None]:
@@ -381,9 +378,11 @@ class DistillationTrainer(Trainer):
             loaded |= {f"{ADAPTERS}.{name}": value for name, value in load_file(extra).items()}
         if missing := sorted(wanted - set(loaded)):
             raise ValueError(f"{resume_from_checkpoint} is no checkpoint of this run: {missing} are not in {extra}")
-        if self.weight_average is not None:
-            self.weight_average.load(Path(resume_from_checkpoint))
         model.load_state_dict(loaded, strict=False)  # all of the student, and of the rest what is trained
+        if self.weight_average is not None:
+            self.weight_average.load(Path(resume_from_checkpoint), loaded)
+        elif (Path(resume_from_checkpoint) / TRAINED_WEIGHTS).exists():
+            raise ValueError(f"{resume_from_checkpoint} holds averaged weights: set ema_decay as its run did")
 
     def _load_best_model(self) -> None:
         """As Trainer, but by `from_pretrained`, for the reason given in `_load_from_checkpoint`."""

@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
-from d3etr_hf.training.weight_average import WeightAverage
+from d3etr_hf.training.weight_average import TRAINED_WEIGHTS, WeightAverage
 from tests.shapes_fixture import SIDE, shapes_trainer, weights_of
 
 DECAY, WARMUP = 0.9, 3
@@ -26,21 +25,28 @@ def expected_average(weights: list[torch.Tensor]) -> torch.Tensor:
 
 
 def test_average_equals_a_loop():
+    """Running statistics among it; what is set aside and what is frozen is left out."""
     torch.manual_seed(0)
-    model = nn.Linear(3, 2)
-    keeper = WeightAverage(model, DECAY, WARMUP)
-    before = model.weight.detach().clone()
+    model = nn.ModuleDict({"linear": nn.Linear(3, 2), "norm": nn.BatchNorm2d(2), "aside": nn.Linear(3, 2)})
+    model["linear"].bias.requires_grad_(False)
+    weight, mean = model["linear"].weight, model["norm"].running_mean
+    keeper = WeightAverage(model, DECAY, WARMUP, "aside")
+    before = weight.detach().clone()
     with keeper.in_place():
-        assert torch.equal(model.weight, before)  # no step yet
+        assert torch.equal(weight, before)  # no step yet
     seen = []
     for _ in range(6):
         with torch.no_grad():
-            model.weight.normal_()
-        seen.append(model.weight.detach().clone())
+            weight.normal_()
+            mean.normal_()
+        seen.append((weight.detach().clone(), mean.clone()))
         keeper.on_optimizer_step(None, None, None)
-    with keeper.in_place():
-        torch.testing.assert_close(model.weight.double(), expected_average(seen), atol=1e-6, rtol=0)
-    assert torch.equal(model.weight, seen[-1])
+    with pytest.raises(RuntimeError, match="within"), keeper.in_place():
+        for tensor, values in zip((weight, mean), zip(*seen, strict=True), strict=True):
+            torch.testing.assert_close(tensor.double(), expected_average(values), atol=1e-6, rtol=0)
+        raise RuntimeError("within")
+    assert torch.equal(weight, seen[-1][0]) and torch.equal(mean, seen[-1][1])
+    assert not {"aside.weight", "linear.bias"} & keeper.values.keys()
 
 
 @pytest.fixture(scope="module")
@@ -69,24 +75,34 @@ def run(shapes, output, steps: int, checkpoint=None):
 
 def test_the_average_is_evaluated_and_saved_and_survives_a_stop(shapes, tmp_path):
     trainer = run(shapes, tmp_path / "whole", 4)
-    trained = weights_of(trainer.model)
-    average = torch.cat([p.detach().flatten() for p in trainer.weight_average.average.module.parameters()])
-    assert (average - trained).abs().max() > 1e-4
-    checkpoint = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors")
+    trained, average = weights_of(trainer.model), dict(trainer.weight_average.values)
     name = "bbox_predictor.layers.0.weight"
-    assert torch.equal(checkpoint[name], trainer.model.get_parameter(name))  # goes on from what trains
+    assert (average[name] - trainer.model.get_parameter(name)).abs().max() > 1e-4
     seen = []
-    trainer.model.register_forward_pre_hook(lambda module, _: seen.append(weights_of(module)))
+    trainer.model.register_forward_pre_hook(lambda module, _: seen.append(module.get_parameter(name).detach().clone()))
     trainer.evaluate()
-    torch.testing.assert_close(seen[0], average[: len(seen[0])] if len(average) != len(seen[0]) else average)
-    assert torch.equal(weights_of(trainer.model), trained)
+    assert torch.equal(seen[0], average[name]) and torch.equal(weights_of(trainer.model), trained)
     trainer.save_model(str(tmp_path / "saved"))
-    saved = load_detector(str(tmp_path / "saved"))
-    own = dict(trainer.weight_average.average.module.named_parameters())
-    assert all(torch.equal(value, own[key]) for key, value in saved.named_parameters())
+    for folder in (tmp_path / "saved", tmp_path / "whole" / "checkpoint-4"):
+        saved = load_detector(str(folder))
+        assert all(torch.equal(value, average[key]) for key, value in saved.named_parameters() if key in average)
+        assert name in average
     again = run(shapes, tmp_path / "whole", 4, str(tmp_path / "whole" / "checkpoint-2"))
-    resumed = torch.cat([p.detach().flatten() for p in again.weight_average.average.module.parameters()])
-    torch.testing.assert_close(resumed, average, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weights_of(again.model), trained, atol=1e-5, rtol=1e-5)
+    for key, value in again.weight_average.values.items():
+        torch.testing.assert_close(value, average[key], atol=1e-5, rtol=1e-5)
+
+
+def test_averaged_checkpoints_go_on_as_they_began(shapes, tmp_path):
+    """Without what trained, or without an average to keep, a run would go on from other weights."""
+    trainer = run(shapes, tmp_path, 4)
+    checkpoint = str(tmp_path / "checkpoint-2")
+    trainer.weight_average = None
+    with pytest.raises(ValueError, match="ema_decay as its run did"):
+        trainer._load_from_checkpoint(checkpoint)
+    (tmp_path / "checkpoint-4" / TRAINED_WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"{TRAINED_WEIGHTS} is not in it"):
+        run(shapes, tmp_path, 4, str(tmp_path / "checkpoint-4"))
 
 
 @pytest.mark.parametrize("options", [{"ema_decay": 1.0}, {"ema_decay": 0.0}, {"ema_warmup_steps": -1}])
