@@ -120,7 +120,9 @@ class DistributionDetector(ProposalDetector):
             first = GroupOutput(logits=group.logits, boxes=group.boxes)
             given = name == DENOISING
             found[first_head_of(name)] = (
-                self._denoised(first, output.denoising_meta_values) if given else Supervised(group=first)
+                self._denoised(first, output.denoising_meta_values)
+                if given
+                else Supervised(group=first, of_group=True)
             )
         return found
 

@@ -175,7 +175,7 @@ class D3etrDeformableDetrForObjectDetection(SampledMemoryDetector, DeformableDet
     def supervised(
         self, outputs: dict[str, GroupOutput], output, decoder_pass: DecoderPass, request: GroupRequest
     ) -> dict[str, Supervised]:
-        """A two-stage model's proposals, one a token; those on padding and at the border are a point in a corner."""
+        """A two-stage model's proposals, one a token; those on padding and at the border are a box at the corner."""
         if output.enc_outputs_class is None:
             return {}
         boxes = output.enc_outputs_coord_logits.sigmoid()
@@ -271,6 +271,12 @@ class D3etrDeformableDetrForObjectDetection(SampledMemoryDetector, DeformableDet
         """All train but a ResNet's stem and first stage, and the embedding of levels where no encoder reads it."""
         freeze_backbone_as_detr(self, self.backbone_module, self.config.backbone_config)
         self.model.level_embed.requires_grad_(self.config.encoder_layers > 0)
+
+    @property
+    def nameless_outputs(self) -> tuple[str, ...]:
+        """Of two stages the proposals' head."""
+        head = f"class_embed.{self.decoder_depth}."
+        return (head, f"model.decoder.{head}") if self.config.two_stage else ()
 
     def keep_classes(self, index: torch.Tensor, names: list[str]) -> None:
         if self.config.two_stage:  # the first of the proposals' outputs says whether there is an object

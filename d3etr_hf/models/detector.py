@@ -166,6 +166,11 @@ class Detector(StockModel):
         return self.config.backbone_config.model_type
 
     @property
+    def nameless_outputs(self) -> tuple[str, ...]:
+        """Prefixes of tensors with a row a class of which only the first says something, of whatever class."""
+        return ()
+
+    @property
     @abstractmethod
     def backbone_module(self) -> nn.Module:
         """The backbone as a model of its own, into which pretrained weights go."""

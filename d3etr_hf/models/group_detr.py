@@ -202,7 +202,9 @@ class GroupDetrDetector(SampledMemoryDetector):
         found = {"proposals": Supervised(group=proposals, repeats=count)}
         if further := [outputs[name] for name in decoder_pass.groups.alike[1:]]:
             logits, boxes = (torch.cat(parts) for parts in zip(*((g.logits, g.boxes) for g in further), strict=True))
-            found["further_groups"] = Supervised(group=GroupOutput(logits=logits, boxes=boxes), repeats=count)
+            found["further_groups"] = Supervised(
+                group=GroupOutput(logits=logits, boxes=boxes), repeats=count, of_group=True
+            )
         return found
 
     def criterion(self) -> DetectionCriterion:

@@ -1,4 +1,4 @@
-"""What of a detector's backbone trains, as in DETR's authors' code (Transformers does not do it)."""
+"""What of a detector trains and how it starts, as in its authors' code (Transformers does neither)."""
 
 import math
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from torch import nn
 
 from d3etr_hf.models.detector import Detector
 
-# the stem and the first stage of a ResNet, in the names of Transformers' own backbone and of timm's
+# layers that PyTorch starts by themselves
 RESET = (
     nn.Linear,
     nn.Conv2d,
@@ -20,6 +20,7 @@ RESET = (
     nn.Embedding,
     nn.PReLU,
 )
+# the stem and the first stage of a ResNet, in the names of Transformers' own backbone and of timm's
 FROZEN_RESNET_PARTS = ("embedder.", "encoder.stages.0.", "conv1.", "bn1.", "layer1.")
 
 

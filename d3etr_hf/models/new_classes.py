@@ -33,6 +33,10 @@ def with_new_classes(model: Detector, names: list[str]) -> Detector:
         if name not in dimensions:
             value.copy_(source[name])
             continue
+        if name.startswith(model.nameless_outputs):
+            shared = min(len(theirs), len(names))
+            value[:shared] = source[name][:shared]
+            continue
         dimension = dimensions[name]
         further = list(range(source[name].shape[dimension] - len(theirs)))
         places = torch.tensor(kept + [len(names) + offset for offset in further], dtype=torch.int64)

@@ -1,6 +1,5 @@
 """Any other detector as a teacher: what it predicts, and nothing of how."""
 
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -89,7 +88,7 @@ class OtherDetector(nn.Module):
 
     def criterion(self) -> DetectionCriterion:
         """How its scores are read, and by which costs ground truth is assigned to its predictions."""
-        return replace(self._criterion)
+        return self._criterion
 
     @property
     def scores(self) -> Scores:

@@ -87,6 +87,7 @@ class Supervised(ModelOutput):
         group: logits and boxes.
         repeats: how often every object is asked for (None: once); the loss is divided by so many times the objects.
         targets: what supervises them; None: the ground truth as it is.
+        of_group: whether they are predictions of a query group, own or further, and are reduced with the groups'.
     """
 
     # ModelOutput would take a mapping that comes alone in its first field for its own items: `group` is none
@@ -94,6 +95,7 @@ class Supervised(ModelOutput):
     group: GroupOutput | None = None
     repeats: int | None = None
     targets: Targets | None = None
+    of_group: bool | None = None
 
 
 @dataclass

@@ -214,7 +214,7 @@ class D3etrObjective:
             repeats = student.repeats if name == OWN else None
             add(name, Supervised(group=group, repeats=repeats), self.group_weight, shares.held[name])
         for name, part in (student.supervised or {}).items():
-            add(name, part, self.options.detection_weight, shares.objects)
+            add(name, part, self.group_weight if part.of_group else self.options.detection_weight, shares.objects)
         return terms
 
     def _attention_terms(

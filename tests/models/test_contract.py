@@ -1,8 +1,6 @@
 """What every family in `FAMILIES` must do: the promises of `Detector`, on perturbed tiny models.
 
-Those families have learned queries and dense attention. A toy detector stands for the others wherever a promise is its
-own: its queries depend on the image, its attention is sampled, and it has predictions that ground truth alone
-supervises.
+A toy detector, which shares no attribute with any of them, stands beside them wherever a promise is its own.
 """
 
 import json

@@ -63,6 +63,14 @@ def test_unknown_classes_start_as_the_familys_do(model):
         assert torch.equal(new[name].select(dimension, 2), state[name].select(dimension, 0)), name
 
 
+def test_proposals_of_two_stages_stay_as_they_are():
+    """Their first output ranks them, whatever class comes first."""
+    model = tiny_model(model_type="deformable_detr", two_stage=True)
+    before = logits_of(model)
+    reordered = with_new_classes(model, ["triangle", "rectangle", "circle"])
+    torch.testing.assert_close(logits_of(reordered), before[..., [2, 1, 0]])
+
+
 def test_a_name_that_the_model_has_twice_starts_afresh(caplog):
     """COCO's 91 classes hold N/A eleven times."""
     caplog.set_level(logging.INFO, logger="d3etr_hf")

@@ -19,10 +19,10 @@ from tests.toy_detector import toy_model
 MOST_IN_A_STEP = 3
 # what the step's sums are divided by; both kinds of solutions, together
 MOST_COPIES_IN_A_STEP = 3
-# a stock model's own, of student and teacher: the shapes of its levels
 # a stock model's own waits: places of denoising queries that are positive; of RT-DETR's heirs a check of shapes in
 # every decoder layer of student and teacher
 STOCK_WAITS = {"rt_detr": 1, "d_fine": 7, "deimv2": 7, "rt_detr_v2": 7}
+# and its copies, of student and teacher: the shapes of its levels
 STOCK_COPIES = {"deformable_detr": 2}
 MODELS = {family: partial(tiny_model, model_type=family) for family in FAMILIES} | {"toy detector": toy_model}
 
