@@ -269,12 +269,15 @@ def model_type_of(arguments: ModelArguments) -> str:
     """The family of the model to train, as Transformers calls it, before it is loaded or built.
 
     Raises:
-        DetectorLoadError: no model configuration could be read.
+        DetectorLoadError: no model configuration could be read, or it is of no family, or holds what no model has.
     """
     if arguments.model is not None:
+        family_of_checkpoint(arguments.model, "model")
         return _read_config(arguments.model, f"model {arguments.model!r}").model_type
     options = read_model_options(arguments)
-    return options.get("model_type", DEFAULT_FAMILY) if isinstance(options, dict) else DEFAULT_FAMILY
+    place = f"model_config {arguments.model_config!r}" if isinstance(arguments.model_config, str) else "model_config"
+    check_model_options(options, place)
+    return options.get("model_type", DEFAULT_FAMILY)
 
 
 def inherit_from_teacher(

@@ -17,7 +17,14 @@ from transformers import (
 )
 
 from d3etr_hf.errors import DetectorLoadError
-from d3etr_hf.models.loading import FAMILIES, ModelArguments, TeacherArguments, build_model, load_detector
+from d3etr_hf.models.loading import (
+    FAMILIES,
+    ModelArguments,
+    TeacherArguments,
+    build_model,
+    load_detector,
+    model_type_of,
+)
 from tests.tiny import tiny_config, tiny_model
 
 CLASSES = ["circle", "rectangle", "triangle"]
@@ -379,3 +386,10 @@ def test_weights_of_another_type_or_none_are_refused(tmp_path, checkpoint, class
     (classifier / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(DetectorLoadError, match="cannot be read"):
         build(model_options(), classifier)
+
+
+@pytest.mark.parametrize("options", [{"model_type": "nonsense"}, {"model_type": "resnet"}, {"model_type": 3}])
+def test_an_unknown_family_is_named_before_anything_is_read(options):
+    """Data and image processor are looked for by the family."""
+    with pytest.raises(DetectorLoadError, match="the families that can be students and teachers are"):
+        model_type_of(ModelArguments(model_config=options))

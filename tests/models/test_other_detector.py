@@ -41,12 +41,12 @@ def test_its_predictions_are_the_stock_models(checkpoint):
 
 
 def test_boxes_are_shares_of_the_image_not_of_the_padded_canvas(checkpoint):
-    """By hand: the second image fills 56 of 64 columns and 48 of 64 rows."""
-    teacher, batch = load_teacher(checkpoint), padded_batch()
-    boxes = teacher(**batch, request=GroupRequest()).groups[OWN].boxes[0, 1]
-    columns, rows = int(batch["pixel_mask"][1, 0].sum()), int(batch["pixel_mask"][1, :, 0].sum())
-    assert columns < 64 and rows < 64
-    stock = yolos()(pixel_values=batch["pixel_values"]).pred_boxes[1]
+    """By hand: the third image fills 40 of 64 columns and 48 of 64 rows."""
+    teacher, batch = load_teacher(checkpoint), padded_batch(3)
+    boxes = teacher(**batch, request=GroupRequest()).groups[OWN].boxes[0, 2]
+    columns, rows = int(batch["pixel_mask"][2, 0].sum()), int(batch["pixel_mask"][2, :, 0].sum())
+    assert columns < rows < 64
+    stock = yolos()(pixel_values=batch["pixel_values"]).pred_boxes[2]
     pixels = stock * 64
     expected = torch.stack([pixels[:, 0] / columns, pixels[:, 1] / rows, pixels[:, 2] / columns, pixels[:, 3] / rows])
     torch.testing.assert_close(boxes, expected.T, atol=1e-5, rtol=0)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers.loss.loss_d_fine import DFineLoss
 
-from d3etr_hf.outputs import NO_OBJECT, OWN, GroupRequest
+from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, GroupOutput, GroupRequest
+from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.slow_reference import with_bins_of
-from tests.tiny import targets_of, tiny_model
+from tests.tiny import padded_batch, random_labels, random_queries, targets_of, tiny_model
 from tests.training.test_family_losses import OBJECTS, examples, logged
 
 ALONE = {"auxiliary_queries": "none", "adaptive_matching": False}
@@ -174,3 +175,26 @@ def test_pairs_are_counted_over_processes(tmp_path):
     assert found[0]["student/l1"][0] > 1.1 * found[1]["student/l1"][0]
     for term in ("class", "ddf"):
         assert torch.equal(found[0][f"student/{term}"], found[1][f"student/{term}"])
+
+
+def test_the_teachers_assignment_counts_for_boxes_and_takes_no_union(tmp_path):
+    """Of the auxiliary group: layer by layer its own, in the last the teacher's, by a loop."""
+    student, labels = tiny_model(2, "d_fine").train(), random_labels([3, 2], seed=3)
+    targets = targets_of(labels)
+    request = GroupRequest({AUXILIARY: random_queries(5, anchor_size=4)}, targets=targets)
+    output = student(padded_batch()["pixel_values"], request=request)
+    given = torch.tensor([[[2, -1, 0, 1, -1], [-1, 1, -1, -1, 0]]])
+    options = Distillation(adaptive_matching=False, fixed_matching=False)
+    criterion, one = student.criterion(), torch.tensor(1.0)
+    shares = Shares(2 * one, 5 * one, {OWN: 5 * one, AUXILIARY: 5 * one}, average=lambda tensor: tensor)
+    terms, _ = D3etrObjective(options, criterion)(output, None, targets, shares, lambda: given)
+    group = output.groups[AUXILIARY]
+    earlier = criterion.assign(GroupOutput(logits=group.logits[:-1], boxes=group.boxes[:-1]), targets)
+    for layer, assignment in enumerate([*earlier, given[0]]):
+        total = 0.0
+        for image, label in enumerate(labels):
+            for query, index in enumerate(assignment[image].tolist()):
+                if index != NO_OBJECT:
+                    difference = group.boxes[layer, image, query].clamp(0, 1) - label["boxes"][index]
+                    total += float(difference.detach().abs().sum())
+        assert float(terms["auxiliary/l1"][layer]) == pytest.approx(5 * total / 5, rel=1e-4)

@@ -85,3 +85,7 @@ def test_averaged_groups_average_all_that_is_predicted_of_groups(family, halved,
         found.append(logged(model, examples(OBJECTS), tmp_path / reduction, **options))
     for name, share in (("student", 0.5), (halved, 0.5), ("proposals", 1.0)):
         assert found[1][f"loss/{name}/l1"] == pytest.approx(share * found[0][f"loss/{name}/l1"], rel=1e-4), name
+    options = {"auxiliary_queries": "learned", "detection_weight": 0.3}
+    light = logged(tiny_model(model_type=family), examples(OBJECTS), tmp_path / "light", **options)
+    for name in ("student", halved, "proposals"):
+        assert light[f"loss/{name}/l1"] == pytest.approx(0.3 * found[0][f"loss/{name}/l1"], rel=1e-4), name
