@@ -13,6 +13,10 @@ class DatasetError(UserError, ValueError):
     """A data set cannot be used as it is."""
 
 
+class ImageSizeError(UserError, ValueError):
+    """Images are of a size, or sized in a way, that a model cannot take."""
+
+
 class IncompatibleDataError(UserError, ValueError):
     """The data are not of the classes that the student predicts."""
 

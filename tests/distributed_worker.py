@@ -95,7 +95,9 @@ def run_case(case: Case, folder: Path, run: Path, processes: int) -> dict:
     student = load_detector(str(folder / (f"{case.family} as trained" if case.as_trained else case.family)))
     if not case.as_trained:
         freeze_statistics(student)
-    train = None if case.rows is None else load_shapes(folder / case.data, "train").select(case.rows)
+    train = None
+    if case.rows is not None:
+        train = load_shapes(folder / case.data, "train", family=case.family).select(case.rows)
     trainer = shapes_trainer(
         folder / case.data,
         run,

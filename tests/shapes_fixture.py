@@ -7,17 +7,16 @@ import torch
 from PIL import Image
 
 from d3etr_hf.data import Augmentation, DetectionDataset, DetectionTransform, find_coco_split, load_coco_split
-from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
-from tests.tiny import tiny_model
+from tests.tiny import TINY_CONFIGS, small_image_processor, tiny_model
 
 SIDE = 64
 
 
-def load_shapes(folder, split, augmented=False, side=SIDE) -> DetectionDataset:
-    """One split of a shapes folder with a transform, without augmentation unless asked for."""
-    processor = load_image_processor(None, side, side)
+def load_shapes(folder, split, augmented=False, side=SIDE, family="conditional_detr") -> DetectionDataset:
+    """One split of a shapes folder with the transform of a family, without augmentation unless asked for."""
+    processor = small_image_processor(family, side, side)
     augmentation = Augmentation([side], side) if augmented else None
     return load_coco_split(*find_coco_split(folder, split)).with_transform(DetectionTransform(processor, augmentation))
 
@@ -41,13 +40,16 @@ def shapes_trainer(
     if teacher is None:
         defaults |= {"auxiliary_queries": "none", "adaptive_matching": False}
     args = D3etrTrainingArguments(output_dir=str(output), **(defaults | options))
+    student = tiny_model(seed=2) if student is None else student
+    model_type = student.config.model_type
+    family = model_type if model_type in TINY_CONFIGS else "conditional_detr"  # a toy sees as the first of them
     return D3etrTrainer(
-        model=tiny_model(seed=2) if student is None else student,
+        model=student,
         args=args,
         teacher=tiny_model(seed=1) if teacher == "default" else teacher,
-        train_dataset=load_shapes(folder, "train") if train is None else train,
-        eval_dataset=load_shapes(folder, "val"),
-        processing_class=load_image_processor(None, SIDE, SIDE),
+        train_dataset=load_shapes(folder, "train", family=family) if train is None else train,
+        eval_dataset=load_shapes(folder, "val", family=family),
+        processing_class=small_image_processor(family, SIDE, SIDE),
         callbacks=callbacks,
     )
 

@@ -1,5 +1,6 @@
 """Every file in configs/ is one that the scripts, or accelerate, can use as it stands."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from transformers import CONFIG_MAPPING
 from d3etr_hf.cli import compare
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import read_yaml
-from d3etr_hf.data import DataArguments
+from d3etr_hf.data import DataArguments, load_splits
+from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.image_processors import RfDetrImageProcessorPil
 from d3etr_hf.models.loading import (
     DEFAULT_FAMILY,
     FAMILIES,
@@ -96,13 +99,13 @@ def test_no_two_recipes_share_an_output_folder():
 
 
 COCO = [path for path in RECIPES if path.parent.name == "coco"]
-# of the other families, a public pair each: their teachers, and how large images are
+# of the other families, a public pair each: their teachers, and how large images are, or None for what is saved
 PAIRS = {
     "dab_r50_r18": ("IDEA-Research/dab-detr-resnet-50", 800),
     "deformable_r50_r18": ("SenseTime/deformable-detr", 800),
     "detr_r101_r50": ("facebook/detr-resnet-101", 800),
     "dfine_xlarge_nano": ("ustc-community/dfine-xlarge-coco", 640),
-    "rf_detr_large_nano": ("Roboflow/rf-detr-large", 384),
+    "rf_detr_large_nano": ("Roboflow/rf-detr-large", None),
     "rtdetr_r101_r18": ("PekingU/rtdetr_r101vd", 640),
 }
 
@@ -117,6 +120,18 @@ def test_coco_pair_of_a_family(recipe):
     assert f"scripts/distill.py configs/coco/{recipe.name}" in recipe.read_text()
     assert (model.model or model.backbone_weights).count("/") == 1
     assert model.model_config is None or (REPOSITORY / model.model_config).exists()
+
+
+def test_a_teacher_of_larger_squares_keeps_its_size(tmp_path):
+    """`image_size` in this recipe would be the teacher's, too."""
+    data = parse(CONFIGS / "coco" / "rf_detr_large_nano.yaml")[DataArguments]
+    folder = make_shapes(tmp_path / "shapes", 1, 1, image_size=64, progress=False)
+    student, teacher = (RfDetrImageProcessorPil(size={"height": side, "width": side}) for side in (384, 704))
+    train, val = load_splits(replace(data, data_folder=str(folder)), student, teacher)
+    assert train[0]["teacher_pixel_values"].shape == (3, 704, 704)
+    assert val[0]["pixel_values"].shape == (3, 384, 384) == train[0]["pixel_values"].shape
+    smaller = replace(data, data_folder=str(folder), image_size=384)
+    assert "teacher_pixel_values" not in load_splits(smaller, student, teacher)[0][0]
 
 
 def test_every_pair_is_there():

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from d3etr_hf.data import DataArguments, load_splits
+from d3etr_hf.data import DataArguments, load_splits, with_side_divisor
 from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
 from d3etr_hf.models.loading import (
     ModelArguments,
@@ -112,11 +112,15 @@ def build_trainer(
 ) -> D3etrTrainer:
     """The trainer of a run from its seed on: data, student, teacher, and what the student inherits."""
     set_seed(training_arguments.seed)
+    teacher_type = None
     if teacher_arguments.teacher is not None:
         # before its image processor is looked for, and the data is read
-        check_teacher(teacher_arguments.teacher)
-    source = model_arguments.model or teacher_arguments.teacher
-    processor = image_processor_of(model_type_of(model_arguments), source)
+        teacher_type = check_teacher(teacher_arguments.teacher)
+    model_type = model_type_of(model_arguments)
+    if model_arguments.model is not None:
+        processor = image_processor_of(model_type, model_arguments.model)
+    else:
+        processor = image_processor_of(model_type, teacher_arguments.teacher, source_type=teacher_type)
     teacher = teacher_processor = None
     if teacher_arguments.teacher is not None:
         teacher_processor = load_image_processor(teacher_arguments.teacher)
@@ -128,6 +132,8 @@ def build_trainer(
         logger.warning(f"the teacher {teacher_arguments.teacher!r} is not used: these options need none")
     if teacher_arguments.teacher is not None:
         teacher = load_teacher(teacher_arguments.teacher)
+    of_teacher = teacher.side_divisor if teacher is not None and sees_images else 1
+    train = with_side_divisor(train, data_arguments, model.side_divisor, of_teacher)
     if teacher is not None and teacher_arguments.inherit_from_teacher:
         inherit_from_teacher(
             model,

@@ -1,6 +1,7 @@
 """Which data to train on and how to prepare it."""
 
 import copy
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -76,8 +77,8 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Short sides, or sides of squares, that multiscale and paper draw from; by default 480 to 800 in "
-            "steps of 32, times short_side / 800, or for squares times image_size / 640 in multiples of 32 (if "
-            "image_size is no multiple of 32, paper keeps to it)."
+            "steps of 32, times short_side / 800, or for squares times image_size / 640 in multiples of 32 and of "
+            "what the model needs (if image_size is no such multiple, paper keeps to it)."
         },
     )
     max_train_images: int | None = field(default=None, metadata={"help": "Train on the first so many images only."})
@@ -169,15 +170,42 @@ def load_splits(
     )
 
 
-def augmentation_for(arguments: DataArguments, image_processor: BaseImageProcessor) -> Augmentation | None:
+def with_side_divisor(
+    train: DetectionDataset, arguments: DataArguments, side_divisor: int, teacher_side_divisor: int = 1
+) -> DetectionDataset:
+    """The training split of `load_splits` with an augmentation that draws no size of which a model takes no image.
+
+    Args:
+        train: whose transform is a `DetectionTransform`.
+        arguments: those that it was loaded by.
+        side_divisor: what both sides of the model's images must be multiples of, pixels.
+        teacher_side_divisor: the same of its teacher; it counts where the teacher sees the model's pixels.
+
+    Raises:
+        DatasetError: `multiscale` at a size that has no such sides, and none were given.
+    """
+    processor, teacher_processor = train.transform.image_processor, train.transform.teacher_processor
+    divisor = side_divisor if teacher_processor is not None else math.lcm(side_divisor, teacher_side_divisor)
+    augmentation = augmentation_for(arguments, processor, divisor)
+    return train.with_transform(DetectionTransform(processor, augmentation, teacher_processor))
+
+
+def augmentation_for(
+    arguments: DataArguments, image_processor: BaseImageProcessor, side_divisor: int = 1
+) -> Augmentation | None:
     """The augmentation of training images at the size of this image processor; None for `none`.
+
+    Args:
+        arguments: which one, and the sides to draw from.
+        image_processor: of the model.
+        side_divisor: what drawn sides of images of one size are multiples of, pixels.
 
     Raises:
         DatasetError: the image processor has no size, or one that the augmentation cannot vary.
     """
     size = size_of(image_processor)
     if takes_fixed_size(image_processor):
-        return build_fixed_size_augmentation(arguments, size.height, size.width)
+        return build_fixed_size_augmentation(arguments, size.height, size.width, side_divisor)
     if not (size.shortest_edge and size.longest_edge):
         raise DatasetError(f"the image processor's size is {dict(size)}: give short_side and long_side.")
     return build_augmentation(arguments, size.shortest_edge, size.longest_edge)
@@ -202,7 +230,9 @@ def build_augmentation(arguments: DataArguments, short_side: int, long_side: int
     return Augmentation(short_sides, long_side, crop)
 
 
-def build_fixed_size_augmentation(arguments: DataArguments, height: int, width: int) -> Augmentation | None:
+def build_fixed_size_augmentation(
+    arguments: DataArguments, height: int, width: int, side_divisor: int = 1
+) -> Augmentation | None:
     """The augmentation of training images that are all of one size; None for `none`.
 
     The size is drawn for a whole batch, as RT-DETR's authors do, whose sides are scaled by the side / 640; DETR's crop
@@ -211,6 +241,7 @@ def build_fixed_size_augmentation(arguments: DataArguments, height: int, width: 
     Args:
         arguments: which one, and the sides to draw from.
         height, width: of the images at evaluation, pixels.
+        side_divisor: what the sides are multiples of beside 32, pixels; given ones are taken as they are.
 
     Raises:
         DatasetError: `multiscale` at a size that has no such sides, and none were given.
@@ -219,14 +250,15 @@ def build_fixed_size_augmentation(arguments: DataArguments, height: int, width: 
         return None
     if arguments.augmentation == "flip":
         return Augmentation()
+    multiple = math.lcm(SQUARE_MULTIPLE, side_divisor)
     if arguments.augmentation_short_sides is not None:
         sides = arguments.augmentation_short_sides
-    elif height == width and height % SQUARE_MULTIPLE == 0:
-        steps = [round(side * height / SQUARE_SIDE / SQUARE_MULTIPLE) for side in SQUARE_AUGMENTATION_SIDES]
-        sides = [step * SQUARE_MULTIPLE for step in steps]
+    elif height == width and height % multiple == 0:
+        steps = [round(side * height / SQUARE_SIDE / multiple) for side in SQUARE_AUGMENTATION_SIDES]
+        sides = [step * multiple for step in steps]
     elif arguments.augmentation == "multiscale":
         raise DatasetError(
-            f"augmentation multiscale draws sides in multiples of {SQUARE_MULTIPLE}, and images of {width}×{height} "
+            f"augmentation multiscale draws sides in multiples of {multiple}, and images of {width}×{height} "
             "pixels are none: give augmentation_short_sides, or choose flip or paper."
         )
     else:

@@ -17,6 +17,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     inverse_sigmoid,
 )
 
+from d3etr_hf.errors import ImageSizeError
 from d3etr_hf.losses import DetectionCriterion, FocalCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in
@@ -152,7 +153,7 @@ class D3etrDeformableDetrForObjectDetection(SampledMemoryDetector, DeformableDet
     def _check_memory(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tokens = kwargs["inputs_embeds"].shape[1]
         if self.config.two_stage and tokens < self.query_count:
-            raise ValueError(
+            raise ImageSizeError(
                 f"two_stage_num_proposals is {self.query_count}, but the memory of these images has only {tokens} "
                 "tokens: take larger images or fewer queries"
             )

@@ -161,6 +161,18 @@ class Detector(StockModel):
         return None
 
     @property
+    def side_divisor(self) -> int:
+        """What both sides of every image must be multiples of, pixels; 1 where any will do."""
+        return 1
+
+    def check_image(self, height: int, width: int) -> None:
+        """Refuse a size of images, padding included, that the model cannot take; by default none. Pixels.
+
+        Raises:
+            ImageSizeError: the message names the size and what would do.
+        """
+
+    @property
     def backbone_type(self) -> str:
         """What Transformers calls the backbone: its `model_type`."""
         return self.config.backbone_config.model_type

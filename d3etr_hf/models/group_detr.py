@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from d3etr_hf.errors import ImageSizeError
 from d3etr_hf.losses import DetectionCriterion, IouAwareCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_attention import GroupAttention, query_group_attention
@@ -117,7 +118,7 @@ class GroupDetrDetector(SampledMemoryDetector):
     @property
     @abstractmethod
     def side_divisor(self) -> int:
-        """What the sides of an image must be multiples of, pixels: so many windows of so many patches."""
+        """As everywhere: here so many windows of so many patches, pixels."""
 
     @property
     @abstractmethod
@@ -157,13 +158,13 @@ class GroupDetrDetector(SampledMemoryDetector):
     def check_image(self, height: int, width: int) -> None:
         divisor = self.side_divisor
         if height % divisor or width % divisor:
-            raise ValueError(
+            raise ImageSizeError(
                 f"an image of {width} x {height} pixels: {self.title}'s backbone splits it into windows of patches, "
                 f"so both sides must be multiples of {divisor}; resize images to such a size"
             )
         tokens = sum(math.ceil(height / stride) * math.ceil(width / stride) for stride in self.strides)
         if tokens < self.query_count:
-            raise ValueError(
+            raise ImageSizeError(
                 f"num_queries is {self.query_count}, but the memory of an image of {width} x {height} pixels has only "
                 f"{tokens} tokens: take larger images or fewer queries"
             )

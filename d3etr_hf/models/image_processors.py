@@ -7,15 +7,21 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, ConditionalDetrImageProcessorPil, RTDetrImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    ConditionalDetrImageProcessorPil,
+    RTDetrImageProcessorPil,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from d3etr_hf.data.image_sizes import PIXEL_SETTINGS, set_image_size, takes_fixed_size
+from d3etr_hf.data.image_sizes import PIXEL_SETTINGS, set_image_size, size_of, takes_fixed_size
 from d3etr_hf.data.transforms import resized_size
-from d3etr_hf.errors import DetectorLoadError
-from d3etr_hf.models.loading import DEFAULT_FAMILY
+from d3etr_hf.errors import DetectorLoadError, ImageSizeError
+from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.loading import DEFAULT_FAMILY, FAMILIES
+from d3etr_hf.models.other_detector import OtherDetector
 
 logger = logging.get_logger(__name__)
 
@@ -69,6 +75,9 @@ CLASSES: dict[str, type[BaseImageProcessor]] = {
     "rt_detr_v2": RTDetrImageProcessorPil,
 }
 
+# of a new one, in pixels, where the class's own is not what the family's authors have
+SIZES: dict[str, dict[str, int]] = {"lw_detr": {"height": 640, "width": 640}}
+
 
 def image_processor_class(model_type: str) -> type[BaseImageProcessor]:
     """The class of a family's image processors.
@@ -81,39 +90,72 @@ def image_processor_class(model_type: str) -> type[BaseImageProcessor]:
     return getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["pil"])
 
 
+def new_image_processor(model_type: str) -> BaseImageProcessor:
+    """An image processor as a family's authors have it.
+
+    Args:
+        model_type: the family, as Transformers calls it.
+    """
+    made = image_processor_class(model_type)
+    return made(size=SIZES[model_type]) if model_type in SIZES else made()
+
+
+def require_fixed_size(
+    model: Detector | OtherDetector | type[Detector], image_processor: BaseImageProcessor, what: str
+) -> None:
+    """Refuse padding for a model that does not read it: it would take the padded image for the image.
+
+    Args:
+        model: who sees the images, or its family.
+        image_processor: who makes them.
+        what: what the error calls the image processor.
+
+    Raises:
+        ImageSizeError: this one keeps an image's proportions, so that a batch of them is padded.
+    """
+    if model.reads_padding or takes_fixed_size(image_processor):
+        return
+    raise ImageSizeError(
+        f"{what} keeps an image's proportions (its size is {dict(size_of(image_processor))}), so a batch is padded, "
+        f"but a {model.title} reads no padding and its boxes would be those of the padded image: give the image "
+        'processor (or its preprocessor_config.json) one fixed size, for example {"height": 640, "width": 640}'
+    )
+
+
 def image_processor_of(
     model_type: str,
     source: str | None,
     short_side: int | None = None,
     long_side: int | None = None,
     image_size: int | None = None,
+    source_type: str | None = None,
 ) -> BaseImageProcessor:
     """The image processor of a family's model: as the one saved beside a checkpoint is set, else a new one.
 
     It is of the family's own class even where the checkpoint is of another (a teacher's): whoever loads a model reads
-    its scores with it. Of a checkpoint that takes images of another kind of size than this family, or normalised where
-    it does not, nothing is taken over: the two models see pixels of their own.
+    its scores with it. Of another family's that takes images of another kind of size than this one, or normalised
+    where it does not, nothing is taken over: the two models see pixels of their own.
 
     Args:
         model_type: the family.
         source: a folder or Hub id; None for a new one.
         short_side, long_side: the size in pixels to resize to, instead of the saved one.
         image_size: the same for a family that takes squares, their side.
+        source_type: the family of the checkpoint, where it is not this one; two may share a class.
 
     Raises:
         DetectorLoadError: there is a saved one, and it cannot be read.
         DatasetError: the family is not sized in this way.
+        ImageSizeError: the saved one pads, and the family reads no padding.
     """
-    own: Any = image_processor_class(model_type)()
+    own: Any = new_image_processor(model_type)
     theirs = None if source is None else load_image_processor(source)
-    if type(theirs) is type(own):
+    of_one_kind = theirs is not None and takes_fixed_size(theirs) == takes_fixed_size(own)
+    if type(theirs) is type(own) and (of_one_kind or source_type in (None, model_type)):
         own = theirs
-    elif (
-        theirs is not None
-        and takes_fixed_size(theirs) == takes_fixed_size(own)
-        and theirs.do_normalize == own.do_normalize
-    ):
+    elif of_one_kind and theirs.do_normalize == own.do_normalize:
         own = type(own)(**{name: getattr(theirs, name) for name in PIXEL_SETTINGS})
+    require_fixed_size(FAMILIES[model_type], own, f"the image processor of {source!r}")
     set_image_size(own, short_side, long_side, image_size)
     return own
 
@@ -136,7 +178,7 @@ def load_image_processor(
         DetectorLoadError: there is one, and it cannot be read.
         DatasetError: it is not sized in this way.
     """
-    processor = image_processor_class(model_type)() if path is None else _saved_image_processor(path)
+    processor = new_image_processor(model_type) if path is None else _saved_image_processor(path)
     if processor is not None:
         set_image_size(processor, short_side, long_side, image_size)
     return processor

@@ -29,6 +29,8 @@ class OtherDetector(nn.Module):
         title: its class.
         decoder_depth: 1.
         predictions_only: true.
+        reads_padding: true: its boxes are taken from the padded image to the image here, see `forward`.
+        side_divisor: 1, as far as is known.
         predicts_distributions: false.
         anchor_size, query_count, width, makes_anchors: of the queries that it does not have.
         tag, citation, parts: not known of it.
@@ -40,6 +42,8 @@ class OtherDetector(nn.Module):
 
     decoder_depth = 1
     predictions_only = True
+    reads_padding = True
+    side_divisor = 1
     predicts_distributions = False
     anchor_size = query_count = width = 0
     makes_anchors = False
@@ -103,6 +107,9 @@ class OtherDetector(nn.Module):
     def to_stock(self) -> PreTrainedModel:
         """The model as it is."""
         return self.model
+
+    def check_image(self, height: int, width: int) -> None:
+        """Refuses no size: it is not known which ones such a model takes."""
 
     def static_queries(self) -> None:
         """None: it has no queries that another decoder could take."""

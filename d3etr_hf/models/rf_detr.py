@@ -8,6 +8,7 @@ from transformers.models.rf_detr.modeling_rf_detr import (
     refine_bboxes,
 )
 
+from d3etr_hf.errors import ImageSizeError
 from d3etr_hf.models.group_detr import GroupDetrAttention, GroupDetrDecoder, GroupDetrDetector
 
 
@@ -59,7 +60,7 @@ class D3etrRfDetrForObjectDetection(GroupDetrDetector, RfDetrForObjectDetection)
     def check_image(self, height: int, width: int) -> None:
         """Images must also be square, as the authors' are: Transformers mixes up the windows of others."""
         if height != width and self.config.backbone_config.num_windows > 1:
-            raise ValueError(
+            raise ImageSizeError(
                 f"an image of {width} x {height} pixels: RF-DETR's backbone takes squares only; resize images to a "
                 f"square whose side is a multiple of {self.side_divisor}"
             )

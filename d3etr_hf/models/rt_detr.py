@@ -12,6 +12,7 @@ from transformers.models.rt_detr.modeling_rt_detr import (
     eager_attention_forward,
 )
 
+from d3etr_hf.errors import ImageSizeError
 from d3etr_hf.losses import DetectionCriterion, VarifocalCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_attention import GroupAttention
@@ -131,7 +132,7 @@ class ProposalDetector(SampledMemoryDetector):
     def check_image(self, height: int, width: int) -> None:
         tokens = sum((height // stride) * (width // stride) for stride in self.config.feat_strides)
         if tokens < self.query_count:
-            raise ValueError(
+            raise ImageSizeError(
                 f"num_queries is {self.query_count}, but the memory of an image of {width} x {height} pixels has only "
                 f"{tokens} tokens: take larger images or fewer queries"
             )

@@ -61,13 +61,6 @@ class SampledMemoryDetector(Detector):
         """What the stock base model takes beside the image."""
         return {}
 
-    def check_image(self, height: int, width: int) -> None:
-        """Refuse an image whose memory has fewer tokens than queries are chosen from it; by default none.
-
-        Raises:
-            ValueError: the message names both numbers.
-        """
-
     # what all share
 
     @property

@@ -3,11 +3,19 @@
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from d3etr_hf.data import DetectionDataset
-from d3etr_hf.errors import IncompatibleDataError, IncompatibleTeacherError, UnsupportedOptionError
+from d3etr_hf.data import DetectionDataset, DetectionTransform
+from d3etr_hf.data.image_sizes import size_of, takes_fixed_size
+from d3etr_hf.errors import (
+    ImageSizeError,
+    IncompatibleDataError,
+    IncompatibleTeacherError,
+    UnsupportedOptionError,
+)
 from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.image_processors import require_fixed_size
 from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
@@ -105,6 +113,26 @@ def check_launch(accelerator: Accelerator, args: D3etrTrainingArguments) -> None
         )
 
 
+def named_datasets(
+    train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None
+) -> dict[str, Dataset | None]:
+    """What a trainer is given, by what errors call it."""
+    of_evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    return {"train_dataset": train_dataset, **of_evaluation}
+
+
+def check_data(
+    student: Detector, image_processor: BaseImageProcessor | None, datasets: dict[str, Dataset | None]
+) -> None:
+    """The student's data must be of its classes, and hold images that it can take; see the two checks.
+
+    Raises:
+        IncompatibleDataError, ImageSizeError: they are not, or do not.
+    """
+    check_data_classes(student, datasets)
+    check_images(student, image_processor, datasets)
+
+
 def check_data_classes(student: Detector, datasets: dict[str, Dataset | None]) -> None:
     """The student's outputs must be the data's classes, in their order.
 
@@ -127,3 +155,49 @@ def check_data_classes(student: Detector, datasets: dict[str, Dataset | None]) -
                 f"{role} has the classes {dataset.class_names[:5]} ..., the student's configuration {names[:5]} ...: "
                 "build the student with the data set's id2label and label2id"
             )
+
+
+def check_images(
+    model: Detector | OtherDetector,
+    image_processor: BaseImageProcessor | None,
+    datasets: dict[str, Dataset | None],
+    role: str = "student",
+) -> None:
+    """Refuse images that a model cannot take, before the first step would.
+
+    Args:
+        model: who sees them.
+        image_processor: the model's, as the trainer was given it; None where it was not.
+        datasets: by what the error calls them; what has no `DetectionTransform` is passed over.
+        role: student or teacher.
+
+    Raises:
+        ImageSizeError: padding for a model that reads none, or one size for all images, at evaluation or drawn in
+            training, that the model cannot take.
+    """
+    if image_processor is not None:
+        require_fixed_size(model, image_processor, f"the {role}'s image processor")
+    for name, dataset in datasets.items():
+        if not isinstance(dataset, DetectionDataset) or not isinstance(dataset.transform, DetectionTransform):
+            continue
+        seen, sizes = _images_for(role, dataset.transform)
+        require_fixed_size(model, seen, f"the image processor by which {name} makes images for the {role}")
+        for height, width in sizes:
+            try:
+                model.check_image(height, width)
+            except ImageSizeError as error:
+                raise ImageSizeError(
+                    f"{name} has, for the {role}, {error} (image_size is the one at evaluation, augmentation_short_"
+                    "sides are those that training draws from)"
+                ) from error
+
+
+def _images_for(role: str, transform: DetectionTransform) -> tuple[BaseImageProcessor, list[tuple[int, int]]]:
+    """Who makes a model's images, and all heights and widths in pixels of those that are of one size."""
+    processor, drawn = transform.image_processor, []
+    if role == "teacher" and transform.teacher_processor is not None:
+        processor = transform.teacher_processor
+    elif transform.augmentation is not None:
+        drawn = list(transform.augmentation.batch_sizes)
+    size = size_of(processor)
+    return processor, drawn + ([(size.height, size.width)] if takes_fixed_size(processor) else [])

@@ -18,7 +18,14 @@ from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
 from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
 from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupRequest, Queries, Targets
-from d3etr_hf.training.checks import check_data_classes, check_launch, check_models, terms_in_common
+from d3etr_hf.training.checks import (
+    check_data,
+    check_images,
+    check_launch,
+    check_models,
+    named_datasets,
+    terms_in_common,
+)
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.half_precision import SkippedSteps
 from d3etr_hf.training.objective import D3etrObjective, Shares
@@ -50,7 +57,7 @@ class DistillationTrainer(Trainer):
 
     Raises:
         IncompatibleTeacherError: the teacher cannot teach this student as the options say.
-        UnsupportedOptionError, IncompatibleDataError: see there.
+        UnsupportedOptionError, IncompatibleDataError, ImageSizeError: see there.
     """
 
     args: D3etrTrainingArguments
@@ -70,17 +77,16 @@ class DistillationTrainer(Trainer):
             if trainer_options.get(name) is not None:
                 raise UnsupportedOptionError(f"{name} is not supported: the loss and query groups are this trainer's")
         check_models(model, teacher, args)
-        eval_sets = trainer_options.get("eval_dataset")
-        named = eval_sets if isinstance(eval_sets, dict) else {"eval_dataset": eval_sets}
-        check_data_classes(model, {"train_dataset": trainer_options.get("train_dataset"), **named})
+        data, of_student = trainer_options.get("train_dataset"), trainer_options.get("processing_class")
+        check_data(model, of_student, named_datasets(data, trainer_options.get("eval_dataset")))
         aligned = None
         if teacher is not None:
             aligned = Teacher(teacher, model.class_names, model.decoder_depth, args.layer_map)
         # what is learned from whom, without what this teacher does not have
         self.distillation = terms_in_common(args.distillation, teacher)
         if aligned is not None and runs_teacher(aligned, self.distillation):
-            of_student, data = trainer_options.get("processing_class"), trainer_options.get("train_dataset")
             check_image_processors(of_student, teacher_processing_class, data)
+            check_images(teacher, teacher_processing_class, {"train_dataset": data}, "teacher")
         if args.backbone_learning_rate == 0:
             model.freeze_part(BACKBONE)
         if args.ddp_broadcast_buffers is None:
@@ -300,7 +306,7 @@ class DistillationTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """Remembers which data set is evaluated: the metric reads its untouched ground truth."""
-        check_data_classes(self.model, {"eval_dataset": dataloader.dataset})
+        check_data(self.model, None, {"eval_dataset": dataloader.dataset})
         self._evaluated_dataset = dataloader.dataset
         if self.accelerator.num_processes > 1 and keeps_running_statistics(self.model):
             # each process has counted images of its own since the last forward pass of training

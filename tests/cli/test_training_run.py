@@ -18,7 +18,7 @@ from d3etr_hf.cli.training_run import Stopwatch, train_detector
 from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.errors import CommandLineError, DatasetError, DetectorLoadError, OutputFolderError
+from d3etr_hf.errors import CommandLineError, DatasetError, DetectorLoadError, ImageSizeError, OutputFolderError
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
@@ -450,6 +450,26 @@ def test_a_teacher_of_squares_teaches_at_its_own_size(shapes, tmp_path):
     train_detector(ModelArguments(model=str(tmp_path / "student")), *others)
     run = load_run(tmp_path / "run")
     assert run.taught_at == [48, 48] and run.val[0]["pixel_values"].shape[1:] == (SIDE, SIDE)
+
+
+def test_a_new_model_of_windows_is_trained_at_sizes_that_it_takes(shapes, tmp_path):
+    """By default: half of the sizes that others draw would be refused in the middle of a run."""
+    backbone = {"model_type": "lw_detr_vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    backbone |= {"patch_size": 16, "num_windows": 16, "window_block_indices": [0], "out_features": ["stage2"]}
+    options = {"d_model": 32, "decoder_layers": 2, "num_queries": 7, "projector_scale_factors": [1.0]}
+    config = {"model_type": "lw_detr", "backbone_config": backbone} | options
+    _, *others = arguments(shapes, tmp_path / "run")
+    others[1] = DataArguments(data_folder=str(shapes))
+    trainer = runs.build_trainer(ModelArguments(model_config=config), *others)
+    assert dict(trainer.processing_class.size) == {"height": 640, "width": 640}
+    drawn = trainer.train_dataset.transform.augmentation.batch_sizes
+    assert sorted(set(drawn)) == [(side, side) for side in (512, 576, 640, 704, 768)]
+    others[1] = DataArguments(data_folder=str(shapes), augmentation_short_sides=[640, 480])
+    with pytest.raises(ImageSizeError, match="train_dataset has, for the student, an image of 480 x 480 .* of 64;"):
+        runs.build_trainer(ModelArguments(model_config=config), *others)
+    others[1] = DataArguments(data_folder=str(shapes), image_size=608)
+    with pytest.raises(ImageSizeError, match="an image of 608 x 608 pixels: .* of 64;.*image_size"):
+        runs.build_trainer(ModelArguments(model_config=config), *others)
 
 
 def test_model_that_goes_on_keeps_its_own_image_processor(shapes, teacher, tmp_path):

@@ -11,6 +11,7 @@ from d3etr_hf.data.data_arguments import (
     build_augmentation,
     build_fixed_size_augmentation,
     load_splits,
+    with_side_divisor,
 )
 from d3etr_hf.data.transforms import CropSizes
 from d3etr_hf.errors import DatasetError
@@ -80,9 +81,9 @@ def test_augmentations_and_their_scale() -> None:
 def test_augmentations_of_squares_and_their_scale() -> None:
     """Guards RT-DETR's sizes at 640, their proportion and their multiple on small images, and the way out without."""
 
-    def sides(image_size: int, augmentation: str = "paper", **options) -> list[int]:
+    def sides(image_size: int, augmentation: str = "paper", divisor: int = 1, **options) -> list[int]:
         made = build_fixed_size_augmentation(
-            DataArguments(augmentation=augmentation, **options), image_size, image_size
+            DataArguments(augmentation=augmentation, **options), image_size, image_size, divisor
         )
         assert made.short_sides is None and (made.crop == CropSizes()) == (augmentation == "paper")
         assert all(height == width for height, width in made.batch_sizes)
@@ -96,8 +97,31 @@ def test_augmentations_of_squares_and_their_scale() -> None:
     assert set(sides(320)) == {256, 288, 320, 352, 384}
     assert set(sides(32)) == {32}
     assert sides(560) == []  # no multiple of 32, so the paper's keeps to it
+    # of a model that splits an image into windows: as the authors of LW-DETR, and squares too small for that
+    assert sorted(set(sides(640, divisor=64))) == [512, 576, 640, 704, 768]
+    assert set(sides(64, divisor=64)) == {64} and sides(672, divisor=64) == [] == sides(560, divisor=56)
+    assert sides(640, divisor=64, augmentation_short_sides=[480]) == [480]
+    with pytest.raises(DatasetError, match="in multiples of 64, and images of 672×672 pixels are none"):
+        sides(672, "multiscale", 64)
     with pytest.raises(DatasetError, match="560×560 pixels are none: give augmentation_short_sides, or choose flip"):
         sides(560, "multiscale")
+
+
+def test_side_divisor_is_that_of_all_who_see_the_images(tmp_path: Path) -> None:
+    arguments = DataArguments(data_folder=str(folder_of_two_splits(tmp_path / "teeth")), image_size=960)
+
+    def drawn(teacher, *divisors) -> list[tuple[int, int]]:
+        train, _ = load_splits(arguments, RTDetrImageProcessorPil(), teacher)
+        changed = with_side_divisor(train, arguments, *divisors)
+        assert changed.transform.image_processor is train.transform.image_processor
+        assert changed.transform.teacher_processor is train.transform.teacher_processor
+        return sorted(set(changed.transform.augmentation.batch_sizes))
+
+    by_64 = [(side, side) for side in range(704, 1217, 64)]
+    assert drawn(None, 64) == drawn(None, 64, 1) == by_64
+    assert drawn(None, 64, 48) == drawn(RTDetrImageProcessorPil(), 64, 48) == [(768, 768), (960, 960), (1152, 1152)]
+    # with pixels of its own the teacher's divisor is none of the student's business
+    assert drawn(RTDetrImageProcessorPil(do_normalize=True), 64, 48) == by_64
 
 
 def test_squares_are_squares_in_training_and_evaluation(tmp_path: Path) -> None:

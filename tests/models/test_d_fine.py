@@ -8,7 +8,7 @@ import torch
 from transformers import HGNetV2Config
 from transformers.models.d_fine.modeling_d_fine import DFineLQE
 
-from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.errors import DetectorLoadError, ImageSizeError
 from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
 from d3etr_hf.models.loading import ModelArguments, build_model
 from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, GroupRequest
@@ -333,5 +333,5 @@ GIVEN = (
 
 
 def test_an_image_with_fewer_tokens_than_queries():
-    with pytest.raises(ValueError, match="num_queries is 7, but .* 8 x 8 pixels has only 5 tokens"):
+    with pytest.raises(ImageSizeError, match="num_queries is 7, but .* 8 x 8 pixels has only 5 tokens"):
         model_of()(PIXELS[..., :8, :8], request=GroupRequest())

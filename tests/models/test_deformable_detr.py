@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from transformers import DeformableDetrForObjectDetection
 
-from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.errors import DetectorLoadError, ImageSizeError
 from d3etr_hf.models import D3etrDeformableDetrForObjectDetection
 from d3etr_hf.models.detector import inherit
 from d3etr_hf.models.loading import ModelArguments, build_model, load_detector
@@ -403,7 +403,7 @@ def test_configurations_that_fail_later_are_refused(changes, message):
 
 def test_a_memory_smaller_than_the_queries_is_refused():
     model, pixels = model_of(TWO_STAGE, num_queries=50), torch.randn(1, 3, 16, 32)
-    with pytest.raises(ValueError, match="two_stage_num_proposals is 50.* only 42 tokens"):
+    with pytest.raises(ImageSizeError, match="two_stage_num_proposals is 50.* only 42 tokens"):
         model(pixels, request=GroupRequest())
     model(torch.randn(1, 3, 64, 64), request=GroupRequest())
     model_of(REFINED, num_queries=50)(pixels, request=GroupRequest())

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.errors import DetectorLoadError, ImageSizeError
 from d3etr_hf.models.group_detr import GroupDetrDetector
 from d3etr_hf.models.loading import FAMILIES, load_detector
 from d3etr_hf.outputs import AUXILIARY, OWN, GroupRequest
@@ -202,10 +202,10 @@ def test_a_configuration_that_would_fail_later_is_refused(family, options):
 
 def test_an_image_that_does_not_fit_is_refused(family):
     model = tiny_model(model_type=family)
-    with pytest.raises(ValueError, match=r"60 x 60 pixels.*multiples of 16"):
+    with pytest.raises(ImageSizeError, match=r"60 x 60 pixels.*multiples of 16"):
         model(torch.zeros(1, 3, 60, 60), request=GroupRequest())
     model = tiny_model(model_type=family, num_queries=90)
-    with pytest.raises(ValueError, match=r"num_queries is 90, but .* 32 x 32 pixels has only (16|80) tokens"):
+    with pytest.raises(ImageSizeError, match=r"num_queries is 90, but .* 32 x 32 pixels has only (16|80) tokens"):
         model(torch.zeros(1, 3, 32, 32), request=GroupRequest())
 
 

@@ -10,11 +10,17 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import ConditionalDetrImageProcessorPil, RTDetrImageProcessorPil, pipeline
+from transformers import (
+    AutoImageProcessor,
+    ConditionalDetrImageProcessorPil,
+    DeformableDetrImageProcessorPil,
+    RTDetrImageProcessorPil,
+    pipeline,
+)
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from d3etr_hf.data.image_sizes import takes_fixed_size
-from d3etr_hf.errors import DatasetError, DetectorLoadError
+from d3etr_hf.errors import DatasetError, DetectorLoadError, ImageSizeError
 from d3etr_hf.models.image_processors import (
     CLASSES,
     RfDetrImageProcessorPil,
@@ -79,8 +85,8 @@ def test_image_processor_is_of_the_familys_class(tmp_path, family):
     assert {each["label"] for each in found} <= set(model.class_names)
 
 
-SQUARES = ["d_fine", "deimv2", "rf_detr", "rt_detr", "rt_detr_v2"]
-SHORT_SIDES = ["conditional_detr", "dab-detr", "deformable_detr", "detr", "lw_detr", "table-transformer"]
+SQUARES = ["d_fine", "deimv2", "lw_detr", "rf_detr", "rt_detr", "rt_detr_v2"]
+SHORT_SIDES = ["conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"]
 
 
 @pytest.mark.parametrize("model_type", SQUARES + SHORT_SIDES)
@@ -114,6 +120,39 @@ def test_a_student_of_another_kind_has_pixels_of_its_own(tmp_path):
     assert (dict(made.size), made.resample) == ({"height": 96, "width": 96}, 3)
     # normalised, where the teacher's are not
     assert image_processor_of("rf_detr", str(tmp_path / "rt")).to_dict() == RfDetrImageProcessorPil().to_dict()
+
+
+def test_one_class_serves_two_families_of_different_kinds(tmp_path):
+    """Deformable DETR's, by the short side, and LW-DETR's, whose checkpoints take squares of 640 pixels."""
+    DeformableDetrImageProcessorPil().save_pretrained(tmp_path / "deformable")
+    new = image_processor_of("lw_detr", None)
+    assert dict(new.size) == {"height": 640, "width": 640}
+    new.save_pretrained(tmp_path / "lw")
+    # what stock Transformers reads of it, for whom the table names this class
+    saved = json.loads((tmp_path / "lw" / "preprocessor_config.json").read_text())
+    stock = AutoImageProcessor.from_pretrained(tmp_path / "lw", backend="pil")
+    assert saved["image_processor_type"] == IMAGE_PROCESSOR_MAPPING_NAMES["lw_detr"]["torchvision"]
+    assert type(stock) is DeformableDetrImageProcessorPil
+    assert stock(Image.fromarray(NOISE), return_tensors="pt")["pixel_values"].shape == (1, 3, 640, 640)
+    # a teacher's is not that of a student of the other family
+    of_student = image_processor_of("lw_detr", str(tmp_path / "deformable"), source_type="deformable_detr")
+    assert dict(of_student.size) == {"height": 640, "width": 640}
+    of_student = image_processor_of("deformable_detr", str(tmp_path / "lw"), source_type="lw_detr")
+    assert dict(of_student.size) == {"shortest_edge": 800, "longest_edge": 1333}
+    # a model's own is taken as it is
+    assert dict(image_processor_of("lw_detr", str(tmp_path / "deformable")).size)["shortest_edge"] == 800
+    assert dict(image_processor_of("deformable_detr", str(tmp_path / "lw")).size)["height"] == 640
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].reads_padding])
+def test_padding_is_refused_where_it_is_not_read(tmp_path, family):
+    """Else boxes would be those of the padded image, and nothing would say so."""
+    own = image_processor_class(family)
+    own(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(tmp_path)
+    with pytest.raises(ImageSizeError, match=f"{tmp_path}.*reads no padding.*preprocessor_config.json.*one fixed"):
+        image_processor_of(family, str(tmp_path))
+    own(size={"height": 64, "width": 96}).save_pretrained(tmp_path)
+    assert dict(image_processor_of(family, str(tmp_path)).size) == {"height": 64, "width": 96}
 
 
 # RF-DETR

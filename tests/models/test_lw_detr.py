@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LwDetrViTConfig
 
+from d3etr_hf.errors import ImageSizeError
 from d3etr_hf.models.lw_detr import D3etrLwDetrForObjectDetection
 from d3etr_hf.outputs import OWN, GroupRequest
 from tests.tiny import padded_batch, request_for, tiny_config, tiny_model
@@ -23,7 +24,7 @@ def test_levels(scales):
     assert torch.equal(output.memory_mask, mask) and not mask.all()
     tokens = seen[0]["encoder_hidden_states"].shape[1]
     model.config.num_queries = tokens + 1
-    with pytest.raises(ValueError, match=f"80 x 80 pixels has only {tokens} tokens"):
+    with pytest.raises(ImageSizeError, match=f"80 x 80 pixels has only {tokens} tokens"):
         model(**batch, request=GroupRequest())
 
 

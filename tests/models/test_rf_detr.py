@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import ConvNextConfig, RfDetrDinov2Config
 
+from d3etr_hf.errors import ImageSizeError
 from d3etr_hf.models.rf_detr import D3etrRfDetrForObjectDetection
 from d3etr_hf.outputs import OWN, GroupRequest
 from tests.tiny import padded_batch, tiny_config, tiny_model
@@ -17,7 +18,7 @@ def with_backbone(**changes):
 def test_only_squares_are_taken():
     """Of other images Transformers puts patches into windows in one order and takes them out in another."""
     model = tiny_model(model_type="rf_detr")
-    with pytest.raises(ValueError, match=r"64 x 32 pixels.* squares only.*multiple of 16"):
+    with pytest.raises(ImageSizeError, match=r"64 x 32 pixels.* squares only.*multiple of 16"):
         model(torch.zeros(1, 3, 32, 64), request=GroupRequest())
     backbone = model.backbone_module
     for height, width, kept in ((64, 64, True), (32, 64, False)):
