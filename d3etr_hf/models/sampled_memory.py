@@ -37,6 +37,7 @@ class SampledMemoryDetector(Detector):
     layer_modules: ClassVar[tuple[str, ...]]
     model: Any
     reads_padding = False
+    exports_any_size = False  # shapes of levels are Python's numbers, of which tensors are made
 
     # what a family says
 
@@ -60,13 +61,6 @@ class SampledMemoryDetector(Detector):
     def model_arguments(self, request: GroupRequest) -> dict[str, Any]:
         """What the stock base model takes beside the image."""
         return {}
-
-    def check_image(self, height: int, width: int) -> None:
-        """Refuse an image whose memory has fewer tokens than queries are chosen from it; by default none.
-
-        Raises:
-            ValueError: the message names both numbers.
-        """
 
     # what all share
 
