@@ -44,6 +44,7 @@ class Detector(StockModel):
         tag: the family's tag on the Hub.
         parts: for each of `ROLES` the prefixes of its parameters' names.
         reads_padding: whether it reads the pixel mask; what does not, takes images of one size.
+        exports_any_size: whether tracing leaves an image's sides free; else an export is for images of one size.
         predictions_only: whether it can teach nothing but its predictions; false of every family.
         predicts_distributions: whether its boxes come from distributions over the distances of their edges.
         citation: BibTeX of the family's paper.
@@ -55,6 +56,7 @@ class Detector(StockModel):
     tag: ClassVar[str]
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
     reads_padding: ClassVar[bool] = True
+    exports_any_size: ClassVar[bool] = True
     predictions_only: ClassVar[bool] = False
     predicts_distributions: ClassVar[bool] = False
     citation: ClassVar[str]
@@ -125,7 +127,19 @@ class Detector(StockModel):
             ValueError: the message names the field and its value.
         """
 
+    def check_image(self, height: int, width: int) -> None:
+        """Refuse an image of a size, in pixels, that the model cannot take; by default none.
+
+        Raises:
+            ValueError: the message names the size and what is wrong with it.
+        """
+
     # what of its configuration others may ask
+
+    @property
+    def side_divisor(self) -> int:
+        """What the sides of an image must be multiples of, pixels."""
+        return 1
 
     @property
     @abstractmethod

@@ -37,6 +37,7 @@ class SampledMemoryDetector(Detector):
     layer_modules: ClassVar[tuple[str, ...]]
     model: Any
     reads_padding = False
+    exports_any_size = False  # shapes of levels are Python's numbers, of which tensors are made
 
     # what a family says
 

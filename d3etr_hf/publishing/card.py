@@ -137,6 +137,7 @@ def _texts(metrics: dict, arguments: CardArguments, repo_id: str | None, onnx_ch
         "citations": "\n\n".join(citations_for(metrics)),
         "onnx_snippet": onnx_snippet(repo_id).rstrip() if onnx_check else None,
         "onnx_check": check_in_words(onnx_check) if onnx_check else None,
+        "onnx_images": onnx_check["takes"] if onnx_check else None,
     }
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,9 @@ from d3etr_hf.publishing.onnx_export import (
     OnnxDetector,
     describe_for_onnx,
     export_onnx,
+    in_words,
     require_packages,
+    size_for_export,
 )
 from d3etr_hf.publishing.run_folder import hash_of_weights, merged_data_arguments
 from d3etr_hf.runs.output_folder import CONFIGURATION, write_json
@@ -37,6 +40,13 @@ BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3
 # Scale, multiple and remainder of the sides that images are checked at too: odd sides are a multiple of no backbone's
 # stride, multiples of 64 of every one's.
 OTHER_SIZES = ((0.87, 2, 1), (0.71, 2, 1), (0.58, 64, 0))
+# the groups of images that are compared, as `check_in_words` tells of them
+GROUPS = {
+    "one_by_one": "alone",
+    "other_sizes": "at other sizes",
+    "padded_batch": "as a padded batch",
+    "batch": "as a batch",
+}
 
 
 @dataclass
@@ -57,7 +67,8 @@ def export_and_check(
 ) -> dict:
     """Export a saved detector to ONNX, and keep the file only if onnxruntime computes with it what PyTorch does.
 
-    Compared are `check_images` validation images one by one, some of them at other sizes, and a padded batch. The
+    Compared are `check_images` validation images one by one, some of them at other sizes, and a padded batch; of a
+    file for images of one size, images of that size and a batch of them, padded if the family reads padding. The
     figures are also written to `onnx_check.json` beside the file. A failure leaves whatever was there before.
 
     Args:
@@ -67,11 +78,11 @@ def export_and_check(
         data_arguments: where they are; by default where the folder's run (`run.yaml`) had them.
 
     Returns:
-        The figures of `compare_with_onnx`, and what they were measured with.
+        The figures of `compare_with_onnx`, and what they were measured with; in `takes`, which images the file is for.
 
     Raises:
         OnnxExportError: a package is missing, it is not known where the file or the images are, the detector cannot
-            be exported, or the exported one computes something else.
+            be exported, the images would not be of the file's size, or the exported one computes something else.
         DetectorLoadError, DatasetError: the detector or its data cannot be read.
     """
     require_packages()
@@ -79,49 +90,53 @@ def export_and_check(
     data_arguments = data_arguments or _data_of_run(Path(folder))
     detector = load_detector(folder)
     processor = image_processor_of(detector.config.model_type, folder)
-    metadata = describe_for_onnx(detector, processor)  # first: the data arguments may set another size
+    size = size_for_export(detector, processor)
+    metadata = describe_for_onnx(detector, processor, size)  # first: the data arguments may set another size
     _, val = load_splits(data_arguments, processor)
     examples = [val[index] for index in range(min(check_images, len(val)))]
+    if size_for_export(detector, processor) != size:
+        raise OnnxExportError(
+            f"{folder}: its image processor makes images {in_words(size)}, for which alone its file would be, and the "
+            "data options say another size: leave the size out of them"
+        )
 
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        export_onnx(detector, unfinished, metadata)
-        figures = compare_with_onnx(detector, unfinished, examples)
+        export_onnx(detector, unfinished, metadata, size)
+        figures = compare_with_onnx(detector, unfinished, examples, size)
         _refuse_differences(figures, path)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
     weights = {"weights": hash_of_weights(Path(folder))} if Path(folder).is_dir() else {}
     weights["onnx"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    check = {"data": val.name, **weights, **figures, "opset": OPSET, "megabytes": round(path.stat().st_size / 1e6, 2)}
+    check = {"data": val.name, **weights, "takes": metadata["takes"], **figures, "opset": OPSET}
+    check["megabytes"] = round(path.stat().st_size / 1e6, 2)
     check["versions"] = {package: version(package) for package in ("torch", "transformers", *NEEDED)}
     write_json(path.with_name(CHECK), check)
     return check
 
 
 @torch.inference_mode()
-def compare_with_onnx(detector: Detector, path: Path, examples: list[dict]) -> dict:
+def compare_with_onnx(
+    detector: Detector, path: Path, examples: list[dict], size: tuple[int, int] | None = None
+) -> dict:
     """How far an ONNX file is from its detector, query by query, and what each takes, turn by turn.
 
     Args:
         detector: on the CPU.
         path: the ONNX file.
         examples: of a data set with a `DetectionTransform`.
+        size: height and width in pixels of all images that the file takes, smaller ones padded; None for any.
 
     Returns:
-        `differences`, for each of `one_by_one` (the images as they are), `other_sizes` and `padded_batch` the largest
-        of any query's `box_pixels` (of a corner, in pixels of the original image) and `score` (of a class, 0..1);
+        `differences`, for each of the `groups_of` examples the largest of any query's `box_pixels` (of a corner, in
+        pixels of the original image) and `score` (of a class, 0..1);
         `milliseconds` of an image, the medians of `pytorch` and `onnxruntime`; the numbers of `images` and `threads`.
     """
     model, session = OnnxDetector(detector).eval(), _session(path)
-    collate = DetectionCollator()
-    others = [_resized(*pair) for pair in zip(islice(cycle(examples), 3), OTHER_SIZES, strict=True)]
-    groups = {
-        "one_by_one": [collate([example]) for example in examples],
-        "other_sizes": [collate([example]) for example in others],
-        "padded_batch": [collate([examples[0], *others])],
-    }
+    groups = groups_of(examples, size, detector.reads_padding)
     differences = {}
     for name, batches in groups.items():
         found = [_difference(model, session, batch) for batch in batches]
@@ -142,6 +157,38 @@ def compare_with_onnx(detector: Detector, path: Path, examples: list[dict]) -> d
     }
 
 
+def groups_of(
+    examples: list[dict], size: tuple[int, int] | None, reads_padding: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """The batches that are compared.
+
+    Args:
+        examples: of a data set.
+        size: height and width in pixels of all images, smaller ones padded; None for any.
+        reads_padding: whether the detector reads the pixel mask.
+
+    Returns:
+        Of `GROUPS`: `one_by_one`, the images as they are; without a size `other_sizes`; `padded_batch` of three or
+        four at several sizes, or, where the detector reads no padding, `batch` of three as they are.
+    """
+    collate, first = DetectionCollator(), list(islice(cycle(examples), 3))
+    alone = {"one_by_one": [collate([example]) for example in examples]}
+    if size is None:
+        others = [_resized(*pair) for pair in zip(first, OTHER_SIZES, strict=True)]
+        more = {"other_sizes": [collate([example]) for example in others]}
+        return alone | more | {"padded_batch": [collate([examples[0], *others])]}
+    smaller = [_resized(*pair) for pair in zip(first[1:], OTHER_SIZES[:2], strict=True)]
+    batch = {"padded_batch": [collate([first[0], *smaller])]} if reads_padding else {"batch": [collate(first)]}
+    return {name: [_on_canvas(each, *size) for each in batches] for name, batches in (alone | batch).items()}
+
+
+def _on_canvas(batch: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """A batch padded at the right and at the bottom, to this height and width in pixels."""
+    pixels = batch["pixel_values"]
+    more = (0, width - pixels.shape[3], 0, height - pixels.shape[2])
+    return batch | {name: nn.functional.pad(batch[name], more) for name in AXES}
+
+
 def _session(path: Path):
     """The file in onnxruntime, on as many threads as PyTorch."""
     import onnxruntime
@@ -158,8 +205,10 @@ def check_in_words(check: dict) -> str:
     """One sentence about `export_and_check`, for a report or a card."""
     box, score = (max(group[key] for group in check["differences"].values()) for key in ("box_pixels", "score"))
     times = check["milliseconds"]
+    *groups, last = (words for name, words in GROUPS.items() if name in check["differences"])
+    compared = f"{', '.join(groups)} and {last}" if groups else last
     return (
-        f"On {check['images']} images of {check['data']}, alone, at other sizes and as a padded batch, boxes differ "
+        f"On {check['images']} images of {check['data']}, {compared}, boxes differ "
         f"from PyTorch's by at most {box:.2g} pixels and scores by {score:.2g}; an image takes "
         f"{times['onnxruntime']:.1f} ms, with PyTorch {times['pytorch']:.1f} ms (CPU, {check['threads']} threads)."
     )
@@ -186,11 +235,12 @@ from transformers import AutoImageProcessor
 
 session = onnxruntime.InferenceSession({path})
 processor = AutoImageProcessor.from_pretrained("{model_id}", backend="pil")
-names = json.loads(session.get_modelmeta().custom_metadata_map["id2label"])
+metadata = session.get_modelmeta().custom_metadata_map
+names, padding = json.loads(metadata["id2label"]), json.loads(metadata["padding"])
 
 image = Image.open("photograph.jpg").convert("RGB")
-inputs = {{"pixel_values": processor(images=image, return_tensors="np")["pixel_values"]}}
-inputs["pixel_mask"] = np.ones_like(inputs["pixel_values"][:, 0], dtype=np.int64)
+inputs = dict(processor(images=image, return_tensors="np", **padding))
+inputs.setdefault("pixel_mask", np.ones_like(inputs["pixel_values"][:, 0], dtype=np.int64))
 scores, boxes = session.run(["scores", "pred_boxes"], inputs)
 for query, label in np.argwhere(scores[0] > 0.4):
     x, y, width, height = boxes[0, query] * [*image.size, *image.size]

@@ -147,6 +147,7 @@ def test_onnx_file_of_other_weights_is_not_published(prepared, metrics, tmp_path
         "weights": metrics["weights"],
         "onnx": hashlib.sha256(b"onnx").hexdigest(),
         "images": 2,
+        "takes": "images padded to 96 × 96 pixels",
         "threads": 1,
         "differences": {"one_by_one": {"box_pixels": 0.25, "score": 2e-6}},
         "milliseconds": {"pytorch": 2.0, "onnxruntime": 1.0},
@@ -158,6 +159,7 @@ def test_onnx_file_of_other_weights_is_not_published(prepared, metrics, tmp_path
     (folder / "onnx_check.json").write_text(json.dumps(check))
     write_card(folder, metrics, CardArguments())
     text = (folder / "README.md").read_text()
+    assert "batches of any number of images padded to 96 × 96 pixels:" in text
     assert "at most 0.25 pixels" in text and "onnxruntime.InferenceSession" in text
 
 

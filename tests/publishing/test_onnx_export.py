@@ -190,8 +190,8 @@ def test_a_file_that_differs_is_not_kept(run_folder, packages_found, tmp_path, m
     """Whatever lay there stays as it was; what is equal replaces it, with the figures beside it."""
     figures = json.loads(json.dumps(FIGURES))
     figures["differences"]["padded_batch"] |= changed
-    monkeypatch.setattr(onnx_check, "export_onnx", lambda model, path, metadata: path.write_text("new"))
-    monkeypatch.setattr(onnx_check, "compare_with_onnx", lambda model, path, examples: figures)
+    monkeypatch.setattr(onnx_check, "export_onnx", lambda model, path, metadata, size: path.write_text("new"))
+    monkeypatch.setattr(onnx_check, "compare_with_onnx", lambda model, path, examples, size: figures)
     (tmp_path / "model.onnx").write_text("old")
     output = str(tmp_path / "model.onnx")
     with pytest.raises(OnnxExportError, match=r"model.onnx: not written, .* \(padded batch: boxes differ by up to"):
@@ -209,9 +209,9 @@ def test_a_file_that_differs_is_not_kept(run_folder, packages_found, tmp_path, m
 def test_data_and_number_of_images(run_folder, packages_found, tmp_path, monkeypatch):
     """A checkpoint's data are those of its run; flags say otherwise; no more images than there are."""
     seen = []
-    monkeypatch.setattr(onnx_check, "export_onnx", lambda model, path, metadata: path.write_text("new"))
+    monkeypatch.setattr(onnx_check, "export_onnx", lambda model, path, metadata, size: path.write_text("new"))
     monkeypatch.setattr(
-        onnx_check, "compare_with_onnx", lambda model, path, examples: seen.append(len(examples)) or FIGURES
+        onnx_check, "compare_with_onnx", lambda model, path, examples, size: seen.append(len(examples)) or FIGURES
     )
     checkpoint = run_folder / "checkpoint-2"
     load_detector(str(run_folder)).save_pretrained(checkpoint)
@@ -331,7 +331,7 @@ def test_a_tampered_file_is_found_and_not_kept(exported, onnx, tmp_path, monkeyp
     bias = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("bbox_predictor.layers.2.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.05), bias.name))
     tampered = model.SerializeToString()
-    monkeypatch.setattr(onnx_check, "export_onnx", lambda model, path, metadata: path.write_bytes(tampered))
+    monkeypatch.setattr(onnx_check, "export_onnx", lambda model, path, metadata, size: path.write_bytes(tampered))
     with pytest.raises(OnnxExportError, match="computes something else than PyTorch"):
         export_and_check(str(folder), str(tmp_path / "model.onnx"))
     assert not list(tmp_path.iterdir())
