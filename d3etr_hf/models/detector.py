@@ -127,19 +127,7 @@ class Detector(StockModel):
             ValueError: the message names the field and its value.
         """
 
-    def check_image(self, height: int, width: int) -> None:
-        """Refuse an image of a size, in pixels, that the model cannot take; by default none.
-
-        Raises:
-            ValueError: the message names the size and what is wrong with it.
-        """
-
     # what of its configuration others may ask
-
-    @property
-    def side_divisor(self) -> int:
-        """What the sides of an image must be multiples of, pixels."""
-        return 1
 
     @property
     @abstractmethod
