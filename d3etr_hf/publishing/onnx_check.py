@@ -184,8 +184,9 @@ def groups_of(
 
 def _on_canvas(batch: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     """A batch padded at the right and at the bottom, to this height and width in pixels."""
-    pixels = batch["pixel_values"]
-    more = (0, width - pixels.shape[3], 0, height - pixels.shape[2])
+    more = (0, width - batch["pixel_mask"].shape[2], 0, height - batch["pixel_mask"].shape[1])
+    if min(more) < 0:  # PyTorch would cut images off
+        raise ValueError(f"images of up to {in_words(batch['pixel_mask'].shape[1:])} for a file of {height} x {width}")
     return batch | {name: nn.functional.pad(batch[name], more) for name in AXES}
 
 
