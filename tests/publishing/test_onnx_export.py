@@ -299,7 +299,9 @@ def test_data_of_another_size_than_the_file_are_refused(tmp_path, packages_found
     """The file is for the size of the image processor beside the model, and the check must be, too."""
     folder = write_padded_run(tmp_path)
     data = DataArguments(str(tmp_path / "data"), short_side=32, long_side=64)
-    with pytest.raises(OnnxExportError, match="images of 96 × 96 pixels, .* the data options say another size"):
+    with pytest.raises(
+        OnnxExportError, match="for images of 96 × 96 pixels, .* the data options make images of 64 × 64 pixels"
+    ):
         export_and_check(str(folder), data_arguments=data)
 
 
