@@ -226,6 +226,12 @@ MUTATIONS = [
     ("ONNX: scores of every class of a softmax query", "d3etr_hf/publishing/onnx_export.py",
      "self.reading.probabilities(outputs.logits) * counts", "self.reading.probabilities(outputs.logits)",
      "tests/publishing/test_onnx_export.py::test_same_outputs_of_detr_with_resnet"),
+    ("ONNX: an upright image does not fit", "d3etr_hf/publishing/onnx_export.py",
+     "size.longest_edge / detector.side_divisor", "size.shortest_edge / detector.side_divisor",
+     "tests/publishing/test_onnx_export.py::test_size_of_the_file"),
+    ("ONNX: a batch of one number", "d3etr_hf/publishing/onnx_export.py",
+     "strict=not detector.exports_any_size", "strict=False",
+     "tests/publishing/test_onnx_export.py::test_same_outputs_at_one_size"),
     # what the code computes at all: faults that no comparison of the code with itself can see
     ("terms: self-attention divided by boxes instead of images", OBJECTIVE,
      "group.self_attention, pairs, shares.images", 'group.self_attention, pairs, shares.detection[OWN]["l1"]',

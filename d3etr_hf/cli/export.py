@@ -1,10 +1,14 @@
-"""Export a trained detector to ONNX, for images and batches of any size, and check it against PyTorch.
+"""Export a trained detector to ONNX, for batches of any number, and check it against PyTorch.
 
     d3etr export runs/demo/distilled
     d3etr export user/student --output student.onnx --data_folder data/shapes
 
 Needs `pip install 'd3etr_hf[onnx]'`. Writes model.onnx and onnx_check.json into the folder. The check uses validation
 images, from where the run had its data unless told otherwise; a file that computes something else is not kept.
+
+The file takes images of any size where the family's decoder attends to one dense memory. Those that sample a memory of
+several levels are exported for images of one size: that of the model's image processor, or, where this keeps an
+image's proportions, padded to the square of its longest edge (a smaller long_side makes a faster file).
 """
 
 from d3etr_hf.cli.command_line import parse_arguments

@@ -94,11 +94,7 @@ def export_and_check(
     metadata = describe_for_onnx(detector, processor, size)  # first: the data arguments may set another size
     _, val = load_splits(data_arguments, processor)
     examples = [val[index] for index in range(min(check_images, len(val)))]
-    if size_for_export(detector, processor) != size:
-        raise OnnxExportError(
-            f"{folder}: its image processor makes images {in_words(size)}, for which alone its file would be, and the "
-            "data options say another size: leave the size out of them"
-        )
+    _refuse_another_size(folder, size, size_for_export(detector, processor))
 
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
@@ -184,8 +180,9 @@ def groups_of(
 
 def _on_canvas(batch: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     """A batch padded at the right and at the bottom, to this height and width in pixels."""
-    pixels = batch["pixel_values"]
-    more = (0, width - pixels.shape[3], 0, height - pixels.shape[2])
+    more = (0, width - batch["pixel_mask"].shape[2], 0, height - batch["pixel_mask"].shape[1])
+    if min(more) < 0:  # PyTorch would cut images off
+        raise ValueError(f"images of up to {in_words(batch['pixel_mask'].shape[1:])} for a file of {height} x {width}")
     return batch | {name: nn.functional.pad(batch[name], more) for name in AXES}
 
 
@@ -266,6 +263,15 @@ def _data_of_run(folder: Path) -> DataArguments:
         f"{folder} holds no {CONFIGURATION} that says where its validation images are, which the export is checked "
         "on: give --data_folder (or another of the data options)"
     )
+
+
+def _refuse_another_size(folder: str, size: tuple[int, int] | None, of_data: tuple[int, int] | None) -> None:
+    """The data options may set another size than that of the image processor, for which alone the file would be."""
+    if of_data != size:
+        raise OnnxExportError(
+            f"{folder}: its file would be for images {in_words(size)}, as its image processor says, and the data "
+            f"options make images {in_words(of_data)}: leave the size out of them"
+        )
 
 
 def _resized(example: dict, size: tuple[float, int, int]) -> dict:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import ResNetConfig, SwinConfig, pipeline
+from transformers.image_utils import SizeDict
 
 from d3etr_hf.cli import export
 from d3etr_hf.cli.command_line import parse_arguments
@@ -29,9 +30,9 @@ from d3etr_hf.publishing.onnx_check import (
     export_and_check,
     onnx_snippet,
 )
-from d3etr_hf.publishing.onnx_export import export_onnx
+from d3etr_hf.publishing.onnx_export import export_onnx, size_for_export
 from tests.data.coco_files import coco, write_split
-from tests.tiny import tiny_model
+from tests.tiny import TINY_CONFIGS, small_image_processor, tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -78,6 +79,14 @@ def write_run(folder: Path) -> Path:
     load_image_processor(None, 64, 96).save_pretrained(folder / "run")
     (folder / "run" / "run.yaml").write_text(f"data_folder: {folder / 'data'}\nlearning_rate: 0.001\n")
     return folder / "run"
+
+
+def write_padded_run(folder: Path) -> Path:
+    """The same of a family whose file is for one size, to which its images are padded: 96 × 96 pixels."""
+    run = write_run(folder)
+    tiny_model(model_type="deformable_detr", decoder_layers=2).save_pretrained(run)
+    small_image_processor("deformable_detr", 64, 96).save_pretrained(run)
+    return run
 
 
 def a_batch(batch: int, height: int, width: int) -> dict[str, torch.Tensor]:
@@ -240,6 +249,76 @@ def test_snippets_are_short_programs():
     assert 'hf_hub_download("user/student", "model.onnx")' in snippet and 'from_pretrained("user/student"' in snippet
 
 
+# of what size a family's file is, if its image processor makes images of 64 × 90 pixels, or of 64 × 64
+FILE_SIZES = {
+    "conditional_detr": None,
+    "dab-detr": None,
+    "detr": None,
+    "table-transformer": None,
+    "deformable_detr": (90, 90),
+    "lw_detr": (96, 96),  # two windows of patches of 8 pixels
+    "deimv2": (64, 64),
+    "d_fine": (64, 64),
+    "rf_detr": (64, 64),
+    "rt_detr": (64, 64),
+    "rt_detr_v2": (64, 64),
+}
+
+
+@pytest.mark.parametrize("family", TINY_CONFIGS)
+def test_size_of_the_file(family):
+    """Large enough for all images that the image processor makes, upright ones too; the file says how to pad them."""
+    processor = small_image_processor(family, 64, 90)
+    detector = tiny_model(model_type=family)
+    size = size_for_export(detector, processor)
+    assert size == FILE_SIZES[family]
+    described = onnx_export.describe_for_onnx(detector, processor, size)
+    padding = json.loads(described["padding"])
+    for shape in ((300, 90), (90, 300)) if size else ():
+        made = processor(np.zeros((*shape, 3), dtype=np.uint8), return_tensors="np", **padding)
+        assert made["pixel_values"].shape == (1, 3, *size)
+        if padding:
+            assert made["pixel_mask"].sum() < size[0] * size[1]
+
+
+def test_sizes_that_cannot_be_are_refused(tmp_path, packages_found):
+    """A long side without bounds, sides that are split into no whole windows, none at all."""
+    lw_detr = tiny_model(model_type="lw_detr")
+    unbounded = small_image_processor("lw_detr")
+    unbounded.size = SizeDict(shortest_edge=64)
+    with pytest.raises(OnnxExportError, match="LW-DETR .* bounds no long side: set longest_edge"):
+        size_for_export(lw_detr, unbounded)
+    odd = small_image_processor("rf_detr", 72)
+    with pytest.raises(OnnxExportError, match="RF-DETR cannot be exported for the size .* must be multiples of 16"):
+        size_for_export(tiny_model(model_type="rf_detr"), odd)
+    with pytest.raises(OnnxExportError, match="LW-DETR cannot be exported for images of any size: say of which"):
+        export_onnx(lw_detr, tmp_path / "model.onnx", {})
+
+
+def test_data_of_another_size_than_the_file_are_refused(tmp_path, packages_found):
+    """The file is for the size of the image processor beside the model, and the check must be, too."""
+    folder = write_padded_run(tmp_path)
+    data = DataArguments(str(tmp_path / "data"), short_side=32, long_side=64)
+    with pytest.raises(
+        OnnxExportError, match="for images of 96 × 96 pixels, .* the data options make images of 64 × 64 pixels"
+    ):
+        export_and_check(str(folder), data_arguments=data)
+
+
+def test_groups_of_a_file_for_one_size():
+    """Padded only by a family that reads padding; all images of that size."""
+    example = an_example(height=64, width=80)
+    alone, batch = onnx_check.groups_of([example], (64, 96), reads_padding=True).items()
+    assert (alone[0], batch[0]) == ("one_by_one", "padded_batch")
+    assert [each["pixel_values"].shape for each in (*alone[1], *batch[1])] == [(1, 3, 64, 96), (3, 3, 64, 96)]
+    assert alone[1][0]["pixel_mask"].sum() == 64 * 80 and not alone[1][0]["pixel_values"][0, ..., 80:].any()
+    assert len(batch[1][0]["pixel_mask"].sum((1, 2)).unique()) == 3
+    groups = onnx_check.groups_of([example], (64, 80), reads_padding=False)
+    assert list(groups) == ["one_by_one", "batch"] and groups["batch"][0]["pixel_mask"].float().mean() == 1
+    with pytest.raises(ValueError, match="for a file of 32 x 96"):
+        onnx_check.groups_of([example], (32, 96), reads_padding=True)
+
+
 # what needs onnx, onnxruntime and onnxscript
 
 
@@ -276,6 +355,16 @@ def detr(onnx, tmp_path_factory):
     return detector, path
 
 
+@pytest.mark.parametrize(("family", "layers", "size"), [("rt_detr_v2", 2, (40, 48)), ("lw_detr", 1, (32, 48))])
+def test_same_outputs_at_one_size(onnx, tmp_path, family, layers, size):
+    """Assertions and len() in the stock model, windows of patches; batches of any number."""
+    detector = tiny_model(model_type=family, decoder_layers=layers)
+    with no_garbage_collection():
+        export_onnx(detector, tmp_path / "model.onnx", {}, size)
+    for batch in (1, 3):
+        assert_same_outputs(detector, tmp_path / "model.onnx", a_batch(batch, *size), sigmoid_scores)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_same_outputs_at_every_size(exported, size):
     model = load_detector(str(exported[0]))
@@ -285,6 +374,55 @@ def test_same_outputs_at_every_size(exported, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_same_outputs_of_detr_with_resnet(detr, size):
     assert_same_outputs(*detr, a_batch(*size), softmax_scores)
+
+
+@pytest.fixture(scope="module")
+def padded(onnx, tmp_path_factory):
+    """A run's folder whose file is for images padded to one size, and its check."""
+    folder = write_padded_run(tmp_path_factory.mktemp("padded"))
+    with no_garbage_collection():
+        return folder, export_and_check(str(folder))
+
+
+def test_same_outputs_padded_to_one_size(padded, onnx):
+    """Two clamps of one value, which the exporter takes for one another, among them."""
+    folder, check = padded
+    model, path = load_detector(str(folder)), folder / "model.onnx"
+    for batch in (1, 3):
+        assert_same_outputs(model, path, a_batch(batch, 96, 96), sigmoid_scores)
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert metadata["takes"] == check["takes"] == "images padded to 96 × 96 pixels"
+    assert json.loads(metadata["image_size"]) == {"height": 96, "width": 96}
+    assert check["differences"].keys() == {"one_by_one", "padded_batch"}
+    assert ", alone and as a padded batch, boxes" in check_in_words(check)
+
+
+def test_snippet_pads_where_the_file_needs_it(padded, tmp_path, monkeypatch, capsys):
+    """What the stock model finds in the padded image."""
+    folder, _ = padded
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    picture = Image.open(folder.parent / "data" / "val" / "3.png")
+    picture.save(tmp_path / "photograph.jpg")
+    monkeypatch.chdir(tmp_path)
+    model, processor = load_detector(".").to_stock(), small_image_processor("deformable_detr", 64, 96)
+    image = Image.open("photograph.jpg").convert("RGB")
+    size = {"height": 96, "width": 96}
+    with torch.no_grad():
+        outputs = model(**processor(images=image, return_tensors="pt", pad_size=size))
+    threshold = outputs.logits.sigmoid().median().item()
+    found = processor.post_process_object_detection(outputs, threshold, [image.size[::-1]], top_k=21)[0]
+    wanted = sorted(zip(found["scores"].tolist(), found["boxes"].tolist(), strict=True))
+    capsys.readouterr()
+    exec(compile(onnx_snippet().replace("> 0.4", f"> {threshold}"), "snippet", "exec"), {})
+    lines = [line.split(" ", 2) for line in capsys.readouterr().out.splitlines()]
+    made = sorted((float(score), json.loads(corners)) for _, score, corners in lines)
+    assert len(made) == len(wanted) == 10
+    for score, corners in made:
+        assert any(
+            score == pytest.approx(other, abs=0.006) and corners == pytest.approx(box, abs=0.06)
+            for other, box in wanted
+        )
 
 
 def test_script_keeps_the_file_with_its_figures(exported):
@@ -307,7 +445,10 @@ def test_file_says_what_it_needs_and_nothing_of_this_machine(exported, onnx):
     model = onnx.load_from_string(content)
     onnx.checker.check_model(model, full_check=True)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
-    metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    texts = {entry.key: entry.value for entry in model.metadata_props}
+    assert texts.pop("takes") == "images of any size"
+    metadata = {key: json.loads(text) for key, text in texts.items()}
+    assert metadata.keys() == {"id2label", "image_processor", "padding"} and metadata["padding"] == {}
     assert metadata["id2label"] == {"0": "circle", "1": "rectangle", "2": "triangle"}
     saved = json.loads((folder / "preprocessor_config.json").read_text())
     assert metadata["image_processor"] == {key: saved[key] for key in onnx_export.PROCESSOR_KEYS}
