@@ -193,7 +193,7 @@ MUTATIONS = [
     # HF_NOTES 21: what leaves for the Hub
     ("note 21: whole folder pushed", HUB, "allow_patterns=allowed, ", "",
      f"{HUB_TESTS}::test_only_the_allow_list_arrives_byte_by_byte"),
-    ("note 21: pickles of a checkpoint", HUB, '"query_adapters.safetensors", STATE)', '"optimizer.pt", STATE)',
+    ("note 21: pickles of a checkpoint", HUB, '"trained.safetensors", STATE)', '"optimizer.pt", STATE)',
      "tests/publishing/test_hub_trainer.py::test_hub_strategy"),
     ("publishing: secrets unread", HUB, "    refuse_secrets(paths, [token])\n    _QUEUE",
      "    _QUEUE",
@@ -419,7 +419,7 @@ MUTATIONS = [
      'batch["pixel_mask"], request', "None, request",
      f"{TRAINER_TESTS}::test_evaluation_equals_cocoeval_image_by_image"),
     ("evaluation: of other classes goes on", TRAINER,
-     '        check_data_classes(self.model, {"eval_dataset": dataloader.dataset})\n', "",
+     '        check_data(self.model, None, {"eval_dataset": dataloader.dataset})\n', "",
      f"{LAUNCH_TESTS}::test_another_data_set_is_checked_when_it_is_evaluated"),
     ("schedule: warmup removed under learning_rate_drop", OPTIMIZATION,
      "min(1.0, (step + 1) / max(1, warmup)) * ", "", f"{TRAINER_TESTS}::test_learning_rate_drops_once_to_a_tenth"),
