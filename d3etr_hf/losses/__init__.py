@@ -5,7 +5,7 @@ from d3etr_hf.losses.attention_distillation import (
     cross_attention_distillation,
     self_attention_distillation,
 )
-from d3etr_hf.losses.attention_geometry import moment_distillation, place_distillation
+from d3etr_hf.losses.attention_geometry import moment_distillation, place_distillation, space_of
 from d3etr_hf.losses.box_distribution_distillation import box_distribution_distillation
 from d3etr_hf.losses.detection_loss import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
 from d3etr_hf.losses.distribution_criterion import DistributionCriterion
@@ -28,4 +28,5 @@ __all__ = [
     "place_distillation",
     "prediction_distillation",
     "self_attention_distillation",
+    "space_of",
 ]

@@ -82,6 +82,20 @@ def place_distillation(
     return _over_layers(teacher, student, pairs, images, flat, distance)
 
 
+def space_of(teacher: Sequence[Attention], student: Sequence[Attention]) -> str:
+    """Where attention is compared by default: "grid" for two dense maps, "places" for like samplers, else "moments".
+
+    Measured with D-FINE on synthetic shapes (model_cards/families): places brought most, moments about half of that, the
+    grid next to nothing.
+    """
+    theirs, ours = teacher[0], student[0]
+    if isinstance(theirs, AttentionMap) and isinstance(ours, AttentionMap):
+        return "grid"
+    if isinstance(theirs, SampledAttention) and isinstance(ours, SampledAttention) and _sizes(theirs) == _sizes(ours):
+        return "places"
+    return "moments"
+
+
 def moments(attention: Attention, memory_mask: torch.Tensor, join_heads: bool = False) -> torch.Tensor:
     """Where attention looks: its mean and its standard deviation along x and y, in shares of the image.
 

@@ -24,7 +24,7 @@ class Distillation:
     distillation_l1_weight: float = 5.0
     distillation_giou_weight: float = 2.0
     attention_divergence: str = "kl"
-    cross_attention_space: str = "grid"
+    cross_attention_space: str = "auto"
     prediction_normaliser: str = "pairs"
 
     def of_predictions(self) -> "Distillation":

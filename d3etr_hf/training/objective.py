@@ -14,6 +14,7 @@ from d3etr_hf.losses import (
     place_distillation,
     prediction_distillation,
     self_attention_distillation,
+    space_of,
 )
 from d3etr_hf.matching import (
     AdaptiveMatcher,
@@ -242,9 +243,11 @@ class D3etrObjective:
         """`(L,)`, unweighted, in the space that the options name."""
         theirs, ours, images = teacher.group.cross_attention, group.cross_attention, shares.images
         masks = teacher.memory_mask, student.memory_mask
-        if self.options.cross_attention_space == "places":
+        space = self.options.cross_attention_space
+        space = space_of(theirs, ours) if space == "auto" else space
+        if space == "places":
             return place_distillation(theirs, ours, pairs, images)
-        if self.options.cross_attention_space == "moments":
+        if space == "moments":
             return moment_distillation(theirs, ours, pairs, *masks, images)
         divergence = self.options.attention_divergence
         return cross_attention_distillation(theirs, ours, pairs, *masks, images, divergence)

@@ -109,11 +109,11 @@ class D3etrTrainingArguments(TrainingArguments):
         Distillation.attention_divergence,
         "How attention maps are compared: KL(teacher || student), or the mean squared difference.",
     )
-    cross_attention_space: Literal["grid", "moments", "places"] = option(
+    cross_attention_space: Literal["auto", "grid", "moments", "places"] = option(
         Distillation.cross_attention_space,
         "Where cross-attention is compared: on the grid of the student's memory (sampled attention is spread over "
-        "it), by centre and spread of where each query looks, or place by place (two samplers of equal heads, levels "
-        "and points).",
+        "it), by centre and spread of where each query looks (moments), or place by place (two samplers of equal "
+        "heads, levels and points); auto: places where they can be, else moments, and the grid for two dense maps.",
     )
     prediction_normaliser: Literal["pairs", "boxes"] = option(
         Distillation.prediction_normaliser,

@@ -58,6 +58,24 @@ def test_a_step_of_the_teacherless_control_without_an_object(student, tmp_path):
     assert not [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None]
 
 
+@pytest.mark.parametrize(
+    ("teacher", "student", "expected"),
+    [
+        ("rt_detr", "rt_detr", "places"),
+        ("rt_detr", "lw_detr", "moments"),
+        ("detr", "rt_detr", "moments"),
+        ("detr", "conditional_detr", "grid"),
+    ],
+)
+def test_what_can_be_compared_place_by_place_is(teacher, student, expected, tmp_path):
+    """Unlike samplers and dense maps are compared by where they look, two dense maps cell by cell."""
+    terms = []
+    for space in ("auto", expected):
+        log, _ = step(teacher, student, tmp_path, cross_attention_space=space)
+        terms.append([log[f"loss/{group}/cross_attention"] for group in ("student", "auxiliary")])
+    assert terms[0] == pytest.approx(terms[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("space", ["moments", "places"])
 def test_cross_attention_is_compared_where_the_options_say(space, tmp_path):
     """Two samplers of one kind; the term is not that of the grid."""
