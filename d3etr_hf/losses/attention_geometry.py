@@ -85,8 +85,8 @@ def place_distillation(
 def space_of(teacher: Sequence[Attention], student: Sequence[Attention]) -> str:
     """Where attention is compared by default: "grid" for two dense maps, "places" for like samplers, else "moments".
 
-    Measured with D-FINE on synthetic shapes (model_cards/families): places brought most, moments about half of that, the
-    grid next to nothing.
+    Measured with D-FINE on synthetic shapes (model_cards/families): places brought most, moments about half of that,
+    the grid next to nothing.
     """
     theirs, ours = teacher[0], student[0]
     if isinstance(theirs, AttentionMap) and isinstance(ours, AttentionMap):
