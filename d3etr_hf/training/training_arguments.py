@@ -133,7 +133,7 @@ class D3etrTrainingArguments(TrainingArguments):
         "them (RT-DETR, D-FINE: 0.9999); none by default.",
     )
     ema_warmup_steps: int = option(
-        2000, "Steps after which the average keeps 63 % of `ema_decay` a step; it forgets the first steps fast."
+        2000, "Steps after which the average keeps two thirds of `ema_decay` a step; it forgets the first ones fast."
     )
 
     # logging

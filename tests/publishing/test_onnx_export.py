@@ -256,7 +256,7 @@ FILE_SIZES = {
     "detr": None,
     "table-transformer": None,
     "deformable_detr": (90, 90),
-    "lw_detr": (96, 96),  # two windows of patches of 8 pixels
+    "lw_detr": (64, 64),
     "deimv2": (64, 64),
     "d_fine": (64, 64),
     "rf_detr": (64, 64),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,10 @@ time.sleep(60)
 def test_processes_end_with_their_parent_or_keep_its_place(tmp_path, how):
     """A parent that was killed outright cannot end them: nobody may start the same runs beside them then."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    parent = subprocess.Popen([sys.executable, "-c", COMPARE, str(tmp_path), SLEEP], env=environment)
+    command = [sys.executable, "-c", COMPARE, str(tmp_path), SLEEP]
+    # tests that run in a shell's background inherit a Ctrl-C that is ignored
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    parent = subprocess.Popen(command, env=environment, preexec_fn=listening)
     files = [tmp_path / "a", tmp_path / "b"]
     wait_for(lambda: all(file.exists() for file in files))
     children = [int(file.read_text()) for file in files]
