@@ -20,9 +20,10 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 from d3etr_hf.errors import ImageSizeError
 from d3etr_hf.losses import DetectionCriterion, FocalCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
-from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in
+from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in, without_padding
 from d3etr_hf.models.initialisation import freeze_backbone_as_detr, start_as_multihead_attention
-from d3etr_hf.models.sampled_memory import SampledMemoryDetector, boxes_of
+from d3etr_hf.models.query_adapters import boxes_of
+from d3etr_hf.models.sampled_memory import SampledMemoryDetector
 from d3etr_hf.outputs import (
     OWN,
     DetectorOutput,
@@ -66,9 +67,7 @@ class GroupDeformableDetrDecoder(GroupDecoder, DeformableDetrDecoder):
         return sampled_in(*args[4:6])
 
     def in_the_image(self, sampled: SampledAttention, arguments: Mapping[str, Any]) -> SampledAttention:
-        valid = arguments["valid_ratios"]  # (B, levels, 2); stock places are in 0..1 of the padded levels
-        places = sampled.places.unflatten(3, (valid.shape[1], -1)) / valid[:, None, None, :, None]
-        return sampled._replace(places=places.flatten(3, 4))
+        return without_padding(sampled, arguments["valid_ratios"])
 
 
 class D3etrDeformableDetrForObjectDetection(SampledMemoryDetector, DeformableDetrForObjectDetection):

@@ -169,6 +169,12 @@ def sampled_in(locations: torch.Tensor, weights: torch.Tensor) -> SampledAttenti
     return SampledAttention(locations.transpose(1, 2).flatten(3, 4), weights.transpose(1, 2).flatten(3))
 
 
+def without_padding(sampled: SampledAttention, valid_ratios: torch.Tensor) -> SampledAttention:
+    """Places in 0..1 of the padded levels, of valid parts `(B, levels, 2)`, as places in 0..1 of the image."""
+    places = sampled.places.unflatten(3, (valid_ratios.shape[1], -1)) / valid_ratios[:, None, None, :, None]
+    return sampled._replace(places=places.flatten(3, 4))
+
+
 def sampled_around(
     boxes: torch.Tensor,
     offsets: torch.Tensor,

@@ -6,6 +6,7 @@ with proposals of its own and each asked for every object; inference keeps the f
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +16,10 @@ from d3etr_hf.errors import ImageSizeError
 from d3etr_hf.losses import DetectionCriterion, IouAwareCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_attention import GroupAttention, query_group_attention
-from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in
+from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in, without_padding
 from d3etr_hf.models.initialisation import freeze_backbone_as_detr
-from d3etr_hf.models.sampled_memory import SampledMemoryDetector, boxes_of
+from d3etr_hf.models.query_adapters import boxes_of
+from d3etr_hf.models.sampled_memory import SampledMemoryDetector
 from d3etr_hf.outputs import (
     OWN,
     DetectorOutput,
@@ -83,10 +85,10 @@ class GroupDetrDecoder(GroupDecoder):
         return [layer.cross_attn.attn for layer in self.layers]
 
     def sampled_by(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output) -> SampledAttention:
-        """Places are sampled in 0..1 of the padded image."""
-        locations, weights = args[4:6]
-        valid = self.going_on.arguments["valid_ratios"]
-        return sampled_in(locations / valid[:, None, None, :, None], weights)
+        return sampled_in(*args[4:6])
+
+    def in_the_image(self, sampled: SampledAttention, arguments: Mapping[str, Any]) -> SampledAttention:
+        return without_padding(sampled, arguments["valid_ratios"])
 
 
 class GroupDetrDetector(SampledMemoryDetector):

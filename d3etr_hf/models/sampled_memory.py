@@ -15,7 +15,6 @@ from d3etr_hf.models.group_attention import route_attention
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder
 from d3etr_hf.models.initialisation import reset_but
 from d3etr_hf.models.query_adapters import FRESH_SIDE
-from d3etr_hf.models.query_adapters import boxes_of as boxes_of
 from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupOutput, GroupRequest, Queries, Supervised, Targets
 
 
