@@ -272,8 +272,8 @@ def model_type_of(arguments: ModelArguments) -> str:
         DetectorLoadError: no model configuration could be read, or it is of no family, or holds what no model has.
     """
     if arguments.model is not None:
-        family_of_checkpoint(arguments.model, "model")
-        return _read_config(arguments.model, f"model {arguments.model!r}").model_type
+        _, config = _check_checkpoint(arguments.model, f"model {arguments.model!r}")
+        return config.model_type
     options = read_model_options(arguments)
     place = f"model_config {arguments.model_config!r}" if isinstance(arguments.model_config, str) else "model_config"
     check_model_options(options, place)
