@@ -1,6 +1,5 @@
 """Conditional DETR (Meng et al., ICCV 2021)."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -24,9 +23,8 @@ from d3etr_hf.models.dense_memory import (
     without_autocast,
 )
 from d3etr_hf.models.group_attention import GroupAttention
+from d3etr_hf.models.initialisation import start_at_prior
 from d3etr_hf.outputs import DetectorOutput, GroupRequest, Queries
-
-FOREGROUND_PRIOR = 0.01
 
 
 class D3etrConditionalDetrForObjectDetection(DenseMemoryDetector, ConditionalDetrForObjectDetection):
@@ -113,7 +111,7 @@ class D3etrConditionalDetrForObjectDetection(DenseMemoryDetector, ConditionalDet
         chosen = set(dict(self.named_parameters()) if names is None else names)
         super().initialise(chosen)
         if self._is_new("class_labels_classifier", chosen):
-            nn.init.constant_(self.class_labels_classifier.bias, -math.log((1 - FOREGROUND_PRIOR) / FOREGROUND_PRIOR))
+            start_at_prior(self.class_labels_classifier)
         if self._is_new(self.box_layers[-1], chosen):
             nn.init.zeros_(self.bbox_predictor.layers[-1].weight)
             nn.init.zeros_(self.bbox_predictor.layers[-1].bias)

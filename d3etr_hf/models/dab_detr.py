@@ -1,6 +1,5 @@
 """DAB-DETR (Liu et al., ICLR 2022)."""
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,12 +25,10 @@ from d3etr_hf.models.dense_memory import (
 )
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_attention import GroupAttention
-from d3etr_hf.models.initialisation import reset_but
+from d3etr_hf.models.initialisation import FOREGROUND_PRIOR, reset_but, start_at_prior
 from d3etr_hf.models.own_attention import OwnAttention, OwnAttentionDetector
 from d3etr_hf.models.query_adapters import boxes_of
 from d3etr_hf.outputs import OWN, DetectorOutput, GroupRequest, Queries
-
-FOREGROUND_PRIOR = 0.01
 
 
 class GroupDabDetrAttention(OwnAttention, DabDetrAttention):
@@ -184,8 +181,7 @@ class D3etrDabDetrForObjectDetection(OwnAttentionDetector, DabDetrForObjectDetec
                             nn.init.zeros_(value)
             anchors = self.model.query_refpoint_embeddings.weight
             anchors.copy_(self._drawn_anchors(len(anchors)))
-            prior = config.initializer_bias_prior_prob or FOREGROUND_PRIOR
-            nn.init.constant_(self.class_embed.bias, -math.log((1 - prior) / prior))
+            start_at_prior(self.class_embed, config.initializer_bias_prior_prob or FOREGROUND_PRIOR)
             nn.init.zeros_(self.bbox_predictor.layers[-1].weight)
             nn.init.zeros_(self.bbox_predictor.layers[-1].bias)
 

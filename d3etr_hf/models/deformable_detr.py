@@ -1,6 +1,5 @@
 """Deformable DETR (Zhu et al., ICLR 2021)."""
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,7 +20,7 @@ from d3etr_hf.errors import ImageSizeError
 from d3etr_hf.losses import DetectionCriterion, FocalCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in, without_padding
-from d3etr_hf.models.initialisation import freeze_backbone_as_detr, start_as_multihead_attention
+from d3etr_hf.models.initialisation import freeze_backbone_as_detr, start_as_multihead_attention, start_at_prior
 from d3etr_hf.models.query_adapters import boxes_of
 from d3etr_hf.models.sampled_memory import SampledMemoryDetector
 from d3etr_hf.outputs import (
@@ -35,7 +34,6 @@ from d3etr_hf.outputs import (
     wide,
 )
 
-FOREGROUND_PRIOR = 0.01
 # the authors' cls_loss_coef; Transformers' configuration has no such field, and its loss weighs classes 1
 CLASS_WEIGHT = 2.0
 # of a first layer's box sides, before the sigmoid, where boxes start at points
@@ -185,13 +183,6 @@ class D3etrDeformableDetrForObjectDetection(SampledMemoryDetector, DeformableDet
         group = GroupOutput(logits=wide(output.enc_outputs_class)[None], boxes=wide(boxes)[None])
         return {"proposals": Supervised(group=group, targets=targets)}
 
-    def memory_mask(self, decoder_pass: DecoderPass, pixel_mask: torch.Tensor | None) -> torch.Tensor:
-        """bool `(B, H, W)`, on the second finest level or the only one."""
-        shapes = decoder_pass.arguments["spatial_shapes_list"]
-        level = min(1, len(shapes) - 1)
-        masks = decoder_pass.arguments["encoder_attention_mask"].split([math.prod(shape) for shape in shapes], dim=1)
-        return masks[level].unflatten(1, shapes[level])
-
     def queries_of_groups(self, own: Queries, request: GroupRequest) -> dict[str, Queries]:
         groups = super().queries_of_groups(own, request)
         return {name: queries if name == OWN else self._completed(queries) for name, queries in groups.items()}
@@ -260,7 +251,7 @@ class D3etrDeformableDetrForObjectDetection(SampledMemoryDetector, DeformableDet
             nn.init.xavier_uniform_(projection[0].weight)
             nn.init.zeros_(projection[0].bias)
         for head in self.class_embed:
-            nn.init.constant_(head.bias, -math.log((1 - FOREGROUND_PRIOR) / FOREGROUND_PRIOR))
+            start_at_prior(head)
         for head in self.bbox_embed:
             nn.init.zeros_(head.layers[-1].weight)
             nn.init.zeros_(head.layers[-1].bias)

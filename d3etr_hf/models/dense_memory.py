@@ -136,14 +136,6 @@ class DenseMemoryDetector(Detector):
         return self.config.hidden_size
 
     @property
-    def query_count(self) -> int:
-        return self.config.num_queries
-
-    @property
-    def decoder_depth(self) -> int:
-        return self.config.decoder_layers
-
-    @property
     def skipped_layers(self) -> str | None:
         dropout = self.config.decoder_layerdrop
         return f"decoder_layerdrop is {dropout}" if dropout > 0 else None
@@ -243,13 +235,6 @@ class DenseMemoryDetector(Detector):
     def freeze(self) -> None:
         """All train but a ResNet's stem and first stage, and backbone stages after the last that is read."""
         freeze_backbone_as_detr(self, self.backbone_module, self.config.backbone_config)
-
-    def source_of(self, name: str, layer_map: list[int]) -> str:
-        prefix = "model.decoder.layers."
-        if not name.startswith(prefix):
-            return name
-        layer, rest = name.removeprefix(prefix).split(".", 1)
-        return f"{prefix}{layer_map[int(layer)]}.{rest}"
 
     def _keep_outputs(self, index: torch.Tensor, names: list[str]) -> None:
         """Leave these outputs of the class head, in this order, and name the classes."""

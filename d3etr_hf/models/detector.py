@@ -43,6 +43,7 @@ class Detector(StockModel):
         title: what people call the family.
         tag: the family's tag on the Hub.
         parts: for each of `ROLES` the prefixes of its parameters' names.
+        layer_modules: prefixes of module lists with one entry a decoder layer.
         reads_padding: whether it reads the pixel mask; what does not, takes images of one size.
         exports_any_size: whether tracing leaves an image's sides free; else an export is for images of one size.
         predictions_only: whether it can teach nothing but its predictions; false of every family.
@@ -55,6 +56,7 @@ class Detector(StockModel):
     title: ClassVar[str]
     tag: ClassVar[str]
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
+    layer_modules: ClassVar[tuple[str, ...]] = ("model.decoder.layers.",)
     reads_padding: ClassVar[bool] = True
     exports_any_size: ClassVar[bool] = True
     predictions_only: ClassVar[bool] = False
@@ -110,15 +112,6 @@ class Detector(StockModel):
             index: int64 `(C,)`, the model's class for each of `names`.
         """
 
-    @abstractmethod
-    def source_of(self, name: str, layer_map: list[int]) -> str:
-        """The teacher's tensor that a student of the same family inherits as `name`.
-
-        Args:
-            layer_map: the teacher's decoder layer (from 0) for each of the student's, and last the number of its
-                layers: what follows the student's last layer inherits from what follows the teacher's.
-        """
-
     @classmethod
     def check_config(cls, config) -> None:
         """Refuse values with which Transformers would build a model that fails in its first forward pass.
@@ -135,14 +128,14 @@ class Detector(StockModel):
         """Hidden size of the decoder's queries."""
 
     @property
-    @abstractmethod
     def query_count(self) -> int:
         """Number of object queries of the model's own group at inference."""
+        return self.config.num_queries
 
     @property
-    @abstractmethod
     def decoder_depth(self) -> int:
         """Number of decoder layers whose predictions are returned."""
+        return self.config.decoder_layers
 
     @property
     @abstractmethod
@@ -208,6 +201,19 @@ class Detector(StockModel):
         self._read_classes = index.tolist(), names
 
     # what all families share
+
+    def source_of(self, name: str, layer_map: list[int]) -> str:
+        """The teacher's tensor that a student of the same family inherits as `name`.
+
+        Args:
+            layer_map: the teacher's decoder layer (from 0) for each of the student's, and last the number of its
+                layers: what follows the student's last layer inherits from what follows the teacher's.
+        """
+        for prefix in self.layer_modules:
+            if name.startswith(prefix):
+                layer, rest = name.removeprefix(prefix).split(".", 1)
+                return f"{prefix}{layer_map[int(layer)]}.{rest}"
+        return name
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)

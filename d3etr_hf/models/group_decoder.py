@@ -5,6 +5,7 @@ decoder)` and turns its model's decoder into one. The stock model, encoder, quer
 runs as it is; without `taking` so does the decoder.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class DecoderPass:
         return maps if maps and maps[0] is not None else None
 
 
-class GroupDecoder(nn.Module):
+class GroupDecoder(nn.Module, ABC):
     """Stands before a stock decoder class.
 
     Attributes:
@@ -85,25 +86,25 @@ class GroupDecoder(nn.Module):
 
     # what a family says
 
+    @abstractmethod
     def own_groups(self, count: int) -> dict[str, int]:
         """The groups among the queries that the stock model hands over, by name, in their order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def queries_from(self, arguments: Mapping[str, torch.Tensor]) -> Queries:
         """Query arguments, `(B, N, ·)` each, as queries."""
-        raise NotImplementedError
 
+    @abstractmethod
     def arguments_from(self, queries: Queries) -> dict[str, torch.Tensor]:
         """Another model's queries, carried into this one's width, as query arguments `(N, ·)` or `(B, N, ·)`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sampling_modules(self) -> list[nn.Module]:
         """Per layer the module whose forward pass `sampled_by` reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sampled_by(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output) -> SampledAttention:
         """Attention to the memory, from one call of a sampling module."""
-        raise NotImplementedError
 
     def in_the_image(self, sampled: SampledAttention, arguments: Mapping[str, Any]) -> SampledAttention:
         """The same with places in 0..1 of the unpadded image; by default they are there.

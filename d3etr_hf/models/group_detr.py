@@ -17,7 +17,7 @@ from d3etr_hf.losses import DetectionCriterion, IouAwareCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_attention import GroupAttention, query_group_attention
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in, without_padding
-from d3etr_hf.models.initialisation import freeze_backbone_as_detr
+from d3etr_hf.models.initialisation import freeze_backbone_as_detr, start_at_prior
 from d3etr_hf.models.query_adapters import boxes_of
 from d3etr_hf.models.sampled_memory import SampledMemoryDetector
 from d3etr_hf.outputs import (
@@ -30,8 +30,6 @@ from d3etr_hf.outputs import (
     Supervised,
     wide,
 )
-
-FOREGROUND_PRIOR = 0.01
 
 
 class GroupDetrAttention(nn.Module):
@@ -107,7 +105,6 @@ class GroupDetrDetector(SampledMemoryDetector):
     }
     memory_module = "model.backbone"
     class_outputs = ("class_embed", "model.enc_out_class_embed.")
-    layer_modules = ("model.decoder.layers.",)
     reads_padding = True
     group_self_attention: ClassVar[type[GroupDetrAttention]]
     refine: ClassVar[Any]
@@ -178,13 +175,6 @@ class GroupDetrDetector(SampledMemoryDetector):
         output.repeats = self.config.group_detr if self.training else None
         return output
 
-    def memory_mask(self, decoder_pass: DecoderPass, pixel_mask: torch.Tensor | None) -> torch.Tensor:
-        """bool `(B, H, W)` on the second finest level, or the only one."""
-        shapes = decoder_pass.arguments["spatial_shapes_list"]
-        masks = decoder_pass.arguments["encoder_attention_mask"].split([h * w for h, w in shapes], dim=1)
-        level = min(1, len(shapes) - 1)
-        return masks[level].unflatten(1, tuple(shapes[level]))
-
     def predictions(self, output, decoder_pass: DecoderPass) -> tuple[torch.Tensor, torch.Tensor]:
         """Boxes of every layer are offsets of the same ones, which the decoder was given."""
         hidden_states = output.intermediate_hidden_states
@@ -239,7 +229,7 @@ class GroupDetrDetector(SampledMemoryDetector):
                     nn.init.zeros_(value)
             self._init_weights(layer.cross_attn)
         nn.init.zeros_(model.reference_point_embed.weight)
-        nn.init.constant_(self.class_embed.bias, -math.log((1 - FOREGROUND_PRIOR) / FOREGROUND_PRIOR))
+        start_at_prior(self.class_embed)
         nn.init.zeros_(self.bbox_embed.layers[-1].weight)
         nn.init.zeros_(self.bbox_embed.layers[-1].bias)
         for class_head, box_head in zip(model.enc_out_class_embed, model.enc_out_bbox_embed, strict=True):

@@ -22,6 +22,7 @@ RESET = (
 )
 # the stem and the first stage of a ResNet, in the names of Transformers' own backbone and of timm's
 FROZEN_RESNET_PARTS = ("embedder.", "encoder.stages.0.", "conv1.", "bn1.", "layer1.")
+FOREGROUND_PRIOR = 0.01
 
 
 def freeze_backbone_as_detr(model: Detector, backbone, backbone_config) -> None:
@@ -112,3 +113,8 @@ def start_as_multihead_attention(attention: Any) -> None:
         nn.init.uniform_(projection.weight, -bound, bound)
     for projection in (*inputs, attention.o_proj):
         nn.init.zeros_(projection.bias)
+
+
+def start_at_prior(class_head: Any, prior: float = FOREGROUND_PRIOR) -> None:
+    """Let every sigmoid class of a linear head start near this probability (RetinaNet, section 4.1), in place."""
+    nn.init.constant_(class_head.bias, -math.log((1 - prior) / prior))

@@ -1,6 +1,5 @@
 """RT-DETR (Zhao et al., CVPR 2024)."""
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -17,13 +16,12 @@ from d3etr_hf.losses import DetectionCriterion, VarifocalCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES
 from d3etr_hf.models.group_attention import GroupAttention
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in
-from d3etr_hf.models.initialisation import freeze_stem, start_as_multihead_attention
+from d3etr_hf.models.initialisation import freeze_stem, start_as_multihead_attention, start_at_prior
 from d3etr_hf.models.query_adapters import boxes_of
 from d3etr_hf.models.sampled_memory import SampledMemoryDetector, labels_of
 from d3etr_hf.outputs import NO_OBJECT, OWN, GroupOutput, GroupRequest, Queries, SampledAttention, Supervised
 
 DENOISING = "denoising"
-FOREGROUND_PRIOR = 0.01
 
 
 class ProposalDecoder(GroupDecoder):
@@ -196,7 +194,7 @@ class ProposalDetector(SampledMemoryDetector):
                 if name.endswith("self_attn"):
                     start_as_multihead_attention(module)
         for head in (*decoder.class_embed, self.model.enc_score_head):
-            nn.init.constant_(head.bias, -math.log((1 - FOREGROUND_PRIOR) / FOREGROUND_PRIOR))
+            start_at_prior(head)
         for head in (*decoder.bbox_embed, self.model.enc_bbox_head):
             nn.init.zeros_(head.layers[-1].weight)
             nn.init.zeros_(head.layers[-1].bias)

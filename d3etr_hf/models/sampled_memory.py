@@ -1,5 +1,6 @@
 """What the families share whose decoder samples a memory of several levels, with queries that its model chooses."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,14 +27,12 @@ class SampledMemoryDetector(Detector):
         eager_attention: its eager attention function.
         memory_module: name of the module whose output is the memory.
         class_outputs: prefixes of the modules with one row a class (and, in an embedding, a last one for padding).
-        layer_modules: prefixes of module lists with one entry a decoder layer.
     """
 
     group_decoder: ClassVar[type[GroupDecoder]]
     eager_attention: ClassVar[Any]
     memory_module: ClassVar[str] = "model.encoder"
     class_outputs: ClassVar[tuple[str, ...]]
-    layer_modules: ClassVar[tuple[str, ...]]
     model: Any
     reads_padding = False
     exports_any_size = False  # shapes of levels are Python's numbers, of which tensors are made
@@ -68,14 +67,6 @@ class SampledMemoryDetector(Detector):
         return self.config.d_model
 
     @property
-    def query_count(self) -> int:
-        return self.config.num_queries
-
-    @property
-    def decoder_depth(self) -> int:
-        return self.config.decoder_layers
-
-    @property
     def anchor_size(self) -> int:
         return 4
 
@@ -103,7 +94,7 @@ class SampledMemoryDetector(Detector):
         return DetectorOutput(
             groups={name: group for name, group in outputs.items() if name in (OWN, AUXILIARY, *request.queries)},
             queries=decoder_pass.own,
-            memory_mask=self.memory_mask(decoder_pass, pixel_mask),
+            memory_mask=self.memory_mask(decoder_pass),
             supervised=supervised or None,
         )
 
@@ -131,11 +122,15 @@ class SampledMemoryDetector(Detector):
             stack.enter_context(memory_module.register_forward_hook(leave_autocast))
             yield
 
-    def memory_mask(self, decoder_pass: DecoderPass, pixel_mask: torch.Tensor | None) -> torch.Tensor:
-        """bool `(B, H, W)`, all true, on the second finest level: a family that knows no padding."""
-        shapes = decoder_pass.arguments["spatial_shapes_list"]
-        memory = decoder_pass.arguments["encoder_hidden_states"]
-        return memory.new_ones((len(memory), *shapes[min(1, len(shapes) - 1)]), dtype=torch.bool)
+    def memory_mask(self, decoder_pass: DecoderPass) -> torch.Tensor:
+        """bool `(B, H, W)`, true on the image, on the second finest level or the only one."""
+        shapes = [tuple(shape) for shape in decoder_pass.arguments["spatial_shapes_list"]]
+        level = min(1, len(shapes) - 1)
+        if not self.reads_padding:
+            memory = decoder_pass.arguments["encoder_hidden_states"]
+            return memory.new_ones((len(memory), *shapes[level]), dtype=torch.bool)
+        masks = decoder_pass.arguments["encoder_attention_mask"].split([math.prod(shape) for shape in shapes], dim=1)
+        return masks[level].unflatten(1, shapes[level])
 
     def static_queries(self) -> Queries | None:
         return None
@@ -159,13 +154,6 @@ class SampledMemoryDetector(Detector):
                 _keep_rows(module, index, kept)
         self.config.id2label = dict(enumerate(names))
         self.config.label2id = {name: label for label, name in enumerate(names)}
-
-    def source_of(self, name: str, layer_map: list[int]) -> str:
-        for prefix in self.layer_modules:
-            if name.startswith(prefix):
-                layer, rest = name.removeprefix(prefix).split(".", 1)
-                return f"{prefix}{layer_map[int(layer)]}.{rest}"
-        return name
 
 
 def _keep_rows(module: nn.Linear | nn.Embedding, index: torch.Tensor, kept: dict[int, nn.Parameter]) -> None:
