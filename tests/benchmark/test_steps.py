@@ -51,7 +51,7 @@ def test_two_groups_take_no_teacher_pass_and_no_maps(monkeypatch):
         options = self.args.distillation
         student, *terms = original(self, model, *args, **kwargs)
         maps = [group.self_attention for group in student.groups.values() if group.self_attention is not None]
-        seen.append((options.distilled_groups, options.reads_teacher_outputs, list(student.groups), len(maps)))
+        seen.append((options.distilled_groups, options.needs_teacher, list(student.groups), len(maps)))
         return student, *terms
 
     monkeypatch.setattr(DistillationTrainer, "_terms", spy)
