@@ -162,11 +162,7 @@ class GroupDetrDetector(SampledMemoryDetector):
                 f"so both sides must be multiples of {divisor}; resize images to such a size"
             )
         tokens = sum(math.ceil(height / stride) * math.ceil(width / stride) for stride in self.strides)
-        if tokens < self.query_count:
-            raise ImageSizeError(
-                f"num_queries is {self.query_count}, but the memory of an image of {width} x {height} pixels has only "
-                f"{tokens} tokens: take larger images or fewer queries"
-            )
+        self.check_tokens(tokens, height, width)
 
     def forward_groups(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, request: GroupRequest

@@ -19,7 +19,16 @@ from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder, sampled_in
 from d3etr_hf.models.initialisation import freeze_stem, start_as_multihead_attention, start_at_prior
 from d3etr_hf.models.query_adapters import boxes_of
 from d3etr_hf.models.sampled_memory import SampledMemoryDetector, labels_of
-from d3etr_hf.outputs import NO_OBJECT, OWN, GroupOutput, GroupRequest, Queries, SampledAttention, Supervised
+from d3etr_hf.outputs import (
+    NO_OBJECT,
+    OWN,
+    DetectorOutput,
+    GroupOutput,
+    GroupRequest,
+    Queries,
+    SampledAttention,
+    Supervised,
+)
 
 DENOISING = "denoising"
 
@@ -127,13 +136,31 @@ class ProposalDetector(SampledMemoryDetector):
     def backbone_module(self) -> nn.Module:
         return self.model.backbone.model
 
+    @property
+    def side_divisor(self) -> int:
+        """The coarsest stride of the encoder, whose levels are added to one another: each must double the next."""
+        levels = self.levels_of(self.config)
+        return self.config.feat_strides[levels - 1] if levels > 1 else 1
+
     def check_image(self, height: int, width: int) -> None:
-        tokens = sum((height // stride) * (width // stride) for stride in self.config.feat_strides)
-        if tokens < self.query_count:
+        if height % self.side_divisor or width % self.side_divisor:
             raise ImageSizeError(
-                f"num_queries is {self.query_count}, but the memory of an image of {width} x {height} pixels has only "
-                f"{tokens} tokens: take larger images or fewer queries"
+                f"an image of {width} x {height} pixels: {self.title}'s encoder adds levels of doubling strides, so "
+                f"both sides must be multiples of {self.side_divisor}; resize images to such a size"
             )
+        tokens = sum((height // stride) * (width // stride) for stride in self.config.feat_strides)
+        self.check_tokens(tokens, height, width)
+
+    def forward_groups(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, request: GroupRequest
+    ) -> DetectorOutput:
+        (height, width), anchored = pixel_values.shape[-2:], self.config.anchor_image_size
+        if anchored and not self.training and (height, width) != tuple(anchored):
+            raise ImageSizeError(
+                f"an image of {width} x {height} pixels: anchor_image_size in its config.json holds it to "
+                f"{anchored[1]} x {anchored[0]} pixels; resize images to that, or set it to null there"
+            )
+        return super().forward_groups(pixel_values, pixel_mask, request)
 
     def model_arguments(self, request: GroupRequest) -> dict[str, Any]:
         """The ground truth of which denoising queries are made."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from d3etr_hf.errors import ImageSizeError
 from d3etr_hf.models.dense_memory import AssumeFinite
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.group_attention import route_attention
@@ -131,6 +132,18 @@ class SampledMemoryDetector(Detector):
             return memory.new_ones((len(memory), *shapes[level]), dtype=torch.bool)
         masks = decoder_pass.arguments["encoder_attention_mask"].split([math.prod(shape) for shape in shapes], dim=1)
         return masks[level].unflatten(1, shapes[level])
+
+    def check_tokens(self, tokens: int, height: int, width: int) -> None:
+        """Refuse an image whose memory has fewer tokens than queries are chosen from it.
+
+        Raises:
+            ImageSizeError: the message names both numbers and the image's size, pixels.
+        """
+        if tokens < self.query_count:
+            raise ImageSizeError(
+                f"num_queries is {self.query_count}, but the memory of an image of {width} x {height} pixels has only "
+                f"{tokens} tokens: take larger images or fewer queries"
+            )
 
     def static_queries(self) -> Queries | None:
         return None

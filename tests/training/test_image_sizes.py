@@ -1,6 +1,7 @@
 """Images that a model cannot take are refused when the trainer is made, and not in the middle of a run."""
 
 import pytest
+import torch
 from transformers import ConditionalDetrImageProcessorPil, RTDetrImageProcessorPil
 
 from d3etr_hf.data import Augmentation, DetectionDataset, DetectionTransform, find_coco_split, load_coco_split
@@ -8,6 +9,7 @@ from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import ImageSizeError
 from d3etr_hf.models.loading import FAMILIES
 from d3etr_hf.models.other_detector import OtherDetector
+from d3etr_hf.outputs import GroupRequest
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.tiny import tiny_model
@@ -68,6 +70,39 @@ def test_sizes_that_windows_do_not_divide(build, family):
     with pytest.raises(ImageSizeError, match="train_dataset has, for the teacher, an image of 72 x 72"):
         build("rt_detr", family, train=DetectionTransform(SQUARES, None, of_72))
     build("rt_detr", family, train=DetectionTransform(of_72, None, SQUARES), val=DetectionTransform(of_72))
+
+
+@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"])
+def test_sizes_that_levels_do_not_double(build, family):
+    """Whatever is let through, the stock class takes; a power of two between is where it fails."""
+    model = tiny_model(1, family)
+    stock, taken = model.to_stock(), []
+    for height, width in [(side, 64) for side in range(56, 73)] + [(64, side) for side in range(56, 73)]:
+        try:
+            model.check_image(height, width)
+        except ImageSizeError:
+            continue
+        stock(pixel_values=torch.randn(1, 3, height, width))
+        taken.append((height, width))
+    assert taken == [(56, 64), (64, 64), (72, 64), (64, 56), (64, 64), (64, 72)]
+    with pytest.raises(RuntimeError):
+        stock(pixel_values=torch.randn(1, 3, 60, 64))
+    of_60 = DetectionTransform(RTDetrImageProcessorPil(size={"height": 60, "width": 60}))
+    with pytest.raises(ImageSizeError, match="an image of 60 x 60 pixels: .* must be multiples of 8; resize"):
+        build(family, train=of_60)
+
+
+@pytest.mark.parametrize("family", ["rt_detr", "d_fine"])
+def test_images_of_another_size_than_anchors_are_for(family):
+    """Its anchors are made once, in evaluation; training makes them for each batch."""
+    model = tiny_model(1, family, anchor_image_size=[64, 48])
+    model(torch.randn(1, 3, 64, 48), request=GroupRequest())
+    with pytest.raises(
+        ImageSizeError,
+        match="an image of 64 x 64 pixels: anchor_image_size in its config.json holds it to 48 x 64 pixels",
+    ):
+        model(torch.randn(1, 3, 64, 64), request=GroupRequest())
+    model.train()(torch.randn(2, 3, 64, 64), request=GroupRequest())
 
 
 def test_rf_detr_takes_squares_only(build):
