@@ -38,6 +38,7 @@ from d3etr_hf.runs.output_folder import (
     write_json,
     write_whole,
 )
+from d3etr_hf.training.checks import check_best_metric
 from d3etr_hf.training.teacher import class_index_by_name, spread_layers
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
@@ -67,6 +68,7 @@ def train_detector(
         HubError: the upload failed; the results are saved.
     """
     refuse_split_launch(training_arguments)
+    check_best_metric(training_arguments)
     output = Path(training_arguments.output_dir)
     # with the model's options themselves: a path would not tell that the file has changed
     described = replace(model_arguments, model_config=read_model_options(model_arguments))

@@ -1,5 +1,8 @@
 """Checks of a student, its options and its data before the first step: handled, or refused with the way out."""
 
+import reprlib
+from typing import Any
+
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
@@ -14,10 +17,12 @@ from d3etr_hf.errors import (
     IncompatibleTeacherError,
     UnsupportedOptionError,
 )
+from d3etr_hf.evaluation.coco_average_precision import STATISTICS
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import require_fixed_size
 from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.option_checks import wants_best
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -110,6 +115,69 @@ def check_launch(accelerator: Accelerator, args: D3etrTrainingArguments) -> None
         raise UnsupportedOptionError(
             f"several GPUs in one process, FSDP and DeepSpeed are not supported (here: {accelerator.distributed_type}"
             f", {args.n_gpu} GPUs in this process): start one process a GPU with `accelerate launch --multi_gpu`"
+        )
+
+
+def check_steps(args: Any, train_dataset: Any) -> None:
+    """Refuse data of which no batch can be made; evaluation alone needs none.
+
+    Raises:
+        UnsupportedOptionError: not one step would be trained.
+    """
+    if train_dataset is None:
+        return
+    images = len(train_dataset)
+    if images == 0:
+        raise UnsupportedOptionError("train_dataset holds no image, so not one step would be trained: give others")
+    processes = 1 if args.accelerator_config.split_batches else args.world_size
+    if args.dataloader_drop_last and images < args.train_batch_size * processes:
+        raise UnsupportedOptionError(
+            f"dataloader_drop_last=True, per_device_train_batch_size={args.per_device_train_batch_size} on "
+            f"{processes} processes: train_dataset has {images} images, not one whole batch, so not one step would be "
+            "trained; lower the batch size, or leave dataloader_drop_last off"
+        )
+
+
+def check_evaluation(args: Any, datasets: dict[str, Any]) -> None:
+    """Refuse an evaluation without data.
+
+    Args:
+        datasets: those of evaluation, by name.
+
+    Raises:
+        UnsupportedOptionError: options ask for evaluation, and there is nothing to evaluate.
+    """
+    asked_for = args.eval_strategy != "no" or args.eval_on_start
+    if asked_for and not any(dataset is not None and len(dataset) for dataset in datasets.values()):
+        raise UnsupportedOptionError(
+            f"eval_strategy={args.eval_strategy.value!r}, eval_on_start={args.eval_on_start}: there is no eval_dataset"
+            ", or no image in it"
+        )
+
+
+def check_best_metric(
+    args: D3etrTrainingArguments, class_names: list[str] | None = None, datasets: tuple[str, ...] = ()
+) -> None:
+    """Refuse to choose the best by a metric that this trainer's evaluation does not give.
+
+    Args:
+        class_names: of the data; None where they are not known yet, and any may be meant.
+        datasets: names of several evaluated data sets, which come before the metrics' names.
+
+    Raises:
+        UnsupportedOptionError: there is no such metric.
+    """
+    if not wants_best(args):
+        return
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    known = [*STATISTICS, *(f"AP/{name}" for name in class_names or ())]
+    if datasets:
+        known = [f"{dataset}_{name}" for dataset in datasets for name in known]
+    if metric not in known and not (class_names is None and metric.startswith("AP/")):
+        more = ", ..." if len(known) > 12 or class_names is None else ""
+        raise UnsupportedOptionError(
+            f"metric_for_best_model={reprlib.repr(metric)}: evaluation gives no such figure, but "
+            f"{', '.join(known[:12])}{more}"
         )
 
 

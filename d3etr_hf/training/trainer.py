@@ -19,10 +19,13 @@ from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
 from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupRequest, Queries, Targets
 from d3etr_hf.training.checks import (
+    check_best_metric,
     check_data,
+    check_evaluation,
     check_images,
     check_launch,
     check_models,
+    check_steps,
     named_datasets,
     terms_in_common,
 )
@@ -78,7 +81,13 @@ class DistillationTrainer(Trainer):
                 raise UnsupportedOptionError(f"{name} is not supported: the loss and query groups are this trainer's")
         check_models(model, teacher, args)
         data, of_student = trainer_options.get("train_dataset"), trainer_options.get("processing_class")
-        check_data(model, of_student, named_datasets(data, trainer_options.get("eval_dataset")))
+        datasets = named_datasets(data, trainer_options.get("eval_dataset"))
+        check_data(model, of_student, datasets)
+        check_steps(args, data)
+        evaluated = {name: dataset for name, dataset in datasets.items() if name != "train_dataset"}
+        check_evaluation(args, evaluated)
+        if trainer_options.get("compute_metrics") is None:
+            check_best_metric(args, model.class_names, tuple(evaluated) if "eval_dataset" not in evaluated else ())
         aligned = None
         if teacher is not None:
             aligned = Teacher(teacher, model.class_names, model.decoder_depth, args.layer_map)
@@ -311,7 +320,8 @@ class DistillationTrainer(Trainer):
         if self.accelerator.num_processes > 1 and keeps_running_statistics(self.model):
             # each process has counted images of its own since the last forward pass of training
             broadcast(dict(self.model.named_buffers()), from_process=0)
-        with self._averaged():
+        # a data loader draws the seed of its workers: training must go on as if nothing had been evaluated
+        with self._averaged(), torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(dataloader, *args, **kwargs)
         if self.model_wrapped is self.model and not self.is_in_train:
             # Evaluated before it was trained. Accelerate marks the model as prepared and would then leave it unwrapped

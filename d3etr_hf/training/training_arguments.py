@@ -7,6 +7,8 @@ from transformers import TrainingArguments
 
 from d3etr_hf.configurations import option
 from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.option_checks import check_options, wants_best
+from d3etr_hf.training.option_trials import check_what_options_build
 from d3etr_hf.training.weight_average import check_decay
 
 # names of earlier versions, which could be taken for weights of the detection loss
@@ -155,19 +157,22 @@ class D3etrTrainingArguments(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self):
-        needs_metric = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
-        if self.metric_for_best_model is None and needs_metric:
+        if self.metric_for_best_model is None and wants_best(self):
             self.metric_for_best_model = "AP"  # Transformers would take a loss that evaluation does not compute
-        super().__post_init__()
-        self.label_names = ["labels"]
         self._check_choices()
+        check_options(self)
+        self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # PyTorch takes no whole 0
+        super().__post_init__()
+        check_what_options_build(self)
+        self.label_names = ["labels"]
         if self.ddp_find_unused_parameters is None:
             # without the detection loss some part may get no gradient (heads, proposals, an adapter), and processes
             # would wait for it
             self.ddp_find_unused_parameters = self.detection_weight == 0
         self._check_weights()
         check_decay(self.ema_decay, self.ema_warmup_steps)
-        self._check_inherited_options()
+        if self.learning_rate_drop is not None and not 0 < self.learning_rate_drop < 1:
+            raise ValueError(f"learning_rate_drop={self.learning_rate_drop}: must lie between 0 and 1, or be left out")
 
     def _check_weights(self) -> None:
         weights = [name for name in fields_of(Distillation) if name.endswith("_weight")]
@@ -182,24 +187,6 @@ class D3etrTrainingArguments(TrainingArguments):
                 "one must be positive"
             )
 
-    def _check_inherited_options(self) -> None:
-        """Options of Transformers that a detector's trainer cannot honour, or only in some ranges."""
-        if self.log_gradient_norms and self.logging_strategy != "steps":
-            raise ValueError("log_gradient_norms needs logging_strategy='steps'")
-        if self.bf16_full_eval or self.fp16_full_eval:
-            raise ValueError(
-                "bf16_full_eval and fp16_full_eval cast the student for good, and what is saved of it: leave them off "
-                "(bf16 and fp16 evaluate in mixed precision)"
-            )
-        if self.label_smoothing_factor != 0:
-            raise ValueError("label_smoothing_factor has no meaning for a detection loss: leave it at 0")
-        if not self.eval_do_concat_batches:
-            raise ValueError("eval_do_concat_batches=False loses the shape of the detections: leave it on")
-        if self.learning_rate_drop is not None and not 0 < self.learning_rate_drop < 1:
-            raise ValueError(f"learning_rate_drop={self.learning_rate_drop}: must lie between 0 and 1, or be left out")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would drop the boxes: leave it off")
-
     def _check_choices(self) -> None:
         """Values outside a field's choices are refused here too, where the command line is not there to do it."""
         hints = get_type_hints(D3etrTrainingArguments)
@@ -207,8 +194,6 @@ class D3etrTrainingArguments(TrainingArguments):
             value, choices = getattr(self, name), get_args(hints[name])
             if get_origin(hints[name]) is Literal and value not in choices:
                 raise ValueError(f"{name}={value!r}: choose one of {list(choices)}")
-            if hints[name] is bool and not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r}: must be true or false")
 
     @property
     def distillation(self) -> Distillation:
