@@ -87,3 +87,9 @@ class DemoError(UserError, RuntimeError):
 
 class ComparisonError(UserError, RuntimeError):
     """A run of a comparison failed, or its results cannot be read."""
+
+
+def in_one_line(error: BaseException, longest: int = 300) -> str:
+    """What an error of a library says, in one line of so many characters at most."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= longest else f"{text[:longest]} ..."

@@ -29,7 +29,7 @@ def load_backbone_weights(model: Detector, path: str) -> None:
             "backbone: set backbone_config, for example to {model_type: resnet, out_features: [stage4]}"
         )
     try:
-        their_type = AutoConfig.from_pretrained(path).model_type
+        their_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         if their_type != config.model_type:
             raise DetectorLoadError(
                 f"backbone_weights {path!r} are of a {their_type!r} model, model_config has a {config.model_type!r} "

@@ -189,7 +189,7 @@ def _saved_image_processor(path: str) -> BaseImageProcessor | None:
         settings, _ = BaseImageProcessor.get_image_processor_dict(path)
         if settings.get("image_processor_type") == RF_DETR:
             return RfDetrImageProcessorPil.from_pretrained(path)
-        return AutoImageProcessor.from_pretrained(path, backend="pil")
+        return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
     except (OSError, ValueError) as error:
         if (Path(path) / IMAGE_PROCESSOR_NAME).exists():
             raise DetectorLoadError(

@@ -4,6 +4,7 @@ import importlib.util
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from d3etr_hf.configurations import find_configuration, option, read_yaml
-from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.errors import DetectorLoadError, in_one_line
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
@@ -128,9 +129,10 @@ def load_detector(path: str, role: str = "model") -> Detector:
         config.backbone_config, names = native_resnet(timm), TIMM_NAMES
     try:
         model, info = family.from_pretrained(path, config=config, key_mapping=names, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (EOFError, OSError, RuntimeError, UnpicklingError, ValueError, SafetensorError) as error:
         raise DetectorLoadError(
-            f"{role} {path!r}: the weights could not be read, or do not fit its config.json ({error}); copy or "
+            f"{role} {path!r}: the weights could not be read, or do not fit its config.json ({in_one_line(error)}); "
+            "copy or "
             "download the checkpoint again"
         ) from error
     if info["missing_keys"]:
@@ -195,11 +197,13 @@ def _read_config(path: str, what: str) -> PreTrainedConfig:
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise DetectorLoadError(f"{what}: there is no such folder, and it is no Hub id (owner/name)")
     try:
-        return read_config(path)
-    except (OSError, ValueError, StrictDataclassError) as error:
+        return read_config(path, what)
+    except DetectorLoadError:
+        raise
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, StrictDataclassError) as error:
         raise DetectorLoadError(
-            f"{what}: no model configuration could be read from there ({error}); give a folder with a config.json, or "
-            "the id of a model on the Hub"
+            f"{what}: no model configuration could be read from there ({in_one_line(error)}); give a folder with a "
+            "config.json, or the id of a model on the Hub"
         ) from error
 
 
@@ -259,9 +263,18 @@ def _new_model(options, class_names: list[str], place: str) -> Detector:
         return FAMILIES[model_type](config)
     except DetectorLoadError:
         raise
-    except (KeyError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        StrictDataclassError,
+    ) as error:
         raise DetectorLoadError(
-            f"{place}: no model can be built from these values ({type(error).__name__}: {error})"
+            f"{place}: no model can be built from these values ({type(error).__name__}: {in_one_line(error)})"
         ) from error
 
 

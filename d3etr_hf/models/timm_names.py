@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, ResNetConfig
 
+from d3etr_hf.models.configuration_checks import check_fields
+
 # layer type and blocks of each stage (He et al., CVPR 2016, table 1)
 RESNETS = {
     "resnet18": ("basic", (2, 2, 2, 2)),
@@ -43,19 +45,27 @@ def _timm_names() -> dict[str, str]:
 TIMM_NAMES = _timm_names()
 
 
-def read_config(path: str) -> PreTrainedConfig:
+def read_config(path: str, what: str) -> PreTrainedConfig:
     """The configuration of a checkpoint as Transformers reads it, in a folder or on the Hub.
 
     Old ones name timm's backbone in `backbone` and hand it `backbone_kwargs`; with those beside it Transformers would
-    look for a model of the backbone's name on the Hub.
+    look for a model of the backbone's name on the Hub. Code that comes with a checkpoint is never run.
+
+    Args:
+        path: a folder or Hub id.
+        what: the checkpoint, as the errors call it.
 
     Raises:
+        DetectorLoadError: see `check_fields`.
         OSError, ValueError, StrictDataclassError: there is none, or it cannot be read.
     """
     fields, _ = PreTrainedConfig.get_config_dict(path)
+    if not fields:
+        raise OSError("there is no config.json")
+    check_fields(fields, what)
     of_timm = fields.get("backbone_config") is None and fields.get("use_timm_backbone", True)
     if not of_timm or "backbone_kwargs" not in fields or fields.get("model_type") not in CONFIG_MAPPING:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     options = fields.pop("backbone_kwargs") or {}
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     for name, value in options.items():

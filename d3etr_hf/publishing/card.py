@@ -67,7 +67,7 @@ class CardArguments:
         """
         for title, path in self.compared().items():
             try:
-                read_config(path)
+                read_config(path, repr(path))
             except (OSError, ValueError) as error:
                 raise PublishError(f"compare: {title}={path}: no model could be found there ({error})") from error
 
