@@ -1,12 +1,43 @@
 """What can go wrong in ways that the user can put right; commands show these without a traceback."""
 
+import reprlib
+from typing import Any
+
+MOST_CHARACTERS = 120  # that a message takes of what somebody wrote, or of what a library says
+
 
 class UserError(Exception):
     """Base of every error whose message says what is wrong, where, and what to do."""
 
 
+class _Quoting(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out integers of thousands of digits
+        return repr(x) if x.bit_length() <= 256 else f"an integer of {x.bit_length()} bits"
+
+
+_QUOTING = _Quoting()
+_QUOTING.maxstring = _QUOTING.maxother = MOST_CHARACTERS
+_QUOTING.maxlevel = 3
+
+
+def quoted(value: Any) -> str:
+    """A user's value as a message shows it: its `repr`, shortened to a part of a line whatever the value is."""
+    return one_line(_QUOTING.repr(value))
+
+
+def one_line(text: object) -> str:
+    """What a library says, or another long text, in one line of at most `MOST_CHARACTERS`."""
+    line = " ".join(str(text)[: 4 * MOST_CHARACTERS].split())
+    return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 3]}..."
+
+
 class CommandLineError(UserError, ValueError):
     """The arguments given on the command line or in a configuration file cannot be used as they are."""
+
+
+class ConfigurationError(UserError, ValueError):
+    """A configuration file cannot be read."""
 
 
 class DatasetError(UserError, ValueError):

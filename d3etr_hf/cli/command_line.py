@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import HfArgumentParser
 
-from d3etr_hf.configurations import find_configuration, read_yaml
-from d3etr_hf.errors import CommandLineError
+from d3etr_hf.configurations import find_configuration, read_yaml_file
+from d3etr_hf.errors import CommandLineError, ConfigurationError, one_line, quoted
 from d3etr_hf.training.training_arguments import RENAMED_OPTIONS
 
 NOT_GIVEN = object()
@@ -126,8 +126,8 @@ def _read_flags(
         if _admits_dictionary(fields[name]) and isinstance(value, str) and value.lstrip().startswith("{"):
             try:
                 value = json.loads(value)
-            except ValueError as error:
-                raise CommandLineError(f"--{name}: not valid JSON ({error}): {value}") from None
+            except (ValueError, RecursionError) as error:
+                raise CommandLineError(f"--{name}: not valid JSON ({error}): {one_line(value)}") from None
         values[name] = _convert(value, fields[name], f"--{name}")
     return values
 
@@ -149,15 +149,13 @@ def _build(dataclass_type: type, values: dict[str, Any], source: str) -> Any:
 def _read_configuration_file(path: str, fields: dict[str, Any]) -> dict[str, Any]:
     """The values in a YAML file, by field name, converted to the types of the fields."""
     try:
-        text = find_configuration(path).read_text(encoding="utf-8")
+        content = read_yaml_file(find_configuration(path))
+    except ConfigurationError as error:
+        raise CommandLineError(str(error)) from None
     except FileNotFoundError as error:
         raise CommandLineError(f"{path}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandLineError(f"{path}: cannot be read as a configuration file ({error})") from None
-    try:
-        content = read_yaml(text)
-    except ValueError as error:
-        raise CommandLineError(f"{path}: {error}") from None
+    except OSError as error:
+        raise CommandLineError(f"{path}: cannot be read as a configuration file ({error.strerror})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -169,20 +167,22 @@ def _convert_options(options: dict[str, Any], fields: dict[str, Any], place: str
     """The options, all of them known, converted to the types of the fields."""
     for key in options:
         if key not in fields:
-            raise CommandLineError(f"{place}: unknown key '{key}'{_suggestion(str(key), list(fields))}")
+            raise CommandLineError(f"{place}: unknown key '{one_line(key)}'{_suggestion(str(key), list(fields))}")
     return {key: _convert(value, fields[key], f"{place}: '{key}'") for key, value in options.items()}
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as an instance of the type `hint`."""
     try:
-        converted = TypeAdapter(hint).validate_python(value)
-    except ValidationError:
+        converted = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+    except ValidationError as error:
+        if error.errors()[0]["type"] == "finite_number":
+            raise CommandLineError(f"{where} must be a finite number, got {quoted(value)}") from None
         converted = NOT_GIVEN
     # pydantic would take true for the number 1.
     if converted is NOT_GIVEN or (isinstance(value, bool) and type(converted) in (int, float)):
         type_name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-        raise CommandLineError(f"{where} must be of type {type_name}, got {value!r} ({type(value).__name__})")
+        raise CommandLineError(f"{where} must be of type {type_name}, got {quoted(value)} ({type(value).__name__})")
     return converted
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from d3etr_hf.configurations import read_yaml, shipped_configurations
+from d3etr_hf.configurations import read_yaml_file, shipped_configurations
 from d3etr_hf.data import load_coco_split
 from d3etr_hf.data.coco import find_coco_split
 from d3etr_hf.data.shapes import make_shapes
@@ -116,7 +116,7 @@ def equal_time_steps(folder: Path, student_alone: dict, distilled: Future) -> in
     """
     started, spent = folder / "student_alone_equal_time" / CONFIGURATION, folder / "distilled" / SECONDS
     if started.exists():
-        return read_yaml(started.read_text())["max_steps"]
+        return read_yaml_file(started)["max_steps"]
     while not (spent.exists() or distilled.done()):
         time.sleep(1)
     if distilled.done():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from d3etr_hf.configurations import option, read_yaml
+from d3etr_hf.configurations import option, read_yaml_file
 from d3etr_hf.data import DataArguments, DetectionCollator, load_splits
 from d3etr_hf.errors import OnnxExportError
 from d3etr_hf.evaluation.timing import seconds_of
@@ -257,8 +257,7 @@ def _data_of_run(folder: Path) -> DataArguments:
     places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
     for place in places:
         if (place / CONFIGURATION).exists():
-            text = (place / CONFIGURATION).read_text(encoding="utf-8")
-            return merged_data_arguments(read_yaml(text) or {}, DataArguments())
+            return merged_data_arguments(read_yaml_file(place / CONFIGURATION) or {}, DataArguments())
     raise OnnxExportError(
         f"{folder} holds no {CONFIGURATION} that says where its validation images are, which the export is checked "
         "on: give --data_folder (or another of the data options)"

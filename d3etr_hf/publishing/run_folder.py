@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.image_processing_utils import BaseImageProcessor
 
-from d3etr_hf.configurations import read_yaml
+from d3etr_hf.configurations import read_yaml_file
 from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
 from d3etr_hf.errors import PublishError
 from d3etr_hf.models.detector import Detector
@@ -102,7 +102,7 @@ def read_configuration(folder: Path) -> dict:
                 f"{folder} holds no {name}, so it is no finished run of `d3etr distill` or `d3etr train`: "
                 "finish the run with the same command, or publish from Python by `trainer.push_to_hub()`"
             )
-    configuration = read_yaml((folder / CONFIGURATION).read_text()) or {}
+    configuration = read_yaml_file(folder / CONFIGURATION) or {}
     if old := [name for name in RENAMED_OPTIONS if name in configuration]:
         renamed = ", ".join(f"{name} is now {RENAMED_OPTIONS[name]}" for name in old)
         raise PublishError(
