@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d3etr_hf.errors import DatasetError
+from d3etr_hf.data.coco_fields import check_fields
+from d3etr_hf.errors import DatasetError, quoted
 
 logger = logging.getLogger(__name__)
 
-TOP_LEVEL_KEYS = ("images", "annotations", "categories")
 # COCO's own files round x, y, width and height to 0.01 pixel, so a right edge may leave the image by twice that.
 ROUNDING = 0.05
 
@@ -47,31 +47,24 @@ class CheckedSplit:
         }
 
 
-def check_coco(coco: dict, source: str) -> CheckedSplit:
+def check_coco(coco: dict, source: str, file_names: bool = False) -> CheckedSplit:
     """Checks a COCO detection dictionary and brings its boxes into the form that training uses.
 
-    Crowd regions are left out. Boxes that are not finite, of negative size, without area or wholly outside their image
+    Crowd regions are left out. Boxes of negative size, without area or wholly outside their image
     are dropped, boxes partly outside are clipped; both are counted in the report. Images without a box are kept.
 
     Args:
         coco: as in a COCO detection JSON; boxes xywh in pixels.
         source: what an error message calls the dictionary, for example its path.
+        file_names: whether its images must have a `file_name`.
 
     Raises:
         DatasetError: a part or a field is missing or of the wrong type, an id or a category name appears twice, an
             annotation belongs to an unknown image or category, or no usable box is left.
     """
-    if not isinstance(coco, dict):
-        raise DatasetError(f"{source}: holds a {type(coco).__name__} at its top level, not the object of a COCO file.")
-    for key in TOP_LEVEL_KEYS:
-        if not isinstance(coco.get(key), list):
-            found = "is missing" if key not in coco else f"is a {type(coco[key]).__name__}"
-            raise DatasetError(
-                f"{source}: the list `{key}` {found}: a COCO detection file has {', '.join(TOP_LEVEL_KEYS)} "
-                "at its top level."
-            )
+    check_fields(coco, source, file_names)
     names = _checked_categories(coco["categories"], source)
-    _check_images(coco["images"], source)
+    _require_distinct((image["id"] for image in coco["images"]), f"{source}: image id")
     _check_annotations(coco["annotations"], {image["id"] for image in coco["images"]}, names, source)
 
     category_ids = sorted(names)
@@ -82,29 +75,13 @@ def check_coco(coco: dict, source: str) -> CheckedSplit:
 def _checked_categories(categories: list[dict], source: str) -> dict[int, str]:
     if not categories:
         raise DatasetError(f"{source}: `categories` is empty: list each category's id and name.")
-    for index, category in enumerate(categories):
-        _require_integers(category, ("id",), f"{source}: categories[{index}]")
-        if not isinstance(category.get("name"), str):
-            raise DatasetError(f"{source}: category {category['id']} has no text `name`: give it one.")
     _require_distinct((category["id"] for category in categories), f"{source}: category id")
     _require_distinct((category["name"] for category in categories), f"{source}: category name")
     return {category["id"]: category["name"] for category in categories}
 
 
-def _check_images(images: list[dict], source: str) -> None:
-    for index, image in enumerate(images):
-        _require_integers(image, ("id", "width", "height"), f"{source}: images[{index}]")
-        if image["width"] < 1 or image["height"] < 1:
-            raise DatasetError(
-                f"{source}: image {image['id']} is {image['width']}×{image['height']} pixels: `width` and `height` "
-                "must be at least 1."
-            )
-    _require_distinct((image["id"] for image in images), f"{source}: image id")
-
-
 def _check_annotations(annotations: list[dict], image_ids: set[int], names: dict[int, str], source: str) -> None:
-    for index, annotation in enumerate(annotations):
-        _require_integers(annotation, ("id", "image_id", "category_id"), f"{source}: annotations[{index}]")
+    for annotation in annotations:
         place = f"{source}: annotation {annotation['id']} of image {annotation['image_id']}"
         if annotation["image_id"] not in image_ids:
             raise DatasetError(f"{place}: `images` does not list that image: add it, or take the annotation out.")
@@ -113,9 +90,6 @@ def _check_annotations(annotations: list[dict], image_ids: set[int], names: dict
                 f"{place} has category {annotation['category_id']}, which `categories` does not list: add the "
                 "category, or take the annotation out."
             )
-        box = annotation.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
-            raise DatasetError(f"{place} has `bbox` {box!r}: it must be four numbers, x, y, width, height in pixels.")
     _require_distinct((annotation["id"] for annotation in annotations), f"{source}: annotation id")
 
 
@@ -173,21 +147,10 @@ def _count(what: str, ids: np.ndarray) -> list[str]:
     return [f"{what}: {len(ids)} (first annotation ids {ids[:5].tolist()})"] if len(ids) else []
 
 
-def _require_integers(entry: dict, fields: tuple[str, ...], place: str) -> None:
-    if not isinstance(entry, dict):
-        raise DatasetError(f"{place} is a {type(entry).__name__}, not an object.")
-    for field in fields:
-        value = entry.get(field)
-        if type(value) is not int or not -(2**63) <= value < 2**63:
-            raise DatasetError(
-                f"{place} (id {entry.get('id')!r}) has `{field}` {value!r}: it must be an integer of at most 64 bits."
-            )
-
-
 def _require_distinct(values: Iterable, what: str) -> None:
     repeated = [value for value, count in Counter(values).items() if count > 1]
     if repeated:
         raise DatasetError(
-            f"{what} {repeated[0]!r} appears more than once ({len(repeated)} such values, the first "
-            f"{repeated[:5]}): make each one unique."
+            f"{what} {quoted(repeated[0])} appears more than once ({len(repeated)} such values, the first "
+            f"{quoted(repeated[:5])}): make each one unique."
         )

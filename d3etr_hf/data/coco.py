@@ -18,11 +18,13 @@ import datasets
 import pyarrow as pa
 
 from d3etr_hf.data.checking import CheckedSplit, check_coco
+from d3etr_hf.data.coco_fields import without_nulls
 from d3etr_hf.data.dataset import BOX_FEATURES, DetectionDataset
-from d3etr_hf.errors import DatasetError
+from d3etr_hf.errors import DatasetError, one_line, quoted
+from d3etr_hf.files import regular_file
 
 # Part of the cache's key: raise it when the checks or the rows change.
-READER_VERSION = 1
+READER_VERSION = 2
 SUMMARY_KEY = b"d3etr_hf"
 COCO_FEATURES = datasets.Features({"image_path": datasets.Value("string"), **BOX_FEATURES})
 
@@ -79,7 +81,7 @@ def load_coco_split(
     cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "d3etr_hf")
     rows_file = cache_dir / f"{_cache_key(annotations, images)}.arrow"
     if not rows_file.exists():
-        checked = check_coco(read_coco(annotations), source=str(annotations))
+        checked = check_coco(read_coco(annotations), source=str(annotations), file_names=True)
         _write_rows(checked, _image_paths(checked.images, images, annotations), rows_file)
 
     summary = json.loads(_schema(rows_file).metadata[SUMMARY_KEY])
@@ -92,7 +94,7 @@ def load_coco_split(
         class_names=summary["class_names"],
         category_ids=summary["category_ids"],
         rows=rows,
-        load_ground_truth=partial(read_coco, annotations),
+        load_ground_truth=partial(_ground_truth, annotations),
     )
 
 
@@ -103,22 +105,28 @@ def read_coco(annotations: Path) -> dict:
         DatasetError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(annotations.read_bytes())
+        return json.loads(_content(annotations))
+    except ValueError as error:
+        raise DatasetError(f"{annotations}: not a JSON file ({one_line(error)}): write it anew.") from error
+    except RecursionError:
+        raise DatasetError(f"{annotations}: lists or objects are nested too deeply: write it anew.") from None
+
+
+def _content(annotations: Path) -> bytes:
+    try:
+        return regular_file(annotations).read_bytes()
     except OSError as error:
         raise DatasetError(
             f"{annotations}: the annotations cannot be read ({error.strerror}): check the path."
         ) from error
-    except ValueError as error:
-        raise DatasetError(f"{annotations}: not a JSON file ({error}): write it anew.") from error
+
+
+def _ground_truth(annotations: Path) -> dict:
+    return without_nulls(read_coco(annotations))
 
 
 def _cache_key(annotations: Path, images: Path) -> str:
-    try:
-        digest = hashlib.sha256(annotations.read_bytes())
-    except OSError as error:
-        raise DatasetError(
-            f"{annotations}: the annotations cannot be read ({error.strerror}): check the path."
-        ) from error
+    digest = hashlib.sha256(_content(annotations))
     digest.update(json.dumps([READER_VERSION, str(annotations), str(images)]).encode())
     return digest.hexdigest()
 
@@ -126,15 +134,13 @@ def _cache_key(annotations: Path, images: Path) -> str:
 def _image_paths(images: list[dict], folder: Path, annotations: Path) -> list[str]:
     paths = []
     for image in images:
-        file_name = image.get("file_name")
-        if not isinstance(file_name, str) or not file_name:
-            raise DatasetError(f"{annotations}: image {image['id']} has `file_name` {file_name!r}: name its file.")
+        file_name = image["file_name"]
         # Read as a Windows path, which knows both separators, so that a file is refused on every system alike.
         path = PureWindowsPath(file_name)
         if path.anchor or ".." in path.parts:
             raise DatasetError(
-                f"{annotations}: image {image['id']} has `file_name` {file_name!r}, which leaves the image folder: "
-                "make it relative to that folder, without `..`."
+                f"{annotations}: image {image['id']} has `file_name` {quoted(file_name)}, which leaves the image "
+                "folder: make it relative to that folder, without `..`."
             )
         paths.append(str(folder / file_name))
     return paths

@@ -12,6 +12,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from d3etr_hf.data.checking import check_coco
+from d3etr_hf.data.coco_fields import without_nulls
 from d3etr_hf.data.dataset import BOX_FEATURES, DetectionDataset
 from d3etr_hf.errors import DatasetError
 
@@ -131,11 +132,7 @@ def _field(objects: dict | list[dict] | None, field: str) -> list:
 
 
 def _ground_truth(rows: datasets.Dataset, names: dict[int, str], place: str) -> dict:
-    coco = _as_coco(rows, names, place)
-    for annotation in coco["annotations"]:
-        if annotation.get("area") is None:
-            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-    return coco
+    return without_nulls(_as_coco(rows, names, place))
 
 
 def _as_coco(rows: datasets.Dataset, names: dict[int, str], place: str) -> dict:

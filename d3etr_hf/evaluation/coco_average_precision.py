@@ -20,7 +20,7 @@ def coco_average_precision(
     """COCO's average precision and recall of boxes. Neither argument is modified.
 
     An image without predictions counts all its objects as missed. Crowd regions are ignored. An annotation without
-    `area` gets its box's area, one without `iscrowd` is no crowd.
+    `area` gets its box's area, one without `iscrowd` is no crowd; null is as left out.
 
     Args:
         ground_truth: COCO detection dictionary (`images`, `annotations`, `categories`), boxes xywh in pixels.
@@ -131,6 +131,7 @@ def _ground_truth_regions(ground_truth: dict, names: dict[int, str], known_image
             skipped.append(annotation.get("id"))
             continue
         width, height = annotation["bbox"][2:]
+        area = annotation.get("area")
         regions.append(
             {
                 # pycocotools writes 0 for "not matched", so an annotation with id 0 would never count as found.
@@ -138,8 +139,8 @@ def _ground_truth_regions(ground_truth: dict, names: dict[int, str], known_image
                 "image_id": annotation["image_id"],
                 "category_id": annotation["category_id"],
                 "bbox": annotation["bbox"],
-                "area": annotation.get("area", width * height),
-                "iscrowd": annotation.get("iscrowd", 0),
+                "area": width * height if area is None else area,
+                "iscrowd": int(annotation.get("iscrowd") or 0),
             }
         )
     if skipped:

@@ -70,8 +70,8 @@ def test_fields_that_coco_files_often_lack() -> None:
 def test_the_report_counts_each_kind_and_names_the_first() -> None:
     """Guards against data that are dropped without a word, and against a box counted twice."""
     regions = [
-        annotation(1, [math.nan, 0, 5, 5]),
-        annotation(2, [0, 0, math.inf, 5]),
+        annotation(1, [1e308, 0, 1e308, 5]),
+        annotation(2, [0, 1e308, 5, 1e308]),
         annotation(3, [5, 5, -1, 5]),
         annotation(4, [5, 5, 0, 5]),
         annotation(5, [-20, 0, 10, 10]),
@@ -93,9 +93,7 @@ def test_the_report_counts_each_kind_and_names_the_first() -> None:
     assert checked.boxes[1].tolist() == [[0, 0, 5, 10], [3, 3, 40, 30]]
 
 
-numbers = st.one_of(
-    st.floats(-60, 60, width=32), st.integers(-60, 60), st.sampled_from([math.nan, math.inf, -math.inf])
-)
+numbers = st.one_of(st.floats(-60, 60, width=32), st.integers(-60, 60), st.sampled_from([1e308, -1e308]))
 
 
 @settings(max_examples=150, deadline=None)
@@ -105,7 +103,7 @@ def test_boxes_against_a_loop(boxes: list[tuple[float, ...]]) -> None:
     expected, clipped = [], 0
     for x, y, width, height in boxes:
         left, top, right, bottom = max(x, 0), max(y, 0), min(x + width, 40), min(y + height, 30)
-        if not all(map(math.isfinite, (x, y, width, height))) or width <= 0 or height <= 0:
+        if not all(map(math.isfinite, (x + width, y + height))) or width <= 0 or height <= 0:
             continue
         if not (np.float32(right) > np.float32(left) and np.float32(bottom) > np.float32(top)):
             continue
@@ -145,18 +143,18 @@ def lacking(part: str, index: int, field: str) -> Callable[[dict], None]:
         (change("images", 1, id=2**63), "at most 64 bits"),
         (change("images", 1, id=True), "`id` True"),
         (lacking("images", 0, "width"), r"images\[0\] \(id 7\) has `width` None"),
-        (change("images", 0, height=0), "image 7 is 40×0"),
+        (change("images", 0, height=0), r"images\[0\] \(id 7\) has `height` 0"),
         (change("images", 1, id=7), "image id 7 appears more than once"),
-        (lacking("annotations", 1, "id"), r"annotations\[1\] \(id None\) has `id` None"),
+        (lacking("annotations", 1, "id"), r"annotations\[1\] \(id None, image_id 7\) has `id` None"),
         (change("annotations", 1, image_id=4), "annotation 12 of image 4: `images` does not list"),
         (change("annotations", 1, category_id=6), "annotation 12 of image 7 has category 6"),
         (change("annotations", 1, id=11), "annotation id 11 appears more than once"),
-        (lacking("annotations", 2, "bbox"), "annotation 13 of image 3 has `bbox` None"),
-        (change("annotations", 2, bbox=[1, 2, 3]), r"annotation 13 of image 3 has `bbox` \[1, 2, 3\]"),
-        (change("annotations", 2, bbox=[1, 2, 3, "4"]), "annotation 13 of image 3 has `bbox`"),
+        (lacking("annotations", 2, "bbox"), r"annotations\[2\] \(id 13, image_id 3\) has `bbox` None"),
+        (change("annotations", 2, bbox=[1, 2, 3]), r"id 13, image_id 3\) has `bbox` \[1, 2, 3\]"),
+        (change("annotations", 2, bbox=[1, 2, 3, "4"]), r"id 13, image_id 3\) has `bbox`"),
         (change("categories", 0, id=5), "category id 5 appears more than once"),
         (change("categories", 0, name="aeroplane"), "category name 'aeroplane' appears more than once"),
-        (lacking("categories", 1, "name"), "category 5 has no text `name`"),
+        (lacking("categories", 1, "name"), r"categories\[1\] \(id 5\) has `name` None"),
         (lambda content: content.update(annotations=[]), "no usable box is left of 0 annotations"),
         (
             lambda content: content.update(

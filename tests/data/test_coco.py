@@ -159,7 +159,7 @@ def test_a_file_name_is_needed(tmp_path: Path, name: object) -> None:
     content = coco()
     content["images"][1]["file_name"] = name
     annotations.write_text(json.dumps(content))
-    with pytest.raises(DatasetError, match=r"train\.json: image 3 has `file_name`"):
+    with pytest.raises(DatasetError, match=r"train\.json: images\[1\] \(id 3\) has `file_name`"):
         load_coco_split(annotations, images)
 
 
