@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -20,7 +20,8 @@ import pyarrow as pa
 from d3etr_hf.data.checking import CheckedSplit, check_coco
 from d3etr_hf.data.coco_fields import without_nulls
 from d3etr_hf.data.dataset import BOX_FEATURES, DetectionDataset
-from d3etr_hf.errors import DatasetError, one_line, quoted
+from d3etr_hf.data.image_files import caches, check_image_files
+from d3etr_hf.errors import DatasetError, one_line
 from d3etr_hf.files import regular_file
 
 # Part of the cache's key: raise it when the checks or the rows change.
@@ -61,7 +62,11 @@ def find_coco_split(folder: str | Path, split: str) -> tuple[Path, Path]:
 
 
 def load_coco_split(
-    annotations: str | Path, images: str | Path, name: str | None = None, cache_dir: str | Path | None = None
+    annotations: str | Path,
+    images: str | Path,
+    name: str | None = None,
+    cache_dir: str | Path | None = None,
+    roots: Iterable[str | Path] | None = (),
 ) -> DetectionDataset:
     """Reads and checks one split in COCO format.
 
@@ -72,21 +77,22 @@ def load_coco_split(
         images: folder that `file_name` is relative to.
         name: for messages; by default the annotation file's name.
         cache_dir: where the Arrow file is kept; by default `d3etr_hf` in the cache of `datasets`.
+        roots: folders beside `images` and the caches of Hugging Face that image files may lie in, links followed; None
+            for anywhere.
 
     Raises:
-        DatasetError: see `check_coco`; or the JSON is malformed, a `file_name` leaves the image folder, or image files
-            are missing.
+        DatasetError: see `check_coco`; or the JSON is malformed, or image files are missing, elsewhere or no files.
     """
     annotations, images = Path(annotations).absolute(), Path(images).absolute()
     cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "d3etr_hf")
     rows_file = cache_dir / f"{_cache_key(annotations, images)}.arrow"
     if not rows_file.exists():
         checked = check_coco(read_coco(annotations), source=str(annotations), file_names=True)
-        _write_rows(checked, _image_paths(checked.images, images, annotations), rows_file)
+        _write_rows(checked, [str(images / image["file_name"]) for image in checked.images], rows_file)
 
     summary = json.loads(_schema(rows_file).metadata[SUMMARY_KEY])
     rows = datasets.Dataset.from_file(str(rows_file))
-    _require_files(rows["image_path"], annotations)
+    check_image_files(rows["image_path"], None if roots is None else [images, *roots, *caches()], str(annotations))
     if summary["report"]:
         warnings.warn(summary["report"], stacklevel=2)
     return DetectionDataset(
@@ -104,8 +110,9 @@ def read_coco(annotations: Path) -> dict:
     Raises:
         DatasetError: the file is missing or is not JSON.
     """
+    content = _content(annotations)
     try:
-        return json.loads(_content(annotations))
+        return json.loads(content)
     except ValueError as error:
         raise DatasetError(f"{annotations}: not a JSON file ({one_line(error)}): write it anew.") from error
     except RecursionError:
@@ -131,21 +138,6 @@ def _cache_key(annotations: Path, images: Path) -> str:
     return digest.hexdigest()
 
 
-def _image_paths(images: list[dict], folder: Path, annotations: Path) -> list[str]:
-    paths = []
-    for image in images:
-        file_name = image["file_name"]
-        # Read as a Windows path, which knows both separators, so that a file is refused on every system alike.
-        path = PureWindowsPath(file_name)
-        if path.anchor or ".." in path.parts:
-            raise DatasetError(
-                f"{annotations}: image {image['id']} has `file_name` {quoted(file_name)}, which leaves the image "
-                "folder: make it relative to that folder, without `..`."
-            )
-        paths.append(str(folder / file_name))
-    return paths
-
-
 def _write_rows(checked: CheckedSplit, image_paths: list[str], rows_file: Path) -> None:
     rows = datasets.Dataset.from_dict({"image_path": image_paths, **checked.columns()}, features=COCO_FEATURES)
     summary = {"class_names": checked.class_names, "category_ids": checked.category_ids, "report": checked.report}
@@ -163,20 +155,3 @@ def _write_rows(checked: CheckedSplit, image_paths: list[str], rows_file: Path) 
 def _schema(rows_file: Path) -> pa.Schema:
     with pa.memory_map(str(rows_file)) as file, pa.ipc.open_stream(file) as reader:
         return reader.schema
-
-
-def _require_files(paths: Iterable[str], annotations: Path) -> None:
-    """Lists each folder once: on a network file system much faster than asking for every file."""
-    listings: dict[str, set[str]] = {}
-    missing = []
-    for path in paths:
-        folder, file_name = os.path.split(path)
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if file_name not in listings[folder]:
-            missing.append(path)
-    if missing:
-        raise DatasetError(
-            f"{annotations}: {len(missing)} of its images are missing, the first {missing[:3]}: add the files, or "
-            "check the image folder."
-        )

@@ -85,6 +85,14 @@ class DataArguments:
     max_val_images: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images only."})
     dataset_workers: int = field(default=1, metadata={"help": "Processes that prepare `dataset_name`."})
 
+    allow_images_elsewhere: bool = field(
+        default=False,
+        metadata={
+            "help": "Read images that lie outside the folders named here and Hugging Face's caches, too, as links or "
+            "paths in the data lead to them; for data whose makers you trust."
+        },
+    )
+
     def __post_init__(self) -> None:
         explicit = [self.train_annotations, self.train_images, self.val_annotations, self.val_images]
         if any(explicit) and not all(explicit):
@@ -270,14 +278,21 @@ def build_fixed_size_augmentation(
 def _load(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]:
     if arguments.dataset_name is not None:
         train, val = (
-            load_hub_split(arguments.dataset_name, split, workers=arguments.dataset_workers)
+            load_hub_split(
+                arguments.dataset_name,
+                split,
+                workers=arguments.dataset_workers,
+                allow_images_elsewhere=arguments.allow_images_elsewhere,
+            )
             for split in (arguments.dataset_train_split, arguments.dataset_val_split)
         )
         return train, val
+    anywhere = arguments.allow_images_elsewhere
     if arguments.data_folder is not None:
         folder = Path(arguments.data_folder)
+        roots = None if anywhere else [folder]
         train, val = (
-            load_coco_split(*find_coco_split(folder, split), name=f"{folder.name}/{split}")
+            load_coco_split(*find_coco_split(folder, split), name=f"{folder.name}/{split}", roots=roots)
             for split in ("train", "val")
         )
         return train, val
@@ -286,9 +301,10 @@ def _load(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]
             "no data: give data_folder (COCO format), dataset_name (Hub), or train_annotations, train_images, "
             "val_annotations and val_images."
         )
+    roots = None if anywhere else [arguments.train_images, arguments.val_images]
     return (
-        load_coco_split(arguments.train_annotations, arguments.train_images),
-        load_coco_split(arguments.val_annotations, arguments.val_images),
+        load_coco_split(arguments.train_annotations, arguments.train_images, roots=roots),
+        load_coco_split(arguments.val_annotations, arguments.val_images, roots=roots),
     )
 
 

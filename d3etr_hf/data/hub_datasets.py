@@ -4,17 +4,21 @@ Columns: `image`, `image_id`, `width`, `height`, and `objects` with `bbox` (xywh
 or an integer) and, if there, `area`, `iscrowd`; `objects` is a list of records or a record of lists.
 """
 
+import os
 import warnings
 from functools import partial
 from pathlib import Path
 
 import datasets
+import pyarrow.compute as pc
 from datasets.exceptions import DatasetsError
 
 from d3etr_hf.data.checking import check_coco
 from d3etr_hf.data.coco_fields import without_nulls
 from d3etr_hf.data.dataset import BOX_FEATURES, DetectionDataset
+from d3etr_hf.data.image_files import caches, check_image_files
 from d3etr_hf.errors import DatasetError
+from d3etr_hf.files import regular_file
 
 IMAGE_COLUMNS = ("image_id", "width", "height", "objects")
 REQUIRED_OBJECT_FIELDS = ("bbox", "category")
@@ -28,6 +32,7 @@ def load_hub_split(
     name: str | None = None,
     workers: int = 1,
     cache_dir: str | Path | None = None,
+    allow_images_elsewhere: bool = False,
 ) -> DetectionDataset:
     """Loads and checks one split through `datasets.load_dataset`.
 
@@ -40,9 +45,12 @@ def load_hub_split(
         name: for messages; by default `path_or_name/split`.
         workers: processes that prepare the data set.
         cache_dir: of `datasets`; None for its own default.
+        allow_images_elsewhere: whether images of which a row holds the path alone may lie outside of the folder and
+            the caches of Hugging Face.
 
     Raises:
-        DatasetError: the data set or the split is not there, a column or a field is missing, or see `check_coco`.
+        DatasetError: the data set or the split is not there, a column or a field is missing, images are missing or
+            elsewhere, or see `check_coco`.
     """
     name = name or f"{path_or_name}/{split}"
     splits = _load_splits(path_or_name, workers, cache_dir)
@@ -58,9 +66,8 @@ def load_hub_split(
         warnings.warn(checked.report, stacklevel=2)
     # Undecoded, because the decoder of `datasets` turns images by EXIF whatever size the annotations mean.
     images = splits[split].select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    without_image = images.data.column("image").null_count
-    if without_image:
-        raise DatasetError(f"{name}: {without_image} rows have no image: add the images, or take the rows out.")
+    given = [path_or_name] if cache_dir is None else [path_or_name, cache_dir]
+    _check_images(images, None if allow_images_elsewhere else [*given, *caches()], name)
     columns = datasets.Dataset.from_dict(checked.columns(), features=datasets.Features(BOX_FEATURES))
     return DetectionDataset(
         name=name,
@@ -72,6 +79,7 @@ def load_hub_split(
 
 
 def _load_splits(path_or_name: str | Path, workers: int, cache_dir: str | Path | None) -> datasets.DatasetDict:
+    _require_files(Path(path_or_name))
     try:
         return datasets.load_dataset(
             str(path_or_name),
@@ -84,6 +92,27 @@ def _load_splits(path_or_name: str | Path, workers: int, cache_dir: str | Path |
             f"{path_or_name}: the data set cannot be loaded ({error}): give a Hub id, or a folder with Parquet files "
             "such as train-*.parquet and validation-*.parquet."
         ) from error
+
+
+def _require_files(folder: Path) -> None:
+    """`datasets` passes over named pipes and the like without a word."""
+    paths = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name[0] != "."]
+    for path in paths:
+        try:
+            regular_file(path)
+        except OSError as error:
+            raise DatasetError(f"{path}: cannot be read ({error.strerror}): take it out of the folder.") from error
+
+
+def _check_images(rows: datasets.Dataset, roots: list[str | Path] | None, name: str) -> None:
+    """That each row has an image's content, or the path of a file that may be read."""
+    images = rows.data.column("image")
+    content, paths = (pc.struct_field(images, field) for field in ("bytes", "path"))
+    alone = pc.and_(pc.is_valid(images), pc.is_null(content))
+    without_image = pc.sum(pc.and_(pc.is_null(content), pc.is_null(paths))).as_py()
+    if without_image:
+        raise DatasetError(f"{name}: {without_image} rows have no image: add the images, or take the rows out.")
+    check_image_files([os.path.abspath(path) for path in paths.filter(alone).to_pylist()], roots, name)
 
 
 def _check_columns(rows: datasets.Dataset, place: str) -> None:

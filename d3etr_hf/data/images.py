@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from d3etr_hf.errors import DatasetError
+from d3etr_hf.errors import DatasetError, one_line
+from d3etr_hf.files import regular_file
 
 SIXTEEN_BIT_MODES = {"I", "I;16", "I;16L", "I;16B"}
 ORIENTATIONS_THAT_SWAP_SIDES = {5, 6, 7, 8}
@@ -33,7 +34,8 @@ def read_rgb(source: str | Path | bytes, width: int, height: int, place: str) ->
             floating-point or 32-bit pixels.
     """
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else regular_file(source)) as image:
+            _check_header(image, (width, height), place)
             image.load()
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             upright = _turned(image, orientation, (width, height), place)
@@ -43,8 +45,18 @@ def read_rgb(source: str | Path | bytes, width: int, height: int, place: str) ->
     # Pillow's decoders raise any of these on damaged files; DecompressionBombError guards against absurd sizes.
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
         raise DatasetError(
-            f"{place}: the image cannot be read ({error}): restore the file, or take it out of the annotations."
+            f"{place}: the image cannot be read ({one_line(error)}): restore the file, or take it out of the "
+            "annotations."
         ) from error
+
+
+def _check_header(image: Image.Image, annotated: tuple[int, int], place: str) -> None:
+    """Refuses an image of another size before it is decoded, which a huge one would take memory for."""
+    if annotated in (image.size, image.size[::-1]):
+        return
+    # only where it is known by now: some formats look for it by decoding
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
+    _turned(image, orientation, annotated, place)
 
 
 def _turned(image: Image.Image, orientation: int, annotated: tuple[int, int], place: str) -> Image.Image:
