@@ -7,6 +7,7 @@ JSON can never meet an old file. Nothing is written into the data folder.
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import warnings
@@ -23,6 +24,8 @@ from d3etr_hf.data.dataset import BOX_FEATURES, DetectionDataset
 from d3etr_hf.data.image_files import caches, check_image_files
 from d3etr_hf.errors import DatasetError, one_line
 from d3etr_hf.files import regular_file
+
+logger = logging.getLogger(__name__)
 
 # Part of the cache's key: raise it when the checks or the rows change.
 READER_VERSION = 2
@@ -86,12 +89,14 @@ def load_coco_split(
     annotations, images = Path(annotations).absolute(), Path(images).absolute()
     cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "d3etr_hf")
     rows_file = cache_dir / f"{_cache_key(annotations, images)}.arrow"
-    if not rows_file.exists():
+    kept = _read_rows(rows_file)
+    if kept is None:
         checked = check_coco(read_coco(annotations), source=str(annotations), file_names=True)
         _write_rows(checked, [str(images / image["file_name"]) for image in checked.images], rows_file)
-
-    summary = json.loads(_schema(rows_file).metadata[SUMMARY_KEY])
-    rows = datasets.Dataset.from_file(str(rows_file))
+        kept = _read_rows(rows_file)
+    if kept is None:
+        raise DatasetError(f"{rows_file}: cannot be read although it has just been written: check this disk.")
+    rows, summary = kept
     check_image_files(rows["image_path"], None if roots is None else [images, *roots, *caches()], str(annotations))
     if summary["report"]:
         warnings.warn(summary["report"], stacklevel=2)
@@ -143,15 +148,31 @@ def _write_rows(checked: CheckedSplit, image_paths: list[str], rows_file: Path) 
     summary = {"class_names": checked.class_names, "category_ids": checked.category_ids, "report": checked.report}
     schema = rows.data.schema
     table = rows.data.table.replace_schema_metadata({**schema.metadata, SUMMARY_KEY: json.dumps(summary)})
-    rows_file.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and moved, so that another process sees the whole file or none.
-    with tempfile.TemporaryDirectory(dir=rows_file.parent) as folder:
-        unfinished = os.path.join(folder, rows_file.name)
-        with pa.OSFile(unfinished, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table)
-        os.replace(unfinished, rows_file)
+    try:
+        rows_file.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and moved, so that another process sees the whole file or none.
+        with tempfile.TemporaryDirectory(dir=rows_file.parent) as folder:
+            unfinished = os.path.join(folder, rows_file.name)
+            with pa.OSFile(unfinished, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+            os.replace(unfinished, rows_file)
+    except OSError as error:
+        raise DatasetError(
+            f"{rows_file}: cannot be written ({one_line(error)}): make room there, or set HF_DATASETS_CACHE."
+        ) from error
 
 
-def _schema(rows_file: Path) -> pa.Schema:
-    with pa.memory_map(str(rows_file)) as file, pa.ipc.open_stream(file) as reader:
-        return reader.schema
+def _read_rows(rows_file: Path) -> tuple[datasets.Dataset, dict] | None:
+    """The rows and the summary that were written; None where there are none, or where the file is damaged."""
+    try:
+        with pa.memory_map(str(regular_file(rows_file))) as file, pa.ipc.open_stream(file) as reader:
+            summary = json.loads(reader.schema.metadata[SUMMARY_KEY])
+        rows = datasets.Dataset.from_file(str(rows_file))
+        rows.data.table.validate(full=True)
+    except FileNotFoundError:
+        return None
+    # what Arrow, JSON and `datasets` raise on damaged bytes
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        logger.warning("%s is damaged (%s) and is made anew", rows_file, one_line(error))
+        return None
+    return rows, summary

@@ -4,12 +4,15 @@ Columns: `image`, `image_id`, `width`, `height`, and `objects` with `bbox` (xywh
 or an integer) and, if there, `area`, `iscrowd`; `objects` is a list of records or a record of lists.
 """
 
+import logging
 import os
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetsError
 
@@ -17,8 +20,10 @@ from d3etr_hf.data.checking import check_coco
 from d3etr_hf.data.coco_fields import without_nulls
 from d3etr_hf.data.dataset import BOX_FEATURES, DetectionDataset
 from d3etr_hf.data.image_files import caches, check_image_files
-from d3etr_hf.errors import DatasetError
+from d3etr_hf.errors import DatasetError, one_line
 from d3etr_hf.files import regular_file
+
+logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image_id", "width", "height", "objects")
 REQUIRED_OBJECT_FIELDS = ("bbox", "category")
@@ -80,18 +85,33 @@ def load_hub_split(
 
 def _load_splits(path_or_name: str | Path, workers: int, cache_dir: str | Path | None) -> datasets.DatasetDict:
     _require_files(Path(path_or_name))
+    load = partial(
+        _load_valid,
+        str(path_or_name),
+        num_proc=workers if workers > 1 else None,
+        cache_dir=None if cache_dir is None else str(cache_dir),
+    )
     try:
-        return datasets.load_dataset(
-            str(path_or_name),
-            num_proc=workers if workers > 1 else None,
-            cache_dir=None if cache_dir is None else str(cache_dir),
-        )
+        try:
+            return load()
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the file system or the network; Arrow's own has no number
+            logger.warning("%s: its cached copy is damaged (%s) and is made anew", path_or_name, one_line(error))
+            return load(download_mode=datasets.DownloadMode.REUSE_CACHE_IF_EXISTS)
     # Not found, no network, no supported files, files that do not fit together.
     except (OSError, ValueError, DatasetsError) as error:
         raise DatasetError(
-            f"{path_or_name}: the data set cannot be loaded ({error}): give a Hub id, or a folder with Parquet files "
-            "such as train-*.parquet and validation-*.parquet."
+            f"{path_or_name}: the data set cannot be loaded ({one_line(error)}): give a Hub id, or a folder "
+            "with Parquet files such as train-*.parquet and validation-*.parquet."
         ) from error
+
+
+def _load_valid(path_or_name: str, **options: Any) -> datasets.DatasetDict:
+    splits = datasets.load_dataset(path_or_name, **options)
+    for rows in splits.values():
+        rows.data.table.validate(full=True)
+    return splits
 
 
 def _require_files(folder: Path) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,34 @@ def test_a_second_load_maps_the_first_ones_rows(tmp_path: Path, monkeypatch: pyt
     assert second.rows.cache_files
     assert files_below(data) == before
     assert len(list(cache.iterdir())) == 1
+
+
+DAMAGE = {
+    "cut off": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "bad header": lambda content: content[:60] + b"\xff" * 8 + content[68:],
+    "bad summary": lambda content: content.replace(b'"class_names"', b'"class_names{'),
+    "bad offsets": lambda content: content[:-400] + b"\xff" * 200 + content[-200:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_cached_file_is_made_anew(tmp_path: Path, damage: Callable) -> None:
+    """Guards against a disk that was full once: nothing that the user wrote is wrong."""
+    annotations, images = write_split(tmp_path, coco())
+    expected = load_coco_split(annotations, images, cache_dir=tmp_path / "cache").rows.to_list()
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(damage(kept.read_bytes()))
+    for _ in range(2):
+        assert load_coco_split(annotations, images, cache_dir=tmp_path / "cache").rows.to_list() == expected
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """Guards against a bare OSError."""
+    annotations, images = write_split(tmp_path, coco())
+    with pytest.raises(DatasetError, match=r"\.arrow: cannot be written .*HF_DATASETS_CACHE"):
+        load_coco_split(annotations, images, cache_dir=annotations)
 
 
 def test_a_changed_file_never_meets_old_rows(tmp_path: Path) -> None:

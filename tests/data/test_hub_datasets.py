@@ -227,3 +227,14 @@ def test_a_data_set_or_split_that_is_not_there(tmp_path: Path) -> None:
     folder = write_parquet(tmp_path / "a", ROWS[2:])
     with pytest.raises(DatasetError, match="no split `val`: choose one of train"):
         load_hub_split(folder, "val")
+
+
+@pytest.mark.parametrize("kept_share", [0, 0.3, 0.9])
+def test_a_damaged_cached_copy_is_made_anew(tmp_path: Path, kept_share: float) -> None:
+    """Guards against a disk that was full once: the Parquet files are whole."""
+    folder = write_parquet(tmp_path / "a", ROWS[2:])
+    first = load_hub_split(folder, "train", cache_dir=tmp_path / "cache").rows.to_list()
+    (kept,) = (tmp_path / "cache").rglob("*.arrow")
+    kept.write_bytes(kept.read_bytes()[: int(kept.stat().st_size * kept_share)])
+    for _ in range(2):
+        assert load_hub_split(folder, "train", cache_dir=tmp_path / "cache").rows.to_list() == first
