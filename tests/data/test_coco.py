@@ -194,6 +194,8 @@ def test_names_with_dots_are_allowed(tmp_path: Path) -> None:
     [
         (b'{"images": [', r"train\.json: not a JSON file .*char 12"),
         (b"", r"train\.json: not a JSON file"),
+        (b"[" * 100_000, r"train\.json: lists or objects are nested too deeply"),
+        (b'{"images": ' + b"9" * 5000 + b"}", r"train\.json: not a JSON file .*digits"),
         (b"\xff\xfe\x00\xd8", r"train\.json: not a JSON file"),
         (b'{"images": [], "annotations": []}', r"train\.json: the list `categories` is missing"),
     ],
