@@ -26,10 +26,10 @@ def quoted(value: Any) -> str:
     return one_line(_QUOTING.repr(value))
 
 
-def one_line(text: object) -> str:
-    """What a library says, or another long text, in one line of at most `MOST_CHARACTERS`."""
-    line = " ".join(str(text)[: 4 * MOST_CHARACTERS].split())
-    return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 3]}..."
+def one_line(text: object, most: int = MOST_CHARACTERS) -> str:
+    """What a library says, or another long text, in one line of at most so many characters."""
+    line = " ".join(str(text)[: 4 * most].split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 class CommandLineError(UserError, ValueError):
@@ -118,9 +118,3 @@ class DemoError(UserError, RuntimeError):
 
 class ComparisonError(UserError, RuntimeError):
     """A run of a comparison failed, or its results cannot be read."""
-
-
-def in_one_line(error: BaseException, longest: int = 300) -> str:
-    """What an error of a library says, in one line of so many characters at most."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= longest else f"{text[:longest]} ..."

@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from d3etr_hf.configurations import find_configuration, option, read_yaml
-from d3etr_hf.errors import DetectorLoadError, in_one_line
+from d3etr_hf.configurations import find_configuration, option, read_yaml_file
+from d3etr_hf.errors import ConfigurationError, DetectorLoadError, one_line, quoted
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
@@ -131,9 +131,8 @@ def load_detector(path: str, role: str = "model") -> Detector:
         model, info = family.from_pretrained(path, config=config, key_mapping=names, output_loading_info=True)
     except (EOFError, OSError, RuntimeError, UnpicklingError, ValueError, SafetensorError) as error:
         raise DetectorLoadError(
-            f"{role} {path!r}: the weights could not be read, or do not fit its config.json ({in_one_line(error)}); "
-            "copy or "
-            "download the checkpoint again"
+            f"{role} {path!r}: the weights could not be read, or do not fit its config.json "
+            f"({one_line(error, 300)}); copy or download the checkpoint again"
         ) from error
     if info["missing_keys"]:
         raise DetectorLoadError(
@@ -202,7 +201,7 @@ def _read_config(path: str, what: str) -> PreTrainedConfig:
         raise
     except (AttributeError, KeyError, OSError, TypeError, ValueError, StrictDataclassError) as error:
         raise DetectorLoadError(
-            f"{what}: no model configuration could be read from there ({in_one_line(error)}); give a folder with a "
+            f"{what}: no model configuration could be read from there ({one_line(error, 300)}); give a folder with a "
             "config.json, or the id of a model on the Hub"
         ) from error
 
@@ -274,7 +273,7 @@ def _new_model(options, class_names: list[str], place: str) -> Detector:
         StrictDataclassError,
     ) as error:
         raise DetectorLoadError(
-            f"{place}: no model can be built from these values ({type(error).__name__}: {in_one_line(error)})"
+            f"{place}: no model can be built from these values ({type(error).__name__}: {one_line(error, 300)})"
         ) from error
 
 
@@ -323,24 +322,22 @@ def inherit_from_teacher(
 def _read_model_config(path: str) -> dict:
     """The options in a YAML or JSON file."""
     try:
-        return read_yaml(find_configuration(path).read_text(encoding="utf-8"))
-    except OSError as error:
+        return read_yaml_file(find_configuration(path))
+    except (ConfigurationError, OSError) as error:
         raise DetectorLoadError(f"model_config {path!r} cannot be read ({error}): give a YAML or JSON file") from error
-    except ValueError as error:
-        raise DetectorLoadError(f"model_config {path!r} is neither YAML nor JSON: {error}") from error
 
 
 def check_model_options(options, place: str) -> None:
     """Transformers would keep an unknown key in silence, and take timm's ResNet-50 where no backbone is given."""
     if not isinstance(options, dict):
-        raise DetectorLoadError(f"{place} must hold fields of a model's configuration, holds {options!r}")
+        raise DetectorLoadError(f"{place} must hold fields of a model's configuration, holds {quoted(options)}")
     if given := sorted({"id2label", "label2id", "num_labels"} & set(options)):
         raise DetectorLoadError(f"{place} holds {given}: leave them out, the classes are the data set's")
     model_type = options.get("model_type", DEFAULT_FAMILY)
     _family(model_type, place)
     config_class = CONFIG_MAPPING[model_type]
     if unknown := sorted(set(options) - set(config_class().to_dict())):
-        raise DetectorLoadError(f"{place}: {config_class.__name__} has no {unknown}")
+        raise DetectorLoadError(f"{place}: {config_class.__name__} has no {quoted(unknown)}")
     backbone = options.get("backbone_config")
     if not isinstance(backbone, dict) or backbone.get("model_type") not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
         raise DetectorLoadError(

@@ -1,6 +1,6 @@
 """Checks of a student, its options and its data before the first step: handled, or refused with the way out."""
 
-import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from d3etr_hf.errors import (
     IncompatibleDataError,
     IncompatibleTeacherError,
     UnsupportedOptionError,
+    quoted,
 )
 from d3etr_hf.evaluation.coco_average_precision import STATISTICS
 from d3etr_hf.models.detector import Detector
@@ -118,6 +119,29 @@ def check_launch(accelerator: Accelerator, args: D3etrTrainingArguments) -> None
         )
 
 
+def check_use_of_data(
+    args: D3etrTrainingArguments,
+    class_names: list[str],
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | dict[str, Dataset] | None,
+    own_metrics: bool,
+) -> None:
+    """Refuse options for which there is no data, or no metric; see the three checks.
+
+    Args:
+        class_names: of the data.
+        own_metrics: whether evaluation computes somebody's own metrics, of which nothing is known.
+
+    Raises:
+        UnsupportedOptionError: see there.
+    """
+    named = eval_dataset if isinstance(eval_dataset, dict) else {}
+    check_steps(args, train_dataset)
+    check_evaluation(args, list(named.values()) or [eval_dataset])
+    if not own_metrics:
+        check_best_metric(args, class_names, tuple(named))
+
+
 def check_steps(args: Any, train_dataset: Any) -> None:
     """Refuse data of which no batch can be made; evaluation alone needs none.
 
@@ -138,17 +162,17 @@ def check_steps(args: Any, train_dataset: Any) -> None:
         )
 
 
-def check_evaluation(args: Any, datasets: dict[str, Any]) -> None:
+def check_evaluation(args: Any, datasets: Sequence[Any]) -> None:
     """Refuse an evaluation without data.
 
     Args:
-        datasets: those of evaluation, by name.
+        datasets: those of evaluation; None for one that is not there.
 
     Raises:
         UnsupportedOptionError: options ask for evaluation, and there is nothing to evaluate.
     """
     asked_for = args.eval_strategy != "no" or args.eval_on_start
-    if asked_for and not any(dataset is not None and len(dataset) for dataset in datasets.values()):
+    if asked_for and not any(dataset is not None and len(dataset) for dataset in datasets):
         raise UnsupportedOptionError(
             f"eval_strategy={args.eval_strategy.value!r}, eval_on_start={args.eval_on_start}: there is no eval_dataset"
             ", or no image in it"
@@ -176,7 +200,7 @@ def check_best_metric(
     if metric not in known and not (class_names is None and metric.startswith("AP/")):
         more = ", ..." if len(known) > 12 or class_names is None else ""
         raise UnsupportedOptionError(
-            f"metric_for_best_model={reprlib.repr(metric)}: evaluation gives no such figure, but "
+            f"metric_for_best_model={quoted(metric)}: evaluation gives no such figure, but "
             f"{', '.join(known[:12])}{more}"
         )
 

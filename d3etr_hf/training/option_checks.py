@@ -9,7 +9,6 @@ import json
 import math
 import multiprocessing
 import os
-import reprlib
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from d3etr_hf.errors import UnsupportedOptionError
+from d3etr_hf.errors import UnsupportedOptionError, quoted
 
 LARGEST, LARGEST_SEED = 2**31 - 1, 2**32 - 1
 
@@ -134,7 +133,7 @@ def _refuse(args: Any, names: str | tuple[str, ...], message: str) -> None:
 def shown_options(args: Any, names: tuple[str, ...]) -> str:
     """Fields and their values, none of which is longer than part of a line."""
     values = {name: getattr(args, name) for name in names}
-    return ", ".join(f"{name}={reprlib.repr(getattr(value, 'value', value))}" for name, value in values.items())
+    return ", ".join(f"{name}={quoted(getattr(value, 'value', value))}" for name, value in values.items())
 
 
 # types
@@ -163,7 +162,7 @@ def _check_types(args: Any) -> None:
             wanted = get_type_hints(type(args))[name]
             kind = wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
             message = "must be true or false" if wanted is bool else f"must be of type {kind}"
-            raise UnsupportedOptionError(f"{name}={reprlib.repr(value)}: {message}") from error
+            raise UnsupportedOptionError(f"{name}={quoted(value)}: {message}") from error
         if isinstance(value, float) and not math.isfinite(value):
             _refuse(args, name, "must be a finite number")
         if isinstance(value, int) and abs(value) > LARGEST_SEED:
@@ -310,7 +309,7 @@ def _read_mapping(args: Any, name: str) -> dict:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise UnsupportedOptionError(f"{name}={reprlib.repr(value)}: is no JSON object ({error})") from error
+            raise UnsupportedOptionError(f"{name}={quoted(value)}: is no JSON object ({error})") from error
     if not isinstance(value, dict | None):
         _refuse(args, name, "must hold argument names and their values")
     return value or {}
@@ -328,7 +327,7 @@ def _check_accelerator_config(args: Any) -> None:
         GradientAccumulationPlugin(**(chosen.gradient_accumulation_kwargs or {}))
     except (OSError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        shown = reprlib.repr(args.accelerator_config)
+        shown = quoted(args.accelerator_config)
         raise UnsupportedOptionError(f"accelerator_config={shown}: Accelerate does not take it ({reason})") from error
     if "num_steps" in (chosen.gradient_accumulation_kwargs or {}):
         _refuse(args, "accelerator_config", "num_steps is called gradient_accumulation_steps: set that option")

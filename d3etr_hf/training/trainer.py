@@ -19,13 +19,11 @@ from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
 from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupRequest, Queries, Targets
 from d3etr_hf.training.checks import (
-    check_best_metric,
     check_data,
-    check_evaluation,
     check_images,
     check_launch,
     check_models,
-    check_steps,
+    check_use_of_data,
     named_datasets,
     terms_in_common,
 )
@@ -81,13 +79,9 @@ class DistillationTrainer(Trainer):
                 raise UnsupportedOptionError(f"{name} is not supported: the loss and query groups are this trainer's")
         check_models(model, teacher, args)
         data, of_student = trainer_options.get("train_dataset"), trainer_options.get("processing_class")
-        datasets = named_datasets(data, trainer_options.get("eval_dataset"))
-        check_data(model, of_student, datasets)
-        check_steps(args, data)
-        evaluated = {name: dataset for name, dataset in datasets.items() if name != "train_dataset"}
-        check_evaluation(args, evaluated)
-        if trainer_options.get("compute_metrics") is None:
-            check_best_metric(args, model.class_names, tuple(evaluated) if "eval_dataset" not in evaluated else ())
+        check_data(model, of_student, named_datasets(data, trainer_options.get("eval_dataset")))
+        own_metrics = trainer_options.get("compute_metrics") is not None
+        check_use_of_data(args, model.class_names, data, trainer_options.get("eval_dataset"), own_metrics)
         aligned = None
         if teacher is not None:
             aligned = Teacher(teacher, model.class_names, model.decoder_depth, args.layer_map)
