@@ -68,6 +68,22 @@ class OutputFolderError(UserError, ValueError):
     """The output folder holds something that this run would overwrite."""
 
 
+class CheckpointError(UserError, ValueError):
+    """A checkpoint cannot be gone on from: it is not whole, not there, or of another run."""
+
+
+class DamagedFileError(UserError, ValueError):
+    """A file that a run keeps in its folder cannot be read; the message says how to do without it."""
+
+
+class WriteError(UserError, RuntimeError):
+    """A file cannot be written: the disk is full, or the place may not be written; nothing saved before is lost."""
+
+
+class FolderInUseError(UserError, RuntimeError):
+    """Another process is at work in a folder."""
+
+
 class NonFiniteLossError(UserError, RuntimeError):
     """A loss term or a prediction became NaN or infinite; the last checkpoint is untouched."""
 

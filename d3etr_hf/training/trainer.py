@@ -1,18 +1,14 @@
 """`DistillationTrainer`: Transformers' Trainer with a teacher, a second query group and COCO evaluation."""
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
-from safetensors.torch import load_file, save_file
-from transformers import Trainer
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import EvalPrediction
-from transformers.utils import logging
 
 from d3etr_hf.data import DetectionCollator
-from d3etr_hf.errors import DetectorLoadError, NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
+from d3etr_hf.errors import NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
 from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
 from d3etr_hf.models.other_detector import OtherDetector
@@ -31,17 +27,14 @@ from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.half_precision import SkippedSteps
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.optimization import keeps_running_statistics, parameter_groups, single_drop
+from d3etr_hf.training.resumable_trainer import ResumableTrainer
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors, teacher_pixels
 from d3etr_hf.training.term_log import StartAfresh, TermLog
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
-from d3etr_hf.training.weight_average import TRAINED_WEIGHTS, WeightAverage
-
-logger = logging.get_logger(__name__)
-
-ADAPTER_WEIGHTS = f"{ADAPTERS}.safetensors"
+from d3etr_hf.training.weight_average import WeightAverage
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """Trains a detector by D3ETR, or plainly when the options need no teacher.
 
     Args:
@@ -61,8 +54,6 @@ class DistillationTrainer(Trainer):
         UnsupportedOptionError, IncompatibleDataError, ImageSizeError: see there.
     """
 
-    args: D3etrTrainingArguments
-    model: Detector
     teacher: Teacher | None
     objective: D3etrObjective
 
@@ -104,7 +95,6 @@ class DistillationTrainer(Trainer):
         self.teacher_processing_class = teacher_processing_class
         # after Trainer has set the seed: learned queries are drawn
         attach_query_adapter(model, self.teacher, self.distillation)
-        self.weight_average: WeightAverage | None = None
         if args.ema_decay is not None:
             self.weight_average = WeightAverage(model, args.ema_decay, args.ema_warmup_steps, ADAPTERS)
             self.add_callback(self.weight_average)
@@ -344,60 +334,6 @@ class DistillationTrainer(Trainer):
         if reason is not None:
             raise NonFiniteLossError(f"evaluation after step {self.state.global_step}: {reason}")
         return metrics
-
-    # checkpoints: the student is saved as a stock model, in Transformers' published tensor names
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Also keeps what trains but is no part of the student, so that the run can go on."""
-        state = dict(self.model.query_adapters.named_parameters())
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            if state:
-                tensors = {name: value.detach().contiguous() for name, value in state.items()}
-                save_file(tensors, folder / ADAPTER_WEIGHTS)
-            if self.weight_average is not None:
-                self.weight_average.save(folder)
-        super()._save_checkpoint(model, trial)
-
-    def save_model(self, *args, **kwargs) -> None:
-        """As Trainer, with averaged weights where an average is kept, in checkpoints too: what was evaluated."""
-        with self._averaged():
-            super().save_model(*args, **kwargs)
-
-    def _averaged(self) -> AbstractContextManager[None]:
-        """The context in which the student has its averaged weights, where an average is kept."""
-        return nullcontext() if self.weight_average is None else self.weight_average.in_place()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Reads a checkpoint back through `from_pretrained`.
-
-        Trainer loads the file's names as they are and not strictly; published names may differ from the module's, so
-        most of the student would be left at its start values with nothing but a warning.
-        """
-        model = self.model if model is None else model
-        saved, info = type(self.model).from_pretrained(resume_from_checkpoint, output_loading_info=True)
-        if lost := sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]:
-            raise DetectorLoadError(
-                f"{resume_from_checkpoint} is damaged: {len(lost)} tensors are missing, as {lost[:3]}"
-            )
-        loaded = saved.state_dict()
-        wanted = {f"{ADAPTERS}.{name}" for name, _ in self.model.query_adapters.named_parameters()}
-        extra = Path(resume_from_checkpoint) / ADAPTER_WEIGHTS
-        if extra.exists():
-            loaded |= {f"{ADAPTERS}.{name}": value for name, value in load_file(extra).items()}
-        if missing := sorted(wanted - set(loaded)):
-            raise ValueError(f"{resume_from_checkpoint} is no checkpoint of this run: {missing} are not in {extra}")
-        model.load_state_dict(loaded, strict=False)  # all of the student, and of the rest what is trained
-        if self.weight_average is not None:
-            self.weight_average.load(Path(resume_from_checkpoint), loaded)
-        elif (Path(resume_from_checkpoint) / TRAINED_WEIGHTS).exists():
-            raise ValueError(f"{resume_from_checkpoint} holds averaged weights: set ema_decay as its run did")
-
-    def _load_best_model(self) -> None:
-        """As Trainer, but by `from_pretrained`, for the reason given in `_load_from_checkpoint`."""
-        logger.info(f"Loading best model from {self.state.best_model_checkpoint}")
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def attach_query_adapter(student: Detector, teacher: Teacher | None, options: Distillation) -> None:

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from d3etr_hf.errors import CheckpointError
+
 # beside a checkpoint, which holds the average: what goes on training
 TRAINED_WEIGHTS = "trained.safetensors"
 STEPS = "steps"
@@ -78,17 +80,17 @@ class WeightAverage(TrainerCallback):
             averaged: the checkpoint's tensors, by name.
 
         Raises:
-            ValueError: what goes on training is not there, or is another model's.
+            CheckpointError: what goes on training is not there, or is another model's.
         """
         file = folder / TRAINED_WEIGHTS
         if not file.exists():
-            raise ValueError(
+            raise CheckpointError(
                 f"{folder} is no checkpoint of this run: {TRAINED_WEIGHTS} is not in it (ema_decay is set)"
             )
         trained = load_file(file)
         steps = int(trained.pop(STEPS))
         if different := sorted(trained.keys() ^ self.values.keys()):
-            raise ValueError(f"{file} is of another model: it differs in {different[:3]}")
+            raise CheckpointError(f"{file} is of another model: it differs in {different[:3]}")
         for name, value in self.values.items():
             value.copy_(averaged[name])
         self._fill(trained)

@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.errors import DetectorLoadError, IncompatibleTeacherError, UnsupportedOptionError
+from d3etr_hf.errors import CheckpointError, DetectorLoadError, IncompatibleTeacherError, UnsupportedOptionError
 from d3etr_hf.outputs import GroupRequest
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
+from d3etr_hf.training.checkpoints import seal
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.shapes_fixture import SIDE, shapes_trainer
 from tests.tiny import padded_batch, tiny_model
@@ -42,6 +43,9 @@ def test_damaged_checkpoint_is_not_resumed(shapes, tmp_path):
     del state[lost]
     save_file(state, weights, metadata={"format": "pt"})
     resumed = shapes_trainer(shapes, tmp_path, **options)
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 .*: its model.safetensors has \d+ bytes instead of"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    seal(tmp_path / "checkpoint-1")
     with pytest.raises(DetectorLoadError, match=r"checkpoint-1 is damaged: 1 tensors are missing, as .*layernorm"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.errors import CheckpointError
 from d3etr_hf.models.loading import load_detector
+from d3etr_hf.training.checkpoints import seal
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from d3etr_hf.training.weight_average import TRAINED_WEIGHTS, WeightAverage
 from tests.shapes_fixture import SIDE, shapes_trainer, weights_of
@@ -101,6 +103,9 @@ def test_averaged_checkpoints_go_on_as_they_began(shapes, tmp_path):
     with pytest.raises(ValueError, match="ema_decay as its run did"):
         trainer._load_from_checkpoint(checkpoint)
     (tmp_path / "checkpoint-4" / TRAINED_WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=f"its {TRAINED_WEIGHTS} is missing"):
+        run(shapes, tmp_path, 4, str(tmp_path / "checkpoint-4"))
+    seal(tmp_path / "checkpoint-4")  # as if it had never been there
     with pytest.raises(ValueError, match=f"{TRAINED_WEIGHTS} is not in it"):
         run(shapes, tmp_path, 4, str(tmp_path / "checkpoint-4"))
 
