@@ -20,7 +20,8 @@ from d3etr_hf.cli.command_line import build_arguments, parse_arguments
 from d3etr_hf.configurations import option, write_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.data.coco import find_coco_split
-from d3etr_hf.errors import CommandLineError, ComparisonError
+from d3etr_hf.errors import CheckpointError, CommandLineError, ComparisonError
+from d3etr_hf.files import write_whole
 from d3etr_hf.models.loading import (
     ModelArguments,
     TeacherArguments,
@@ -30,9 +31,10 @@ from d3etr_hf.models.loading import (
 )
 from d3etr_hf.runs.comparison import Comparison
 from d3etr_hf.runs.comparison_results import is_finished, key_of, line_of, lines_of, read_lines, record
-from d3etr_hf.runs.output_folder import last_complete_checkpoint, write_whole
+from d3etr_hf.runs.folder_lock import holding
 from d3etr_hf.runs.planned_run import PlannedRun, plan
-from d3etr_hf.runs.run_pool import Job, holding, run_jobs
+from d3etr_hf.runs.run_pool import Job, run_jobs
+from d3etr_hf.training.checkpoints import newest_whole_checkpoint
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from d3etr_hf.visualization.comparison import draw_comparison, format_comparison
 
@@ -65,10 +67,11 @@ def compare(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
     """Run what is not done yet, recording each result as it arrives; the report.
 
     Raises:
-        ComparisonError: another call is at work on these runs, or some runs failed; the others are done then.
+        FolderInUseError: another call is at work on these runs.
+        ComparisonError: some runs failed; the others are done.
     """
     results = Path(comparison.results)
-    with holding(Path(comparison.output_dir)) as descriptor:
+    with holding(Path(comparison.output_dir), "another d3etr compare") as descriptor:
         finished = [run for run in runs if is_finished(run)]
         for run in finished:
             # a call that was stopped between a run's end and the writing of its line
@@ -142,15 +145,7 @@ def check_runs(runs: Sequence[PlannedRun], source: str) -> None:
 def list_runs(runs: Sequence[PlannedRun], lines: Sequence[dict]) -> str:
     """A line a run in the order in which they start, with its state."""
     found = lines_of(runs, lines)
-    states = {}
-    for run in runs:
-        checkpoint = last_complete_checkpoint(run.folder)
-        if is_finished(run):
-            states[run] = "done"
-        elif checkpoint is not None:
-            states[run] = f"to go on from {Path(checkpoint).name}"
-        else:
-            states[run] = "to run"
+    states = {run: state_of(run) for run in runs}
     wide = max(map(len, states.values()))
     text = [
         f"{state:<{wide}}  {run.name}" + (f"  AP {100 * found[run.key]['AP']:.1f}" if run.key in found else "")
@@ -158,6 +153,17 @@ def list_runs(runs: Sequence[PlannedRun], lines: Sequence[dict]) -> str:
     ]
     done = list(states.values()).count("done")
     return "\n".join([*text, f"{done} of {len(runs)} runs are done"])
+
+
+def state_of(run: PlannedRun) -> str:
+    """Whether a run is done, and else where it would start."""
+    if is_finished(run):
+        return "done"
+    try:
+        checkpoint = newest_whole_checkpoint(run.folder)
+    except CheckpointError:
+        return "without a whole checkpoint"
+    return "to run" if checkpoint is None else f"to go on from {checkpoint.name}"
 
 
 def report(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:

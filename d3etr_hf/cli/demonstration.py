@@ -3,7 +3,6 @@
 Every model is trained by the same commands a user calls, each in a process of its own with one thread, two at a time.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -22,12 +21,13 @@ from d3etr_hf.data.coco import find_coco_split
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.data.transforms import DetectionTransform
 from d3etr_hf.errors import DemoError
+from d3etr_hf.files import write_json
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.publish import prepare
 from d3etr_hf.publishing.run_folder import load_run
-from d3etr_hf.runs.output_folder import CONFIGURATION, HISTORY, RESULTS, SECONDS
+from d3etr_hf.runs.output_folder import CONFIGURATION, HISTORY, RESULTS, SECONDS, read_record
 from d3etr_hf.visualization.run_pictures import draw_detections_of
 from d3etr_hf.visualization.training_curves import draw_training_curves
 
@@ -63,12 +63,10 @@ def run_demo(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) -> 
     summary = folder / RESULTS
     if summary.exists():
         print(f"The demonstration is done already; remove {folder} to run it again.")
-        return json.loads(summary.read_text())
+        return read_record(summary)
     make_shapes(data_folder)
     results = train_all(folder, data_folder, overrides)
-    draw_training_curves(
-        {name: json.loads((folder / name / HISTORY).read_text()) for name in results}, folder / "curves.png"
-    )
+    draw_training_curves({name: read_record(folder / name / HISTORY) for name in results}, folder / "curves.png")
     draw_demo_detections(folder, data_folder)
     compared = [f"{title}={folder / name}" for name, title in CONTROLS.items()]
     prepare(load_run(folder / "distilled"), CardArguments(compare=compared))
@@ -76,7 +74,7 @@ def run_demo(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) -> 
         {"name": name} | {key: result[key] for key in ("AP", "AP50", "parameters", "steps", "seconds")}
         for name, result in results.items()
     ]
-    summary.write_text(json.dumps(rows, indent=1))
+    write_json(summary, rows)
     return rows
 
 
@@ -121,7 +119,7 @@ def equal_time_steps(folder: Path, student_alone: dict, distilled: Future) -> in
         time.sleep(1)
     if distilled.done():
         distilled.result()  # a failure is told here
-    distilled_step = json.loads(spent.read_text())
+    distilled_step = read_record(spent)
     alone_step = student_alone["seconds"] / student_alone["steps"]
     return round(student_alone["steps"] * distilled_step["seconds"] / distilled_step["steps"] / alone_step)
 
@@ -168,7 +166,7 @@ def train_one(name: str, command: list[str], folder: Path) -> dict:
     if process.returncode != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         raise DemoError(f"the run {name!r} failed with exit code {process.returncode}; its log is {log}:\n{tail}")
-    return json.loads((folder / name / RESULTS).read_text())
+    return read_record(folder / name / RESULTS)
 
 
 def show_progress(log: Path, start: int, bar: tqdm) -> None:

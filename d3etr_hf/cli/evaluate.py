@@ -14,10 +14,11 @@ from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments, load_splits
 from d3etr_hf.data.image_sizes import describe_image_size
+from d3etr_hf.files import write_json
 from d3etr_hf.models.image_processors import image_processor_of
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
-from d3etr_hf.runs.output_folder import refuse_split_launch, write_json
+from d3etr_hf.runs.output_folder import refuse_split_launch
 from d3etr_hf.training.teacher import with_classes_of
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 

@@ -1,7 +1,7 @@
 """One training run in one output folder: guarded, resumable, with its results beside its model."""
 
-import json
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from d3etr_hf.data import DataArguments, load_splits, with_side_divisor
+from d3etr_hf.files import write_json, write_whole
 from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
 from d3etr_hf.models.loading import (
     ModelArguments,
@@ -23,9 +24,10 @@ from d3etr_hf.models.loading import (
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.publishing.publish import resume_command
-from d3etr_hf.publishing.run_folder import links_to_hub
+from d3etr_hf.publishing.run_folder import links_to_hub, restore_weights
 from d3etr_hf.runs.description import describe_run
 from d3etr_hf.runs.environment import describe_environment
+from d3etr_hf.runs.folder_lock import holding
 from d3etr_hf.runs.output_folder import (
     CONFIGURATION,
     ENVIRONMENT,
@@ -33,12 +35,13 @@ from d3etr_hf.runs.output_folder import (
     RESULTS,
     SECONDS,
     check_output_folder,
+    checkpoint_to_go_on_from,
     describe_launch,
+    read_record,
     refuse_split_launch,
-    write_json,
-    write_whole,
 )
 from d3etr_hf.training.checks import check_best_metric
+from d3etr_hf.training.processes import on_main_process
 from d3etr_hf.training.teacher import class_index_by_name, spread_layers
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
@@ -65,6 +68,9 @@ def train_detector(
 
     Raises:
         OutputFolderError: the output folder holds another run, or files that are no run.
+        FolderInUseError: another call is at work in it.
+        CheckpointError: there is no whole checkpoint left to go on from, or the one that was asked for is not whole.
+        DamagedFileError, WriteError: a file of the folder cannot be read, or written.
         HubError: the upload failed; the results are saved.
     """
     refuse_split_launch(training_arguments)
@@ -74,36 +80,59 @@ def train_detector(
     described = replace(model_arguments, model_config=read_model_options(model_arguments))
     configuration = describe_run(described, teacher_arguments, data_arguments, training_arguments)
     launch = describe_launch(training_arguments)
-    checkpoint = check_output_folder(output, configuration, launch)
-    if (output / RESULTS).exists():
-        return finished_results(output, training_arguments, card_arguments)
-    if training_arguments.push_to_hub:
-        card_arguments.check_places()
-    trainer = build_trainer(model_arguments, teacher_arguments, data_arguments, training_arguments)
-    stopwatch = Stopwatch(output)
-    trainer.add_callback(stopwatch)
-    if trainer.is_world_process_zero():
-        # only now: a call that failed on its data or its teacher leaves the folder free for the next
-        write_whole(output / CONFIGURATION, configuration)
-        write_json(output / LAUNCH, launch)
-        links = links_to_hub(
-            teacher=teacher_arguments.teacher,
-            dataset=data_arguments.dataset_name,
-            started_from=model_arguments.model,
-        )
-        write_json(output / ENVIRONMENT, describe_environment() | {"links": links})
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return finish(trainer, stopwatch.seconds, card_arguments)
+    with ExitStack() as held:
+
+        def begin() -> tuple[dict | None, str | None]:
+            check_output_folder(output, configuration, launch)
+            if (output / RESULTS).exists():
+                return finished_results(output, training_arguments, card_arguments), None
+            held.enter_context(holding(output, "another training run"))
+            check_output_folder(output, configuration, launch)  # another call may have come in between
+            return None, checkpoint_to_go_on_from(output, training_arguments)
+
+        results, checkpoint = on_main_process(begin)
+        if results is not None:
+            return results
+        if training_arguments.push_to_hub:
+            card_arguments.check_places()
+        stopwatch = Stopwatch(output)
+        trainer = build_trainer(model_arguments, teacher_arguments, data_arguments, training_arguments)
+        trainer.add_callback(stopwatch)
+        if trainer.is_world_process_zero():
+            # only now: a call that failed on its data or its teacher leaves the folder free for the next
+            write_whole(output / CONFIGURATION, configuration)
+            write_json(output / LAUNCH, launch)
+            write_environment(output, model_arguments, teacher_arguments, data_arguments)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return finish(trainer, stopwatch.seconds, card_arguments)
+
+
+def write_environment(
+    output: Path, model_arguments: ModelArguments, teacher_arguments: TeacherArguments, data_arguments: DataArguments
+) -> None:
+    """Write down where a run takes place, and what of it came from the Hub."""
+    links = links_to_hub(
+        teacher=teacher_arguments.teacher,
+        dataset=data_arguments.dataset_name,
+        started_from=model_arguments.model,
+    )
+    write_json(output / ENVIRONMENT, describe_environment() | {"links": links})
 
 
 def finished_results(output: Path, training_arguments: D3etrTrainingArguments, card_arguments: CardArguments) -> dict:
-    """The results of a run that is finished already, which is said, with how to publish it if asked for."""
+    """The results of a run that is finished already, which is said, with how to publish it if asked for.
+
+    Raises:
+        OutputFolderError: its model is missing or damaged, and cannot be restored.
+    """
+    results = read_record(output / RESULTS)
+    restore_weights(output, results.get("weights"))
     repo_id = training_arguments.hub_model_id or output.resolve().name
     private, revision = training_arguments.hub_private_repo, training_arguments.hub_revision
     publish = resume_command(output, repo_id, card_arguments, private, revision)
     hint = f"; to publish it:\n{publish}" if training_arguments.push_to_hub else ""
     logger.warning(f"{output} holds this run already, finished: nothing to do{hint}")
-    return json.loads((output / RESULTS).read_text())
+    return results
 
 
 def build_trainer(
@@ -184,7 +213,7 @@ class Stopwatch(TrainerCallback):
 
     def __init__(self, output: Path):
         self.file = output / SECONDS
-        self.seconds = json.loads(self.file.read_text())["seconds"] if self.file.exists() else 0.0
+        self.seconds = read_record(self.file)["seconds"] if self.file.exists() else 0.0
         self.mark = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from d3etr_hf.configurations import option, write_yaml
 from d3etr_hf.errors import PublishError
+from d3etr_hf.files import write_whole
 from d3etr_hf.models.timm_names import read_config
 from d3etr_hf.publishing import card_texts
 from d3etr_hf.publishing.citations import citations_for
@@ -93,7 +94,7 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
     """
     configuration = read_configuration(folder)
     training = publishable_configuration(configuration)
-    (folder / TRAINING).write_text(training, encoding="utf-8")
+    write_whole(folder / TRAINING, training)
     title = repo_id.split("/")[-1] if repo_id else metrics["name"]
     try:
         data = card_data(metrics, arguments, title)

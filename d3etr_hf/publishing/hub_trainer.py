@@ -8,6 +8,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from d3etr_hf.errors import PublishError
+from d3etr_hf.files import write_json, write_whole
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.publish import prepare, resume_command
@@ -29,8 +30,6 @@ from d3etr_hf.runs.output_folder import (
     LAUNCH,
     RESULTS,
     describe_launch,
-    write_json,
-    write_whole,
 )
 from d3etr_hf.training.trainer import DistillationTrainer
 

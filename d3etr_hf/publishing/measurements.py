@@ -11,6 +11,7 @@ import torch
 from d3etr_hf.data import DetectionDataset, DetectionTransform
 from d3etr_hf.errors import PublishError
 from d3etr_hf.evaluation import average_precision_of, predict_detections
+from d3etr_hf.files import write_json
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import load_detector
@@ -26,7 +27,7 @@ from d3etr_hf.publishing.run_folder import (
     remove_pictures,
 )
 from d3etr_hf.runs.environment import describe_environment
-from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, RESULTS, write_json
+from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, RESULTS
 from d3etr_hf.training.teacher import with_classes_of
 
 METRICS = "metrics.json"

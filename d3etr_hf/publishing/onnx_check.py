@@ -14,6 +14,7 @@ from d3etr_hf.configurations import option, read_yaml_file
 from d3etr_hf.data import DataArguments, DetectionCollator, load_splits
 from d3etr_hf.errors import OnnxExportError
 from d3etr_hf.evaluation.timing import seconds_of
+from d3etr_hf.files import write_json
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import image_processor_of
 from d3etr_hf.models.loading import load_detector
@@ -31,7 +32,7 @@ from d3etr_hf.publishing.onnx_export import (
     size_for_export,
 )
 from d3etr_hf.publishing.run_folder import hash_of_weights, merged_data_arguments
-from d3etr_hf.runs.output_folder import CONFIGURATION, write_json
+from d3etr_hf.runs.output_folder import CONFIGURATION
 
 MODEL, CHECK = "model.onnx", "onnx_check.json"
 # Float32 rounding comes to some thousandths of these (BCCD: 0.002 pixels and 6e-6); a mask or a layer that was

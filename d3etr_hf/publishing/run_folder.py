@@ -9,21 +9,27 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
 
-from d3etr_hf.configurations import read_yaml_file
 from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
-from d3etr_hf.errors import PublishError
+from d3etr_hf.errors import OutputFolderError, PublishError
+from d3etr_hf.files import copy_whole
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
 from d3etr_hf.models.loading import load_detector, load_teacher
 from d3etr_hf.models.other_detector import OtherDetector
-from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS
+from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS, read_record, read_run_options
+from d3etr_hf.training.checkpoints import checkpoints_of, unreadable
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, RENAMED_OPTIONS, D3etrTrainingArguments
 
+logger = logging.get_logger(__name__)
+
 EMISSIONS = "emissions.csv"
 PLACES = {"data_folder", "dataset_name", "train_annotations", "train_images", "val_annotations", "val_images"}
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# what is read with the weights
+CONFIGURATIONS = (CONFIG, WEIGHTS_INDEX, "preprocessor_config.json")
 # COCO's limits of small and medium objects, square pixels
 SIZE_LIMITS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
 NO_TEACHER = "none"
@@ -86,8 +92,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def read_json(path: Path):
-    """A JSON file's content, or None where there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """A JSON file's content, or None where there is none; see `read_record`."""
+    return read_record(path) if path.exists() else None
 
 
 def read_configuration(folder: Path) -> dict:
@@ -95,6 +101,7 @@ def read_configuration(folder: Path) -> dict:
 
     Raises:
         PublishError: there is none, the run is not finished, or it has options of an earlier version.
+        DamagedFileError: it cannot be read.
     """
     for name in (CONFIGURATION, RESULTS):
         if not (folder / name).exists():
@@ -102,7 +109,7 @@ def read_configuration(folder: Path) -> dict:
                 f"{folder} holds no {name}, so it is no finished run of `d3etr distill` or `d3etr train`: "
                 "finish the run with the same command, or publish from Python by `trainer.push_to_hub()`"
             )
-    configuration = read_yaml_file(folder / CONFIGURATION) or {}
+    configuration = read_run_options(folder / CONFIGURATION)
     if old := [name for name in RENAMED_OPTIONS if name in configuration]:
         renamed = ", ".join(f"{name} is now {RENAMED_OPTIONS[name]}" for name in old)
         raise PublishError(
@@ -117,12 +124,72 @@ def hash_of_weights(folder: Path) -> str:
     Raises:
         PublishError: there is none.
     """
-    for name in (WEIGHTS, WEIGHTS_INDEX):
-        if (folder / name).exists():
-            shards = sorted(folder.glob("model-*-of-*.safetensors")) if name == WEIGHTS_INDEX else []
-            content = b"".join(path.read_bytes() for path in (folder / name, *shards))
-            return hashlib.sha256(content).hexdigest()
-    raise PublishError(f"{folder} holds no {WEIGHTS}: let the run end, or call `trainer.save_model()`, first")
+    paths = [folder / WEIGHTS]
+    if not paths[0].exists():
+        paths = [folder / WEIGHTS_INDEX, *shards_of(folder)]
+    if not paths[0].exists():
+        raise PublishError(f"{folder} holds no {WEIGHTS}: let the run end, or call `trainer.save_model()`, first")
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)  # adds to it
+    return digest.hexdigest()
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The files of a checkpoint whose weights are in several."""
+    return sorted(folder.glob("model-*-of-*.safetensors"))
+
+
+def restore_weights(folder: Path, recorded: str | None) -> None:
+    """Make sure that a finished run's model is there, and bring it back from the checkpoint that holds the same.
+
+    Args:
+        folder: of the run.
+        recorded: hash of the weights that the run's results were measured on; None in results of earlier versions.
+
+    Raises:
+        OutputFolderError: the model is missing or damaged and no checkpoint holds it, or the weights are others.
+    """
+    reason = _why_no_model(folder)
+    if reason is None and recorded in (None, hash_of_weights(folder)):
+        return
+    if reason is None:
+        raise OutputFolderError(
+            f"{folder} holds other weights than its {RESULTS} was measured on: move {WEIGHTS} away to have the run's "
+            f"own restored from a checkpoint, or remove {RESULTS} to go on from the last"
+        )
+    for checkpoint in checkpoints_of(folder):
+        if _why_no_model(checkpoint) is None and recorded in (None, hash_of_weights(checkpoint)):
+            names = [path.name for path in checkpoint.glob("*.json") if path.name in CONFIGURATIONS]
+            names += [path.name for path in (checkpoint / WEIGHTS, *shards_of(checkpoint)) if path.exists()]
+            for name in names:
+                copy_whole(checkpoint / name, folder / name)
+            logger.warning(f"{folder} {reason}: its model was restored from {checkpoint}")
+            return
+    raise OutputFolderError(
+        f"{folder} holds the results of a finished run, but {reason}, and no checkpoint in it has the same weights: "
+        f"remove {folder / RESULTS} and call again to go on from the last checkpoint, or else from the beginning"
+    )
+
+
+def _why_no_model(folder: Path) -> str | None:
+    """What keeps the model in a folder from being loaded, in a few words; None if nothing does."""
+    if not (folder / CONFIG).is_file():
+        return f"holds no {CONFIG}"
+    if (folder / WEIGHTS_INDEX).is_file():
+        try:
+            names = {*json.loads((folder / WEIGHTS_INDEX).read_bytes())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"holds a damaged {WEIGHTS_INDEX}"
+    else:
+        names = {WEIGHTS}
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            return f"holds no {name}"
+        if reason := unreadable(folder / name):
+            return f"holds a {name} that {reason}"
+    return None
 
 
 def merged_data_arguments(configuration: dict, given: DataArguments) -> DataArguments:

@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers.utils import logging
 
 from d3etr_hf.errors import ComparisonError
-from d3etr_hf.runs.output_folder import ENVIRONMENT, RESULTS, write_whole
+from d3etr_hf.files import write_whole
+from d3etr_hf.runs.output_folder import ENVIRONMENT, RESULTS, read_record
 from d3etr_hf.runs.planned_run import PlannedRun
 
 logger = logging.get_logger(__name__)
@@ -25,10 +26,10 @@ def line_of(run: PlannedRun) -> dict:
 
     Raises:
         ComparisonError: the run has no results, or they hold no AP.
+        DamagedFileError: its results cannot be read.
     """
     try:
-        results = json.loads((run.folder / RESULTS).read_text())
-        environment = json.loads((run.folder / ENVIRONMENT).read_text())
+        results, environment = read_record(run.folder / RESULTS), read_record(run.folder / ENVIRONMENT)
     except FileNotFoundError as error:
         raise ComparisonError(f"{run.name}: it ended and left no {error.filename}; see its log {run.log}") from None
     if "AP" not in results:

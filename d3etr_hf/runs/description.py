@@ -10,6 +10,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from d3etr_hf.configurations import write_yaml
 
+# of a single call, not of the run
+OF_ONE_CALL = "resume_from_checkpoint"
 SECRET_ENDINGS = ("token", "secret", "password", "api_key")
 
 # What TrainingArguments.__post_init__ makes of its own defaults: such a value is no choice of the user's.
@@ -26,13 +28,16 @@ NORMALISED_DEFAULTS = {
 def describe_run(*instances: Any) -> str:
     """The YAML from which `parse_arguments` builds these dataclasses again.
 
-    Only the values that differ from the defaults are written, and no token, secret, password or API key.
+    Only the values that differ from the defaults are written, no token, secret, password or API key, and not the
+    checkpoint from which one call went on.
     """
     values = {}
     for instance in instances:
         for field in dataclasses.fields(instance):
             value = getattr(instance, field.name)
-            if field.init and not field.name.endswith(SECRET_ENDINGS) and not _is_default(instance, field, value):
+            if not field.init or field.name.endswith(SECRET_ENDINGS) or field.name == OF_ONE_CALL:
+                continue
+            if not _is_default(instance, field, value):
                 values[field.name] = _plain(value)
     return write_yaml(values)
 

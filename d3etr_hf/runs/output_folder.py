@@ -1,19 +1,26 @@
 """The output folder of a run: whose it is, what it holds, and where to go on from."""
 
-import json
 import os
 from pathlib import Path
-
-from transformers.utils import logging
+from typing import Any
 
 from d3etr_hf.configurations import read_yaml
-from d3etr_hf.errors import OutputFolderError
+from d3etr_hf.errors import CheckpointError, DamagedFileError, OutputFolderError
+from d3etr_hf.files import UNFINISHED, read_json
+from d3etr_hf.runs.folder_lock import LOCK
+from d3etr_hf.training.checkpoints import check_whole, checkpoints_of, newest_whole_checkpoint, was_saved
 from d3etr_hf.training.training_arguments import RENAMED_OPTIONS, D3etrTrainingArguments
-
-logger = logging.get_logger(__name__)
 
 CONFIGURATION, LAUNCH, ENVIRONMENT = "run.yaml", "launch.json", "environment.json"
 RESULTS, HISTORY, SECONDS = "results.json", "log_history.json", "seconds.json"
+# how a run goes on without one of its files, when it is damaged
+REMEDIES = {
+    LAUNCH: "remove it, and start the run on as many processes and in the same precision as before",
+    ENVIRONMENT: "remove it, and what it says of versions and devices is left out",
+    RESULTS: "remove it and call the run again, which goes on from its last checkpoint",
+    HISTORY: "remove it and results.json and call the run again, which writes both from its last checkpoint",
+    SECONDS: "remove it, and the seconds of training are counted from zero",
+}
 # fields of a run that may differ when it goes on: they cannot change what is learned
 WITHOUT_EFFECT = {
     "output_dir",
@@ -31,6 +38,7 @@ WITHOUT_EFFECT = {
     "hub_always_push",
     "hub_revision",
     "use_cpu",
+    "resume_from_checkpoint",
 }
 
 
@@ -56,34 +64,62 @@ def describe_launch(training_arguments: D3etrTrainingArguments) -> dict:
     }
 
 
-def check_output_folder(output: Path, configuration: str, launch: dict) -> str | None:
-    """Make sure an output folder is this run's, or free, and find where to go on from.
+def check_output_folder(output: Path, configuration: str, launch: dict) -> None:
+    """Make sure that an output folder is this run's, or free.
 
     Args:
         output: the folder, which need not exist.
         configuration: of the run, from `describe_run`; fields that cannot change its result do not count.
         launch: number of processes and precision, which the launcher decides.
 
-    Returns:
-        The last complete checkpoint, or None to start from the beginning.
-
     Raises:
-        OutputFolderError: the folder holds another run, one of an earlier version, or files but no run.
+        OutputFolderError: it is a file or cannot be read, or holds another run, one of an earlier version, or files
+            but no run.
+        DamagedFileError: what it holds of a run cannot be read.
     """
-    if not output.exists() or not any(output.iterdir()):
-        return None
-    if not (output / CONFIGURATION).exists():
+    try:
+        names = {path.name for path in output.iterdir() if path.suffix != UNFINISHED} - {LOCK}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputFolderError(
+            f"{output} cannot be used as a folder ({error.strerror}): choose another output_dir"
+        ) from None
+    if not names:
+        return
+    if CONFIGURATION not in names:
         raise OutputFolderError(
             f"{output} is not empty and holds no {CONFIGURATION} of a run: choose another output_dir, or empty it"
         )
-    recorded = (output / CONFIGURATION).read_text(encoding="utf-8")
-    old, new = (read_yaml(text) or {} for text in (recorded, configuration))
-    checkpoint = last_complete_checkpoint(output)
-    if checkpoint is None and not (output / RESULTS).exists():
-        return None  # it stopped before it had saved anything: nothing is lost by another configuration
+    if RESULTS not in names and not any(map(was_saved, checkpoints_of(output))):
+        return  # it stopped before it had saved anything: nothing is lost by another configuration
+    old, new = read_run_options(output / CONFIGURATION), read_yaml(configuration) or {}
     _refuse_renamed_options(output / CONFIGURATION, old)
-    if (output / LAUNCH).exists():
-        old, new = old | json.loads((output / LAUNCH).read_text()), new | launch
+    if LAUNCH in names:
+        old, new = old | read_record(output / LAUNCH), new | launch
+    _refuse_changed_options(output, old, new)
+
+
+def read_run_options(path: Path) -> dict:
+    """The options that a run's `run.yaml` sets, by name.
+
+    Raises:
+        DamagedFileError: it is cut off, empty, or holds no options.
+    """
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+        reason = "it holds no options"
+    except ValueError as error:
+        values, reason = None, str(error)
+    if not isinstance(values, dict):
+        raise DamagedFileError(
+            f"{path} is damaged ({reason}), and without it nobody can tell which run the folder holds: choose another "
+            "output_dir, or empty this one"
+        )
+    return values
+
+
+def _refuse_changed_options(output: Path, old: dict, new: dict) -> None:
     keys = sorted((old.keys() | new.keys()) - WITHOUT_EFFECT)
     changed = [key for key in keys if old.get(key) != new.get(key)]
     if changed:
@@ -94,7 +130,6 @@ def check_output_folder(output: Path, configuration: str, launch: dict) -> str |
             )
             + "; choose another output_dir, or remove the folder"
         )
-    return checkpoint
 
 
 def _refuse_renamed_options(path: Path, values: dict) -> None:
@@ -107,26 +142,33 @@ def _refuse_renamed_options(path: Path, values: dict) -> None:
         )
 
 
-def last_complete_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint folder whose trainer state, which is written last, can be read."""
-    folders = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            logger.warning(f"{folder} is incomplete (the run stopped while saving it) and is passed over")
-            continue
-        return str(folder)
-    return None
+def checkpoint_to_go_on_from(output: Path, training_arguments: D3etrTrainingArguments) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` names, or else the newest that is whole.
+
+    Returns:
+        None to start from the beginning.
+
+    Raises:
+        CheckpointError: the one that is named is not there, not whole or of another folder; or none is whole any more.
+    """
+    asked, with_best = training_arguments.resume_from_checkpoint, training_arguments.load_best_model_at_end
+    if asked is None:
+        newest = newest_whole_checkpoint(output, with_best)
+        return None if newest is None else str(newest)
+    check_whole(Path(asked), with_best=with_best)
+    if Path(asked).resolve().parent != output.resolve():
+        raise CheckpointError(
+            f"resume_from_checkpoint={asked} is not in {output}, and a run goes on from its own checkpoints only: to "
+            f"start another from its weights, --model {asked}"
+        )
+    return asked
 
 
-def write_json(path: Path, content) -> None:
-    """Content as JSON; see `write_whole`."""
-    write_whole(path, json.dumps(content, indent=1))
+def read_record(path: Path) -> Any:
+    """What a run wrote into one of its JSON files.
 
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a run may be stopped at any moment."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    Raises:
+        FileNotFoundError: it is not there.
+        DamagedFileError: it cannot be read; the message says how to do without.
+    """
+    return read_json(path, REMEDIES.get(path.name, "remove it, and the same call makes it anew"))

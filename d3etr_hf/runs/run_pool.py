@@ -1,6 +1,5 @@
 """Several commands at once, each a process with one thread; one that fails does not end the others."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from d3etr_hf.errors import ComparisonError, UserError
+from d3etr_hf.errors import UserError
 
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_END = 20  # that a process has to end itself before it is killed
@@ -36,28 +35,6 @@ class Job:
     needs: str | None = None
 
 
-@contextmanager
-def holding(folder: Path) -> Iterator[int]:
-    """Hold a folder against other processes, and give the descriptor of the lock.
-
-    Processes that get the descriptor hold it too: one that outlives its parent, which was killed, keeps a second
-    call from starting the same run beside it.
-
-    Raises:
-        ComparisonError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ComparisonError(
-                f"{folder}: another d3etr compare, or a run that one has left behind, is at work there: wait until it "
-                "has ended, or end it"
-            ) from None
-        yield file.fileno()
-
-
 def run_jobs(
     jobs: Sequence[Job], workers: int, finish: Callable[[Job], None], descriptor: int | None = None
 ) -> dict[str, str]:
@@ -69,7 +46,7 @@ def run_jobs(
         jobs: in the order in which they are to start.
         workers: how many at once.
         finish: called when a job has ended with status 0; a UserError that it raises is a failure of the job.
-        descriptor: an open file that every process inherits; see `holding`.
+        descriptor: an open file that every process inherits; see `folder_lock.holding`.
 
     Returns:
         Why jobs failed, by their names, in the order in which they did.

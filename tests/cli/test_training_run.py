@@ -1,8 +1,9 @@
 """One run in one output folder: guarded, resumed where it stopped, and done once."""
 
 import json
-import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,17 @@ from d3etr_hf.cli.training_run import Stopwatch, train_detector
 from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.errors import CommandLineError, DatasetError, DetectorLoadError, ImageSizeError, OutputFolderError
+from d3etr_hf.errors import (
+    CheckpointError,
+    CommandLineError,
+    DamagedFileError,
+    DatasetError,
+    DetectorLoadError,
+    FolderInUseError,
+    ImageSizeError,
+    OutputFolderError,
+    WriteError,
+)
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
@@ -27,9 +38,7 @@ from d3etr_hf.runs import output_folder
 from d3etr_hf.runs.description import describe_run
 from d3etr_hf.runs.output_folder import (
     check_output_folder,
-    last_complete_checkpoint,
     refuse_split_launch,
-    write_json,
 )
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.tiny import tiny_config, tiny_model
@@ -127,8 +136,8 @@ def finished(shapes, tmp_path_factory):
 def test_free_folders_are_free(shapes, tmp_path):
     configuration = describe_run(*arguments(shapes, tmp_path))
     (tmp_path / "empty").mkdir()
-    assert check_output_folder(tmp_path / "empty", configuration, LAUNCH) is None
-    assert check_output_folder(tmp_path / "absent", configuration, LAUNCH) is None
+    check_output_folder(tmp_path / "empty", configuration, LAUNCH)
+    check_output_folder(tmp_path / "absent", configuration, LAUNCH)
     assert not (tmp_path / "absent").exists() and not list((tmp_path / "empty").iterdir())
 
 
@@ -157,10 +166,11 @@ def test_the_same_values_written_another_way_are_the_same_run(shapes, tmp_path):
     values = read_yaml(configuration)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.yaml").write_text(json.dumps(values, sort_keys=True))
-    assert check_output_folder(tmp_path / "run", configuration, LAUNCH) is None
+    check_output_folder(tmp_path / "run", configuration, LAUNCH)
     # called by another path, or moved
     moved = describe_run(*arguments(shapes, tmp_path / "somewhere" / ".." / "run"))
-    assert moved != configuration and check_output_folder(tmp_path / "run", moved, LAUNCH) is None
+    assert moved != configuration
+    check_output_folder(tmp_path / "run", moved, LAUNCH)
 
 
 def test_description_builds_the_run_again(shapes, teacher, tmp_path):
@@ -176,7 +186,7 @@ def test_folder_without_a_checkpoint_is_free_for_a_corrected_call(shapes, tmp_pa
     """A run that failed in its first step had saved nothing: lowering its learning rate must not be refused."""
     first, second = (describe_run(*arguments(shapes, tmp_path, learning_rate=rate)) for rate in (1e30, 1e-3))
     (tmp_path / "run.yaml").write_text(first)
-    assert check_output_folder(tmp_path, second, LAUNCH) is None
+    check_output_folder(tmp_path, second, LAUNCH)
 
 
 @pytest.mark.parametrize("change", [{"processes": 2}, {"mixed_precision": "bf16"}])
@@ -184,7 +194,7 @@ def test_run_goes_on_only_as_it_was_launched(shapes, finished, change):
     """On another number of processes it would end after another number of epochs and call itself finished."""
     output, _ = finished
     configuration = describe_run(*arguments(shapes, output))
-    assert check_output_folder(output, configuration, LAUNCH) == str(output / "checkpoint-4")
+    check_output_folder(output, configuration, LAUNCH)
     with pytest.raises(OutputFolderError, match=next(iter(change))):
         check_output_folder(output, configuration, LAUNCH | change)
 
@@ -192,7 +202,7 @@ def test_run_goes_on_only_as_it_was_launched(shapes, finished, change):
 def test_workers_and_reports_may_change(shapes, finished):
     output, _ = finished
     changed = describe_run(*arguments(shapes, output, dataloader_num_workers=2, save_total_limit=3))
-    assert check_output_folder(output, changed, LAUNCH) == str(output / "checkpoint-4")
+    check_output_folder(output, changed, LAUNCH)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(shapes, tmp_path, monkeypatch):
@@ -225,37 +235,125 @@ def test_run_of_an_earlier_version_says_what_was_renamed(shapes, tmp_path, monke
         check_output_folder(tmp_path, configuration, LAUNCH)
 
 
-# checkpoints
+def test_what_a_kill_left_of_the_first_file_is_no_content(shapes, tmp_path):
+    """Killed while it wrote run.yaml: the folder must not be refused for ever."""
+    for name in ("lock", "run.yaml.unfinished"):
+        (tmp_path / name).write_text("learning_r")
+    check_output_folder(tmp_path, describe_run(*arguments(shapes, tmp_path)), LAUNCH)
 
 
-def test_last_complete_checkpoint_is_found_by_number(tmp_path, caplog):
-    """By number, not by name: 1000 is after 250; what is no checkpoint does not count."""
-    assert last_complete_checkpoint(tmp_path) is None
-    for name in ("checkpoint-250", "checkpoint-1000", "checkpoint-best"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1000")
-    assert not caplog.text
+@pytest.mark.parametrize(
+    "name, content, remedy",
+    [
+        ("run.yaml", "", "choose another output_dir, or empty this one"),
+        ("run.yaml", "seed: [1,", "choose another output_dir, or empty this one"),
+        ("launch.json", '{"proc', "remove it, and start the run on as many processes"),
+        ("results.json", "", "remove it and call the run again"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_with_the_remedy(shapes, finished, tmp_path, name, content, remedy):
+    output = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    (output / name).write_text(content)
+    with pytest.raises(DamagedFileError, match=f"{output / name} is damaged.*{remedy}") as caught:
+        train_detector(*arguments(shapes, output))
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, "", '{"epoch": 1.0, "log_hist'])
-def test_half_written_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, content):
-    for name in ("checkpoint-2", "checkpoint-4"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    if content is not None:
-        (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(content)
-    caplog.set_level(logging.WARNING)
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert f"{tmp_path / 'checkpoint-4'} is incomplete" in caplog.text
+def test_places_that_are_no_folder_are_refused_before_anything_is_read(shapes, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(OutputFolderError, match=f"{output} cannot be used as a folder .*choose another"):
+            train_detector(*arguments(tmp_path / "no_data", output))
 
 
-def test_trainer_state_is_written_after_all_that_a_run_goes_on_from(finished):
-    """What makes `last_complete_checkpoint` right; should Transformers change the order, this fails."""
-    checkpoint = finished[0] / "checkpoint-4"
-    state = (checkpoint / "trainer_state.json").stat().st_mtime_ns
-    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        assert (checkpoint / name).stat().st_mtime_ns <= state, name
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    """Root may write anywhere, so the file system's answer is put in."""
+    original = Path.open
+
+    def read_only(self, mode="r", *args, **options):
+        if self.parent == tmp_path and mode != "r":
+            raise OSError(30, "Read-only file system")
+        return original(self, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(WriteError, match="cannot be written .Read-only file system.*choose another place"):
+        train_detector(*arguments(tmp_path / "no_data", tmp_path))
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from d3etr_hf.runs.folder_lock import holding
+with holding(Path(sys.argv[1]), "a run"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path):
+    """Until the process that holds it ends, however it does."""
+    output = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(output)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(
+        FolderInUseError, match=rf"{output}: another training run is at work there \(process {other.pid} on .*\bend it"
+    ):
+        train_detector(*arguments(tmp_path / "no_data", output))
+    other.kill()
+    other.wait()
+    with pytest.raises(DatasetError):  # now it gets as far as the data
+        train_detector(*arguments(tmp_path / "no_data", output))
+
+
+def test_a_checkpoint_that_is_asked_for_is_gone_on_from_or_refused(shapes, finished, tmp_path, monkeypatch):
+    output = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    (output / "results.json").unlink()
+    with pytest.raises(CheckpointError, match="checkpoint-3 is no checkpoint .*: there is no such folder"):
+        train_detector(*arguments(shapes, output, resume_from_checkpoint=str(output / "checkpoint-3")))
+    elsewhere = str(finished[0] / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=f"={elsewhere} is not in {output}, .* its weights, --model {elsewhere}"):
+        train_detector(*arguments(shapes, output, resume_from_checkpoint=elsewhere))
+    asked = str(output / "checkpoint-2")
+    with monkeypatch.context() as context:
+        stop_at_step(context, 3)
+        with pytest.raises(Interruption):
+            train_detector(*arguments(shapes, output, resume_from_checkpoint=asked))
+    assert "resume_from_checkpoint" not in (output / "run.yaml").read_text()
+    optimizer = output / "checkpoint-2" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="checkpoint-2 is no checkpoint .*: its optimizer.pt has "):
+        train_detector(*arguments(shapes, output, resume_from_checkpoint=asked))
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
+def test_a_finished_run_without_its_model_gets_it_back(shapes, finished, tmp_path, caplog, damage):
+    """From the checkpoint that has the same weights, byte for byte; else it is refused."""
+    output, weights = Path(shutil.copytree(finished[0], tmp_path / "run")), finished[0] / "model.safetensors"
+    model = output / "model.safetensors"
+
+    def spoil() -> None:
+        model.write_bytes(weights.read_bytes()[: 1000 if damage == "cut" else 0])
+        if damage == "gone":
+            model.unlink()
+
+    spoil()
+    assert train_detector(*arguments(shapes, output)) == finished[1]
+    assert model.read_bytes() == weights.read_bytes()
+    assert "holds " in caplog.text and f"was restored from {output / 'checkpoint-4'}" in caplog.text
+    spoil()
+    shutil.rmtree(output / "checkpoint-4")
+    with pytest.raises(OutputFolderError, match="model.safetensors.*no checkpoint .* remove .*results.json and call"):
+        train_detector(*arguments(shapes, output))
+
+
+def test_other_weights_than_were_measured_are_not_written_over(shapes, finished, tmp_path):
+    output = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    shutil.copy(output / "checkpoint-2" / "model.safetensors", output)
+    before = files_of(output)
+    with pytest.raises(OutputFolderError, match="holds other weights than its results.json .* move model.safetensors"):
+        train_detector(*arguments(shapes, output))
+    assert files_of(output) == before
 
 
 # time
@@ -283,13 +381,6 @@ def test_stopwatch_counts_steps_only_and_across_interruptions(tmp_path, monkeypa
     after(1000, again.on_train_begin)
     after(4, again.on_step_end)
     assert again.seconds == 9
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path):
-    write_json(tmp_path / "results.json", {"AP": 0.5})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "results.json", {"AP": object()})
-    assert json.loads((tmp_path / "results.json").read_text()) == {"AP": 0.5}
 
 
 # whole runs
@@ -347,28 +438,6 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(shapes, tmp_path, monkeyp
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_run_goes_on_before_a_checkpoint_that_was_cut_off(shapes, finished, tmp_path, monkeypatch, caplog):
-    """Killed while it saved step 4: from step 2, and the broken checkpoint is written anew."""
-    output = tmp_path / "run"
-    with monkeypatch.context() as context:
-        context.setattr(TrainerState, "save_to_json", _fail_at_step(4, TrainerState.save_to_json))
-        with pytest.raises(Interruption):
-            train_detector(*arguments(shapes, output))
-    assert (output / "checkpoint-4").is_dir() and last_complete_checkpoint(output) == str(output / "checkpoint-2")
-    train_detector(*arguments(shapes, output))
-    assert "checkpoint-4 is incomplete" in caplog.text
-    assert_same_weights(output, finished[0])
-
-
-def _fail_at_step(step: int, original):
-    def save_to_json(self, path):
-        if self.global_step == step:
-            raise Interruption
-        original(self, path)
-
-    return save_to_json
-
-
 def test_distilled_run_goes_on_with_its_teacher(shapes, teacher, tmp_path, monkeypatch):
     """The auxiliary queries and the matching need nothing that a checkpoint lacks."""
     outputs = tmp_path / "whole", tmp_path / "stopped"
@@ -389,7 +458,7 @@ def test_call_that_fails_on_its_arguments_leaves_the_folder_free(shapes, tmp_pat
         train_detector(*arguments(tmp_path / "no_data", output))
     with pytest.raises(DetectorLoadError, match="teacher"):
         train_detector(*arguments(shapes, output, teacher=tmp_path / "no_teacher"))
-    assert not output.exists() or not list(output.iterdir())
+    assert [path.name for path in output.iterdir()] == ["lock"]
     assert train_detector(*arguments(shapes, output, max_steps=1, save_strategy="no"))["steps"] == 1
 
 
@@ -397,24 +466,6 @@ def test_teacher_is_looked_for_before_the_data_is_read(tmp_path):
     """A slip in its name costs seconds, not the reading of a large data set and retries on the Hub."""
     with pytest.raises(DetectorLoadError, match="teacher .*no such folder"):
         train_detector(*arguments(tmp_path / "no_data", tmp_path / "run", teacher=tmp_path / "no_teacher"))
-
-
-def test_configuration_is_written_whole_or_not_at_all(shapes, finished, tmp_path, monkeypatch):
-    """A run that goes on writes it again: cut off there, the folder must not be taken for another run's."""
-    output = tmp_path / "run"
-    shutil.copytree(finished[0], output)
-    (output / "results.json").unlink()
-    before = (output / "run.yaml").read_text()
-    original = Path.write_text
-
-    def write_text(self, text, **options):
-        original(self, text[: len(text) // 2], **options)
-        raise Interruption
-
-    with monkeypatch.context() as patched, pytest.raises(Interruption):
-        patched.setattr(Path, "write_text", write_text)
-        train_detector(*arguments(shapes, output))
-    assert (output / "run.yaml").read_text() == before
 
 
 def test_squares_from_training_to_evaluation(shapes, teacher, tmp_path):

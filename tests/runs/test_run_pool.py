@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from d3etr_hf.errors import ComparisonError
-from d3etr_hf.runs.run_pool import Job, holding, last_line, run_jobs
+from d3etr_hf.errors import ComparisonError, FolderInUseError
+from d3etr_hf.runs.folder_lock import holding
+from d3etr_hf.runs.run_pool import Job, last_line, run_jobs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # "START name" and "END name" with the time, around a wait for a file that a test may hold back
@@ -118,10 +119,11 @@ def is_alive(process: int) -> bool:
 COMPARE = """
 import sys
 from pathlib import Path
-from d3etr_hf.runs.run_pool import Job, holding, run_jobs
+from d3etr_hf.runs.folder_lock import holding
+from d3etr_hf.runs.run_pool import Job, run_jobs
 folder, script = Path(sys.argv[1]), sys.argv[2]
 jobs = [Job(name, [sys.executable, "-c", script, str(folder / name)], folder / f"{name}.log") for name in "ab"]
-with holding(folder / "runs") as descriptor:
+with holding(folder / "runs", "another d3etr compare") as descriptor:
     run_jobs(jobs, 2, lambda job: None, descriptor)
 """
 SLEEP = """
@@ -145,16 +147,36 @@ def test_processes_end_with_their_parent_or_keep_its_place(tmp_path, how):
     wait_for(lambda: all(file.exists() for file in files))
     children = [int(file.read_text()) for file in files]
     assert all(map(is_alive, children))
-    with pytest.raises(ComparisonError, match="runs: another d3etr compare, or a run that one has left behind"):
-        with holding(tmp_path / "runs"):
-            pass
+    in_use = (
+        f"runs: another d3etr compare is at work there .process {parent.pid} on .*, or one that it has left behind"
+    )
+    with pytest.raises(FolderInUseError, match=in_use), holding(tmp_path / "runs", "another d3etr compare"):
+        pass
     parent.send_signal(how)
     parent.wait(30)
     if how == signal.SIGKILL:
-        with pytest.raises(ComparisonError, match="left behind"), holding(tmp_path / "runs"):
+        with pytest.raises(FolderInUseError, match="left behind"), holding(tmp_path / "runs", "a call"):
             pass
         for child in children:
             os.kill(child, signal.SIGKILL)
     wait_for(lambda: not any(map(is_alive, children)))
-    with holding(tmp_path / "runs"):
+    with holding(tmp_path / "runs", "a call"):
         pass
+
+
+def test_a_fork_does_not_keep_the_place_of_a_run_that_has_ended(tmp_path):
+    """Workers of a data loader are forks, and outlive a run that was killed for some seconds."""
+    (reading, writing), (ready, at_work) = os.pipe(), os.pipe()
+    with holding(tmp_path, "a run"):
+        if (child := os.fork()) == 0:
+            os.close(writing)
+            os.write(at_work, b"!")
+            os.read(reading, 1)  # until the test has ended
+            os._exit(0)
+        os.read(ready, 1)
+    try:
+        with holding(tmp_path, "a run"):
+            pass
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)

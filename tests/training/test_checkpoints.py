@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -223,45 +222,46 @@ def test_a_run_that_has_taken_its_last_step_takes_no_other(shapes, tmp_path):
 
 
 TWO_PROCESSES = """
-import sys
+import json, shutil, sys
 from pathlib import Path
-from d3etr_hf.training.weight_average import WeightAverage
-from tests.shapes_fixture import shapes_trainer, weights_of
+from d3etr_hf.training.checkpoints import MANIFEST
+from tests.shapes_fixture import shapes_trainer
 shapes, output = map(Path, sys.argv[1:])
 options = {"teacher": None, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
 trainer = shapes_trainer(shapes, output, max_steps=3, ddp_backend="gloo", **options)
-trainer.train(resume_from_checkpoint=(output / "checkpoint-1").exists())
-print("START", trainer._initial_global_step, "END", trainer.state.global_step, flush=True)
+trainer.train()
+trainer.accelerator.wait_for_everyone()
+if trainer.is_world_process_zero():
+    files = json.loads((output / "checkpoint-3" / MANIFEST).read_text())["files"]
+    print(*sorted(name for name in files if name.startswith("rng")), flush=True)
+    shutil.rmtree(output / "checkpoint-2")
+    (output / "checkpoint-3" / "rng_state_1.pth").unlink()
+trainer.accelerator.wait_for_everyone()
+trainer.train(resume_from_checkpoint=True)
+print("from", trainer._initial_global_step, "to", trainer.state.global_step, flush=True)
 """
 
 
 def test_two_processes_seal_one_checkpoint_and_choose_the_same(shapes, tmp_path):
-    """The manifest holds the random state of both; the second call finds the last cut."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-
-    def launch() -> list[str]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            common["MASTER_PORT"] = str(free.getsockname()[1])
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", TWO_PROCESSES, str(shapes), str(tmp_path)],
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0]
-        return [text.rpartition("START ")[2].strip() for text in outputs]
-
-    assert launch() == ["0 END 3"] * 2
-    listed = json.loads((tmp_path / "checkpoint-3" / MANIFEST).read_text())["files"]
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= listed.keys()
-    shutil.rmtree(tmp_path / "checkpoint-2")
-    (tmp_path / "checkpoint-3" / "rng_state_1.pth").unlink()
-    assert launch() == ["1 END 3"] * 2
+    """The manifest holds the random state of both, and both go on before the checkpoint that lacks one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common["PYTHONPATH"] = str(REPOSITORY)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(shapes), str(tmp_path)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    texts = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert all("from 1 to 3" in text for text in texts)
+    assert "rng_state_0.pth rng_state_1.pth" in texts[0]
     assert why_not_whole(tmp_path / "checkpoint-3") is None
 
 
