@@ -81,16 +81,9 @@ def train_detector(
     configuration = describe_run(described, teacher_arguments, data_arguments, training_arguments)
     launch = describe_launch(training_arguments)
     with ExitStack() as held:
-
-        def begin() -> tuple[dict | None, str | None]:
-            check_output_folder(output, configuration, launch)
-            if (output / RESULTS).exists():
-                return finished_results(output, training_arguments, card_arguments), None
-            held.enter_context(holding(output, "another training run"))
-            check_output_folder(output, configuration, launch)  # another call may have come in between
-            return None, checkpoint_to_go_on_from(output, training_arguments)
-
-        results, checkpoint = on_main_process(begin)
+        results, checkpoint = on_main_process(
+            lambda: begin(held, configuration, launch, training_arguments, card_arguments)
+        )
         if results is not None:
             return results
         if training_arguments.push_to_hub:
@@ -105,6 +98,27 @@ def train_detector(
             write_environment(output, model_arguments, teacher_arguments, data_arguments)
         trainer.train(resume_from_checkpoint=checkpoint)
         return finish(trainer, stopwatch.seconds, card_arguments)
+
+
+def begin(
+    held: ExitStack,
+    configuration: str,
+    launch: dict,
+    training_arguments: D3etrTrainingArguments,
+    card_arguments: CardArguments,
+) -> tuple[dict | None, str | None]:
+    """Take an output folder for this run, until `held` is closed.
+
+    Returns:
+        The results, where the run is finished already, and the checkpoint to go on from, None for the beginning.
+    """
+    output = Path(training_arguments.output_dir)
+    check_output_folder(output, configuration, launch)
+    if (output / RESULTS).exists():
+        return finished_results(output, training_arguments, card_arguments), None
+    held.enter_context(holding(output, "another training run"))
+    check_output_folder(output, configuration, launch)  # another call may have come in between
+    return None, checkpoint_to_go_on_from(output, training_arguments)
 
 
 def write_environment(
