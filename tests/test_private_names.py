@@ -154,6 +154,24 @@ TABLE = [
         "its default is left out of a run's configuration",
     ),
     Private(
+        "transformers.trainer_pt_utils",
+        "AcceleratorConfig",
+        "training/option_checks.py",
+        "what Accelerate would refuse in the middle of building the trainer is refused by its name before",
+    ),
+    Private(
+        "transformers.training_args",
+        "OptimizerNames",
+        "training/option_checks.py",
+        "an optimizer that does not exist is refused by its name before anything is built",
+    ),
+    Private(
+        "transformers.integrations",
+        "get_reporting_integration_callbacks",
+        "training/option_trials.py",
+        "a tracking package that is absent is told before the training",
+    ),
+    Private(
         "transformers.image_utils",
         "SizeDict",
         "data/image_sizes.py",

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from d3etr_hf.configurations import read_yaml
+from d3etr_hf.configurations import read_yaml, read_yaml_file
 from d3etr_hf.errors import CheckpointError, DamagedFileError, OutputFolderError
 from d3etr_hf.files import UNFINISHED, read_json
 from d3etr_hf.runs.folder_lock import LOCK
@@ -27,6 +27,7 @@ WITHOUT_EFFECT = {
     "dataloader_num_workers",
     "dataloader_pin_memory",
     "dataset_workers",
+    "allow_images_elsewhere",
     "disable_tqdm",
     "report_to",
     "run_name",
@@ -107,7 +108,7 @@ def read_run_options(path: Path) -> dict:
         DamagedFileError: it is cut off, empty, or holds no options.
     """
     try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
+        values = read_yaml_file(path)
         reason = "it holds no options"
     except ValueError as error:
         values, reason = None, str(error)
