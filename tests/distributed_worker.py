@@ -48,6 +48,12 @@ class Case:
     as_trained: bool = False
 
 
+# means over pairs; weighted by class; over unions of assignments, and weighted by the teacher's scores
+UNEVEN: dict[str, dict] = {
+    "conditional_detr": {"log_gradient_norms": True},
+    "detr": {},
+    "d_fine": {"prediction_normaliser": "boxes", "box_distribution_weight": 1.0},
+}
 CASES = {
     "pairs": Case(evaluates=True),
     **{family: Case(family=family) for family in FAMILIES if family != "conditional_detr"},
@@ -58,6 +64,9 @@ CASES = {
     "projected queries": Case(teacher={"d_model": 48}),
     "no object": Case(images=2, data="sparse", rows=[0, 1]),
     "one object": Case(images=2, data="sparse", rows=[2, 3]),
+    # the last step of an epoch: one process has four images and the other the fifth, or none is left for the other
+    **{f"{family}, five images": Case(family, 8, rows=[0, 1, 2, 3, 4]) for family in UNEVEN},
+    **{f"{family}, three images": Case(family, 8, UNEVEN[family], rows=[0, 1, 2]) for family in UNEVEN},
 }
 
 
@@ -132,10 +141,35 @@ def freeze_statistics(model: torch.nn.Module) -> None:
             module.train = lambda mode=True, module=module: module
 
 
-def run_cases(folder: Path, processes: int) -> dict[str, dict]:
-    """All cases, one after the other."""
+class AskOne(TrainerCallback):
+    """Asks the last process alone to stop, after the first step."""
+
+    stop = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1 and args.process_index == args.world_size - 1:
+            self.stop.asked = True
+
+
+def run_stop(folder: Path, processes: int) -> list:
+    """After which step each process stopped, and the checkpoints there are."""
+    caller, run = AskOne(), folder / f"stop on {processes}"
+    options = {"max_steps": 5, "per_device_train_batch_size": 2, "eval_strategy": "epoch"}
+    trainer = shapes_trainer(folder / "shapes", run, teacher=None, callbacks=[caller], **options)
+    caller.stop = trainer.stop
+    trainer.train()
+    assert trainer.stop.stopped
+    steps = trainer.accelerator.gather(torch.tensor([trainer.state.global_step])).tolist()
+    return [*steps, *(path.name for path in run.glob("checkpoint-*"))]
+
+
+def run_cases(folder: Path, processes: int) -> dict:
+    """All cases, one after the other, and a training that is stopped."""
     cases = CASES | AS_TRAINED
-    return {name: run_case(case, folder, folder / f"{name} on {processes}", processes) for name, case in cases.items()}
+    found = {
+        name: run_case(case, folder, folder / f"{name} on {processes}", processes) for name, case in cases.items()
+    }
+    return found | {"stop": run_stop(folder, processes)}
 
 
 def one_process(rank: int, folder: Path, output: Path, port: int) -> None:

@@ -28,7 +28,7 @@ def both(tmp_path_factory):
     for case in AS_TRAINED.values():
         tiny_model(2, case.family).save_pretrained(folder / f"{case.family} as trained")
     command = [sys.executable, str(WORKER), str(folder), str(folder / "two.pt")]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     return run_cases(folder, 1), torch.load(folder / "two.pt")
 
 
@@ -77,3 +77,9 @@ def test_running_statistics_are_the_same_in_every_process_when_evaluated(both, c
     assert {name for name in one["metrics"]} == {name for name in two["metrics"]}
     terms = [{name for name in log if name.startswith("loss")} for log in (one["log"], two["log"])]
     assert terms[0] == terms[1] and any("denoising" in name for name in terms[0])
+
+
+def test_all_processes_stop_after_the_same_step(both):
+    """One of them is asked; alone it stops at once, and what it tells the other comes with the next step."""
+    one, two = (results["stop"] for results in both)
+    assert one == [1, "checkpoint-1"] and two == [2, 2, "checkpoint-2"]

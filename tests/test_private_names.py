@@ -201,6 +201,14 @@ TABLE = [
     ),
     Private(
         TRAINER,
+        "_get_train_sampler",
+        "training/trainer.py",
+        "what is drawn for an image is known from seed, epoch and image alone",
+        ("train_dataset",),
+        r"sampler_fn=self\._get_train_sampler",
+    ),
+    Private(
+        TRAINER,
         "_created_lr_scheduler",
         "training/trainer.py",
         "a second training gets a schedule of its own",

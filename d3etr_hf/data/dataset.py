@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from d3etr_hf.data.images import read_rgb
+from d3etr_hf.data.sampling import TrainingSample, drawing_from
 
 BOX_FEATURES = {
     "image_id": datasets.Value("int64"),
@@ -89,10 +90,21 @@ class DetectionDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int | TrainingSample) -> dict:
         """`transform(image, target)`; the target holds `image_id` int, `boxes` (n, 4) float32 xyxy in pixels of the
-        image, and `class_labels` (n,) int64."""
-        row = self.rows[index]
+        image, and `class_labels` (n,) int64.
+
+        Args:
+            index: the row; as a `TrainingSample` the transform draws from a seed of the image and the epoch, through
+                torch's global generator, and the sample is in what is returned as `sample`.
+        """
+        if not isinstance(index, TrainingSample):
+            return self._example(self.rows[index])
+        row = self.rows[index.index]
+        with drawing_from(index.image_seed(row["image_id"])):
+            return self._example(row) | {"sample": index}
+
+    def _example(self, row: dict) -> dict:
         image = self._read_image(row)
         target = {
             "image_id": row["image_id"],

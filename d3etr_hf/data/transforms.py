@@ -1,7 +1,6 @@
 """From an image and its target to what the model takes, with the augmentations of DETR.
 
-All randomness comes from torch's global generator, so that the Trainer's seeding, data loader workers and resuming
-govern it.
+All randomness comes from torch's global generator, which in training is seeded for each image (`TrainingSample`).
 """
 
 from collections.abc import Sequence

@@ -49,12 +49,15 @@ class Shares:
         objects: ground-truth objects, counted likewise; where the whole step has none they count as one.
         held: by group, those objects that find a query in it.
         average: the mean of a tensor over processes (the identity on one).
+        counted: whether this batch's images are of the step; else they only let the process take part in what all
+            processes do, and weigh nothing.
     """
 
     images: torch.Tensor
     objects: torch.Tensor
     held: Mapping[str, torch.Tensor]
     average: Callable[[torch.Tensor], torch.Tensor]
+    counted: bool = True
 
 
 class D3etrObjective:
@@ -142,6 +145,8 @@ class D3etrObjective:
         if pairs:
             terms |= self._prediction_terms(teacher.group, groups, pairs, shares)
             terms |= self._box_distribution_terms(teacher.group, groups, pairs, shares)
+        if not shares.counted:
+            terms = {name: 0 * term for name, term in terms.items()}
         return terms, statistics
 
     def _problems(self, student: DetectorOutput, teacher: TeacherOutput | None, targets: Targets):
@@ -294,6 +299,8 @@ class D3etrObjective:
         # a weight's sum is known per batch only: scale by this batch's part of the images of the whole step
         totals = torch.stack([weight.sum(dim=(1, 2)) for weight in weights.values()])
         images = totals.new_full((1, totals.shape[1]), teacher.boxes.shape[1])
+        if not shares.counted:
+            totals, images = 0 * totals, 0 * images
         *of_groups, images = shares.average(torch.cat([totals, images])).unbind()
         return weights, {n: total * shares.images / images for n, total in zip(weights, of_groups, strict=True)}
 
@@ -309,6 +316,7 @@ def _counted_pairs(assignments: Terms, shares: Shares) -> Terms:
     if not assignments:
         return {}
     counts = [(of != NO_OBJECT).sum().to(shares.images) for of in assignments.values()]
-    batch = torch.full_like(counts[0], len(next(iter(assignments.values()))))
-    *pairs, images = shares.average(torch.stack([*counts, batch])).unbind()
-    return {n: torch.where(of > 0, of * shares.images / images, 1) for n, of in zip(assignments, pairs, strict=True)}
+    images = len(next(iter(assignments.values()))) if shares.counted else 0
+    batch = torch.full_like(counts[0], images)
+    *pairs, batch = shares.average(torch.stack([*counts, batch])).unbind()
+    return {n: torch.where(of > 0, of * shares.images / batch, 1) for n, of in zip(assignments, pairs, strict=True)}

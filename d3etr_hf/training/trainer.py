@@ -4,10 +4,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from torch.utils.data import DataLoader, Dataset
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import EvalPrediction
 
 from d3etr_hf.data import DetectionCollator
+from d3etr_hf.data.sampling import TrainingSampler
 from d3etr_hf.errors import NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
 from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
@@ -28,6 +30,8 @@ from d3etr_hf.training.half_precision import SkippedSteps
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.optimization import keeps_running_statistics, parameter_groups, single_drop
 from d3etr_hf.training.resumable_trainer import ResumableTrainer
+from d3etr_hf.training.sampling import FollowEpochs, check_sampling, training_sampler
+from d3etr_hf.training.stopping import GracefulStop
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors, teacher_pixels
 from d3etr_hf.training.term_log import StartAfresh, TermLog
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
@@ -69,6 +73,7 @@ class DistillationTrainer(ResumableTrainer):
             if trainer_options.get(name) is not None:
                 raise UnsupportedOptionError(f"{name} is not supported: the loss and query groups are this trainer's")
         check_models(model, teacher, args)
+        check_sampling(args)
         data, of_student = trainer_options.get("train_dataset"), trainer_options.get("processing_class")
         check_data(model, of_student, named_datasets(data, trainer_options.get("eval_dataset")))
         own_metrics = trainer_options.get("compute_metrics") is not None
@@ -100,10 +105,8 @@ class DistillationTrainer(ResumableTrainer):
             self.add_callback(self.weight_average)
         self._prepare_objective()
         self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
-        self.skipped_steps = SkippedSteps(self.accelerator)
-        self.add_callback(self.skipped_steps)
-        self._term_log, self._norm_log = TermLog(self._average, self._of_all), TermLog(self._average, self._of_all)
-        self.add_callback(StartAfresh(self._term_log, self._norm_log))
+        self._add_callbacks()
+        self._asked_to_stop: torch.Tensor
         self._unread: tuple[list[str], torch.Tensor, list[dict]]
         self._evaluated_dataset = None
 
@@ -112,6 +115,28 @@ class DistillationTrainer(ResumableTrainer):
         teacher_criterion = None if self.teacher is None else self.teacher.criterion
         tolerant = self._scaler is not None  # it passes over a step that is not finite
         self.objective = D3etrObjective(self.distillation, self.criterion, teacher_criterion, tolerant)
+
+    def _add_callbacks(self) -> None:
+        self.skipped_steps = SkippedSteps(self.accelerator)
+        self._term_log, self._norm_log = TermLog(self._average, self._of_all), TermLog(self._average, self._of_all)
+        self._epochs, self.stop = FollowEpochs(), GracefulStop(self.accelerator.num_processes)
+        for callback in (self.skipped_steps, StartAfresh(self._term_log, self._norm_log), self._epochs, self.stop):
+            self.add_callback(callback)
+
+    # data
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TrainingSampler:
+        """Instead of Trainer's: what is drawn for an image is known from seed, epoch and image alone."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        self._epochs.sampler = training_sampler(self.args, self.accelerator, dataset)
+        return self._epochs.sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer; what it draws for its workers, some of them once and some every epoch, changes no dropout."""
+        loader = super().get_train_dataloader()
+        generator = torch.Generator().manual_seed(self.args.seed)
+        loader.base_dataloader.generator = generator  # type: ignore[attr-defined]
+        return loader
 
     # loss
 
@@ -123,8 +148,10 @@ class DistillationTrainer(ResumableTrainer):
         """
         objects = [label["objects"] for batch in batch_samples for label in batch["labels"]]
         held = [sum(min(count, queries) for count in objects) for queries in self._group_sizes().values()]
-        counts = [len(objects), sum(objects), *held]
-        return self._average(torch.tensor(counts, dtype=torch.float32, device=device))
+        counts = [len(objects), sum(objects), *held, self.stop.tell()]
+        means = self._average(torch.tensor(counts, dtype=torch.float32, device=device))
+        self._asked_to_stop = means[-1]
+        return means[:-1]
 
     def _group_sizes(self) -> dict[str, int]:
         """Number of queries by the group's name."""
@@ -135,18 +162,19 @@ class DistillationTrainer(ResumableTrainer):
             sizes[AUXILIARY] = self.teacher.detector.query_count
         return sizes
 
-    def _shares(self, counts: torch.Tensor) -> Shares:
+    def _shares(self, counts: torch.Tensor, counted: bool = True) -> Shares:
         """The counts by name; a whole step without an object counts as one, of all processes together."""
         images, objects, *held = counts.unbind()
         objects = torch.where(objects == 0, 1 / self.accelerator.num_processes, objects)
-        return Shares(images, objects, dict(zip(self._group_sizes(), held, strict=True)), self._average)
+        return Shares(images, objects, dict(zip(self._group_sizes(), held, strict=True)), self._average, counted)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The D3ETR objective instead of the model's own loss; every term is kept for the log."""
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        shares, labels = self._shares(num_items_in_batch), inputs["labels"]
-        targets = Targets.from_packed(inputs["targets"], [label["objects"] for label in labels])
+        labels = inputs["labels"]  # none where the images only repeat others
+        shares = self._shares(num_items_in_batch, counted=len(labels) > 0)
+        targets = Targets.from_packed(inputs["targets"], [label["objects"] for label in labels] or [0])
         try:
             student, terms, statistics = self._terms(model, inputs, targets, shares)
         except NonFiniteCostError as error:
@@ -199,6 +227,7 @@ class DistillationTrainer(ResumableTrainer):
         """As Trainer, and then, when the device has been given all its work, looks whether the loss was finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._refuse_non_finite()
+        self.stop.hear(self._asked_to_stop)
         return loss
 
     def _average(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -244,8 +273,8 @@ class DistillationTrainer(ResumableTrainer):
         for name, value in sums.items():
             gradients = torch.autograd.grad(value * scale, parameters, retain_graph=True, allow_unused=True)
             squares = [(gradient / scale).square().sum() for gradient in gradients if gradient is not None]
-            norms[f"gradient_norm/{name}"] = torch.stack(squares).sum().sqrt() / part
-        self._norm_log.add(norms, torch.ones_like(part))
+            norms[f"gradient_norm/{name}"] = torch.stack(squares).sum().sqrt() / part.clamp(min=1e-9)
+        self._norm_log.add(norms, (part > 0).to(part))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every loss term since the last training log, and the steps that were skipped."""

@@ -237,7 +237,7 @@ def test_a_crop_that_loses_every_box_is_an_image_without_boxes() -> None:
 
 
 def test_the_seed_decides_everything() -> None:
-    """Guards resuming: the Trainer restores torch's generator, and no other one may be drawn from."""
+    """Guards resuming: torch's generator is seeded for each image, and no other one may be drawn from."""
     pixels = np.random.default_rng(0).integers(0, 256, (70, 130, 3), dtype=np.uint8)
     transform = DetectionTransform(plain_processor(), AUGMENTATIONS["crop"])
 

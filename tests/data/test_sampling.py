@@ -1,0 +1,77 @@
+"""What is drawn for an image in training, and which images are handed out."""
+
+import random
+
+import pytest
+import torch
+
+from d3etr_hf.data import DetectionCollator
+from d3etr_hf.data.sampling import TrainingSample, TrainingSampler
+from d3etr_hf.data.shapes import make_shapes
+from tests.shapes_fixture import SIDE, load_shapes
+
+
+@pytest.fixture(scope="module")
+def augmented(tmp_path_factory):
+    folder = make_shapes(tmp_path_factory.mktemp("shapes"), 8, 1, image_size=SIDE, progress=False)
+    return load_shapes(folder, "train", augmented=True)
+
+
+def pixels_of(dataset, epoch, index) -> torch.Tensor:
+    return dataset[TrainingSample(index, seed=42, epoch=epoch, step=0)]["pixel_values"]
+
+
+def test_augmentation_belongs_to_the_image_and_the_epoch(augmented):
+    """Not to what was drawn before, nor to the row; and it draws nothing from what dropout is drawn from."""
+    forward = [[pixels_of(augmented, epoch, index) for index in range(8)] for epoch in range(3)]
+    torch.manual_seed(random.randrange(1000))
+    state = torch.get_rng_state()
+    for epoch in (2, 0, 1):
+        for index in (5, 1, 7, 0, 3, 2, 6, 4):
+            assert pixels_of(augmented, epoch, index).equal(forward[epoch][index])
+    assert torch.get_rng_state().equal(state)
+    assert pixels_of(augmented.select([6, 2]), 1, 1).equal(forward[1][2])
+    differs = [not forward[0][index].equal(forward[epoch][index]) for index in range(8) for epoch in (1, 2)]
+    assert 3 < sum(differs) < 13  # a flip of every second
+
+
+def test_every_image_comes_once_an_epoch_in_a_new_order():
+    sampler = TrainingSampler(range(11), 7, True, batch_size=2, accumulated=2)
+    orders = []
+    for epoch in (0, 1, 1):
+        sampler.set_epoch(epoch)
+        samples = list(sampler)
+        assert {sample.epoch for sample in samples} == {epoch} and len(samples) == len(sampler) == 11
+        assert [sample.step for sample in samples] == [0] * 4 + [1] * 4 + [2] * 3
+        orders.append([sample.index for sample in samples])
+    assert orders[1] == orders[2] != orders[0] and sorted(orders[0]) == sorted(orders[1]) == list(range(11))
+
+
+def test_the_size_of_squares_is_one_for_a_step_on_all_processes(augmented):
+    """RT-DETR's random side: each process collates its own images, perhaps in several batches."""
+
+    def sides(indices, step):
+        examples = [augmented[TrainingSample(index, 42, 0, step)] for index in indices]
+        batch = DetectionCollator()(
+            [example | {"batch_sizes": [(32, 32), (48, 48), (64, 64)]} for example in examples]
+        )
+        return batch["pixel_values"].shape[-1]
+
+    drawn = [{sides([0, 1], step), sides([2], step), sides([3, 4, 5], step)} for step in range(20)]
+    assert all(len(of_step) == 1 for of_step in drawn)
+    assert set.union(*drawn) == {32, 48, 64}
+
+
+def test_images_that_fill_up_the_last_batch_are_left_out(augmented):
+    """Five images in batches of two on two processes: the fourth batch has one of its own, the other process none."""
+    samples = list(TrainingSampler(range(5), 7, True, batch_size=4, fill_up=True))
+    assert len(samples) == 8 and [sample.repeated for sample in samples] == [False] * 5 + [True] * 3
+    assert [sample.index for sample in samples[5:]] == [sample.index for sample in samples[:3]]
+    examples = [augmented[sample] for sample in samples]
+    batches = [DetectionCollator()(examples[start : start + 2]) for start in range(0, 8, 2)]
+    assert [len(batch["labels"]) for batch in batches] == [2, 2, 1, 0]
+    assert [len(batch["pixel_values"]) for batch in batches] == [2, 2, 1, 1]
+    assert batches[3]["pixel_values"].equal(examples[6]["pixel_values"][None])
+    assert batches[3]["targets"].shape == (1, 0, 5) and batches[0]["targets"].shape[1] > 0
+    tiny = TrainingSampler(range(2), 7, True, batch_size=8, fill_up=True)
+    assert len(list(tiny)) == 8
