@@ -84,6 +84,18 @@ class FolderInUseError(UserError, RuntimeError):
     """Another process is at work in a folder."""
 
 
+class TrainingStopped(UserError, RuntimeError):
+    """A training was asked to stop, and has written a checkpoint; the message has the command that goes on.
+
+    Attributes:
+        exit_code: 128 + the signal that stopped it.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
 class NonFiniteLossError(UserError, RuntimeError):
     """A loss term or a prediction became NaN or infinite; the last checkpoint is untouched."""
 

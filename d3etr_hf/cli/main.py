@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from d3etr_hf import __version__
-from d3etr_hf.errors import UserError
+from d3etr_hf.errors import TrainingStopped, UserError
 
 COMMANDS = {
     "train": "a detector without a teacher: one that will teach, or a student to compare with",
@@ -60,8 +60,8 @@ def run_command(name: str) -> None:
 def run(main: Callable[[], None]) -> None:
     """Calls `main`, with this package's own news shown on the main process.
 
-    A UserError ends the program with its message and exit code 2, an interruption with 130; all other errors keep
-    their traceback.
+    A UserError ends the program with its message and exit code 2, an interruption with 130, a training that SIGTERM
+    or Ctrl-C stopped with 128 + the signal; all other errors keep their traceback.
     """
     program = Path(sys.argv[0]).name
     if os.environ.get("RANK", "0") == "0":
@@ -71,6 +71,10 @@ def run(main: Callable[[], None]) -> None:
         news.propagate = False
     try:
         main()
+    except TrainingStopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: {stopped}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except UserError as error:
         # an error in a data loader's worker comes with the worker's traceback; its last line is the message
         message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else error

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from d3etr_hf.cli.signals import stopping_at_signals
 from d3etr_hf.data import DataArguments, load_splits, with_side_divisor
 from d3etr_hf.files import write_json, write_whole
 from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
@@ -59,8 +60,7 @@ def train_detector(
 ) -> dict:
     """Train, evaluate, save and publish one detector; go on where an interrupted run of the same options stopped.
 
-    A run that goes on ends as if nothing had stopped it, save that within an epoch the rest of that epoch draws its
-    augmentation anew (a data loader fetches ahead of the random state that a checkpoint holds).
+    A run that goes on ends as if nothing had stopped it.
 
     Returns:
         The results, as written to `results.json`: AP and AP50 (0..1) and all other metrics, parameters, optimizer
@@ -72,6 +72,7 @@ def train_detector(
         CheckpointError: there is no whole checkpoint left to go on from, or the one that was asked for is not whole.
         DamagedFileError, WriteError: a file of the folder cannot be read, or written.
         HubError: the upload failed; the results are saved.
+        TrainingStopped: SIGTERM or Ctrl-C came while it trained.
     """
     refuse_split_launch(training_arguments)
     check_best_metric(training_arguments)
@@ -96,7 +97,8 @@ def train_detector(
             write_whole(output / CONFIGURATION, configuration)
             write_json(output / LAUNCH, launch)
             write_environment(output, model_arguments, teacher_arguments, data_arguments)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with stopping_at_signals(trainer):
+            trainer.train(resume_from_checkpoint=checkpoint)
         return finish(trainer, stopwatch.seconds, card_arguments)
 
 

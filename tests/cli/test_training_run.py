@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import ConditionalDetrImageProcessorPil, TrainerControl, TrainerState
 
+from d3etr_hf.cli import main as command_line
 from d3etr_hf.cli import training_run as runs
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.cli.evaluate import evaluate_detector
@@ -410,14 +412,11 @@ def test_finished_run_holds_its_results_and_returns_them_without_training(shapes
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"per_device_train_batch_size": 4, "augmentation": "none"}],
+    [{}, {"per_device_train_batch_size": 4, "augmentation": "paper"}],
     ids=["after an epoch", "within an epoch"],
 )
 def test_interrupted_run_ends_as_the_uninterrupted_one(shapes, tmp_path, monkeypatch, options):
-    """Stopped in step 3 after the checkpoint of step 2: data order, dropout, optimizer and rate go on, and the flips.
-
-    Within an epoch flips are drawn anew: batches are fetched before Trainer sets the random state.
-    """
+    """Stopped in step 3 after the checkpoint of step 2: data order, dropout, optimizer, rate and augmentation."""
     uninterrupted, output = tmp_path / "whole", tmp_path / "stopped"
     expected = train_detector(*arguments(shapes, uninterrupted, **options))
     with monkeypatch.context() as context:
@@ -436,6 +435,61 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(shapes, tmp_path, monkeyp
     histories = [json.loads((folder / "log_history.json").read_text()) for folder in (output, uninterrupted)]
     losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("number", "step", "steps"), [(signal.SIGTERM, 2, 5), (signal.SIGINT, 1, 4)])
+def test_signal_ends_a_run_after_its_step_with_a_checkpoint(shapes, tmp_path, monkeypatch, capfd, number, step, steps):
+    """At the end of an epoch after its evaluation; nothing of it shows in the run that goes on."""
+    options = {"save_strategy": "no", "eval_strategy": "epoch", "max_steps": steps}
+    outputs = tmp_path / "whole", tmp_path / "stopped"
+    train_detector(*arguments(shapes, outputs[0], **options))
+    capfd.readouterr()
+    original, handlers = D3etrTrainer.training_step, [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step + 1 == step:
+            signal.raise_signal(number)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(logging.getLogger("d3etr_hf"), "handlers", [])  # a command adds its own
+    monkeypatch.setattr("sys.argv", ["d3etr train", "run.yaml", "--output_dir", "my runs"])
+    with monkeypatch.context() as context, pytest.raises(SystemExit) as ended:
+        context.setattr(D3etrTrainer, "training_step", training_step)
+        command_line.run(lambda: train_detector(*arguments(shapes, outputs[1], **options)))
+    assert ended.value.code == 128 + number
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    said = [line for line in capfd.readouterr().err.splitlines() if line and "%|" not in line]
+    checkpoint = outputs[1] / f"checkpoint-{step}"
+    assert said[-1] == "d3etr train run.yaml --output_dir 'my runs'" and len(said) <= 5
+    assert said[-2] == (
+        f"d3etr train: stopped by {signal.Signals(number).name} after step {step} of {steps}: {checkpoint}; to go on:"
+    )
+    assert checkpoint.is_dir() and not (outputs[1] / "results.json").exists()
+    train_detector(*arguments(shapes, outputs[1], **options))
+    own, wanted = (load_file(place / "model.safetensors") for place in outputs)
+    assert all(torch.equal(value, wanted[name]) for name, value in own.items())
+
+
+def test_run_goes_on_before_a_checkpoint_that_was_cut_off(shapes, finished, tmp_path, monkeypatch, caplog):
+    """Killed while it saved step 4: from step 2, and the broken checkpoint is written anew."""
+    output = tmp_path / "run"
+    with monkeypatch.context() as context:
+        context.setattr(TrainerState, "save_to_json", _fail_at_step(4, TrainerState.save_to_json))
+        with pytest.raises(Interruption):
+            train_detector(*arguments(shapes, output))
+    assert (output / "checkpoint-4").is_dir() and last_complete_checkpoint(output) == str(output / "checkpoint-2")
+    train_detector(*arguments(shapes, output))
+    assert "checkpoint-4 is incomplete" in caplog.text
+    assert_same_weights(output, finished[0])
+
+
+def _fail_at_step(step: int, original):
+    def save_to_json(self, path):
+        if self.global_step == step:
+            raise Interruption
+        original(self, path)
+
+    return save_to_json
 
 
 def test_distilled_run_goes_on_with_its_teacher(shapes, teacher, tmp_path, monkeypatch):
