@@ -1,6 +1,7 @@
 """One run in one output folder: guarded, resumed where it stopped, and done once."""
 
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -468,28 +469,6 @@ def test_signal_ends_a_run_after_its_step_with_a_checkpoint(shapes, tmp_path, mo
     train_detector(*arguments(shapes, outputs[1], **options))
     own, wanted = (load_file(place / "model.safetensors") for place in outputs)
     assert all(torch.equal(value, wanted[name]) for name, value in own.items())
-
-
-def test_run_goes_on_before_a_checkpoint_that_was_cut_off(shapes, finished, tmp_path, monkeypatch, caplog):
-    """Killed while it saved step 4: from step 2, and the broken checkpoint is written anew."""
-    output = tmp_path / "run"
-    with monkeypatch.context() as context:
-        context.setattr(TrainerState, "save_to_json", _fail_at_step(4, TrainerState.save_to_json))
-        with pytest.raises(Interruption):
-            train_detector(*arguments(shapes, output))
-    assert (output / "checkpoint-4").is_dir() and last_complete_checkpoint(output) == str(output / "checkpoint-2")
-    train_detector(*arguments(shapes, output))
-    assert "checkpoint-4 is incomplete" in caplog.text
-    assert_same_weights(output, finished[0])
-
-
-def _fail_at_step(step: int, original):
-    def save_to_json(self, path):
-        if self.global_step == step:
-            raise Interruption
-        original(self, path)
-
-    return save_to_json
 
 
 def test_distilled_run_goes_on_with_its_teacher(shapes, teacher, tmp_path, monkeypatch):
