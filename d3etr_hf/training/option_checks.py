@@ -93,10 +93,6 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "eval_do_concat_batches": ((True,), "apart, batches lose the shape of the detections"),
     "eval_use_gather_object": ((False,), "detections are tensors of one size"),
     "remove_unused_columns": ((False,), "it would drop the boxes"),
-    "resume_from_checkpoint": (
-        (None,),
-        "the option is not read: pass it to train(); the commands go on from the last checkpoint by themselves",
-    ),
 }
 
 JSON_OPTIONS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")

@@ -5,21 +5,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from d3etr_hf.data.sampling import TrainingSampler
-from d3etr_hf.errors import UnsupportedOptionError
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
-
-
-def check_sampling(args: D3etrTrainingArguments) -> None:
-    """Refuse orders that are made for texts.
-
-    Raises:
-        UnsupportedOptionError: the order is neither random nor that of the data set.
-    """
-    if args.train_sampling_strategy not in ("random", "sequential"):
-        raise UnsupportedOptionError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} sorts texts by their length: choose 'random' "
-            "or 'sequential'"
-        )
 
 
 def training_sampler(args: D3etrTrainingArguments, accelerator: Accelerator, dataset: Dataset) -> TrainingSampler:

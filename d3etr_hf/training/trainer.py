@@ -30,7 +30,7 @@ from d3etr_hf.training.half_precision import SkippedSteps
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.optimization import keeps_running_statistics, parameter_groups, single_drop
 from d3etr_hf.training.resumable_trainer import ResumableTrainer
-from d3etr_hf.training.sampling import FollowEpochs, check_sampling, training_sampler
+from d3etr_hf.training.sampling import FollowEpochs, training_sampler
 from d3etr_hf.training.stopping import GracefulStop
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors, teacher_pixels
 from d3etr_hf.training.term_log import StartAfresh, TermLog
@@ -73,7 +73,6 @@ class DistillationTrainer(ResumableTrainer):
             if trainer_options.get(name) is not None:
                 raise UnsupportedOptionError(f"{name} is not supported: the loss and query groups are this trainer's")
         check_models(model, teacher, args)
-        check_sampling(args)
         data, of_student = trainer_options.get("train_dataset"), trainer_options.get("processing_class")
         check_data(model, of_student, named_datasets(data, trainer_options.get("eval_dataset")))
         own_metrics = trainer_options.get("compute_metrics") is not None

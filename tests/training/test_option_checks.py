@@ -66,7 +66,6 @@ def test_every_option_with_odd_values_is_taken_or_refused_in_one_line():
         ({"learning_rate": "1e-4"}, "learning_rate='1e-4': must be of type float"),
         ({"accelerator_config": {"split": 1}}, "accelerator_config={'split': 1}: Accelerate does not take it"),
         ({"activation_checkpointing_kwargs": {"reentrant": 1}}, "knows no reentrant"),
-        ({"resume_from_checkpoint": "checkpoint-1"}, "resume_from_checkpoint='checkpoint-1': .*train\\(\\)"),
         ({"metric_for_best_model": "x" * 900 + "loss", **BEST}, "^.{1,300}$"),
         ({"debug": "underflow_overflow"}, "debug='underflow_overflow': is not supported"),
         ({"fp16": True}, "fp16=True needs a GPU"),

@@ -6,7 +6,6 @@ from transformers import TrainerCallback
 
 from d3etr_hf.data import Augmentation, CropSizes
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.errors import UnsupportedOptionError
 from tests.shapes_fixture import SIDE, load_shapes, shapes_trainer, weights_of
 from tests.tiny import tiny_model
 
@@ -68,8 +67,3 @@ def test_augmentation_does_not_depend_on_workers(shapes, tmp_path):
     options = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
     alone, shared = train(shapes, tmp_path / "0", 7), train(shapes, tmp_path / "2", 7, **options)
     assert torch.equal(weights_of(shared.model), weights_of(alone.model))
-
-
-def test_an_order_of_texts_is_refused(shapes, tmp_path):
-    with pytest.raises(UnsupportedOptionError, match="'group_by_length' sorts texts by their length: choose 'random'"):
-        shapes_trainer(shapes, tmp_path, train_sampling_strategy="group_by_length")
