@@ -71,7 +71,7 @@ def read_yaml(text: str) -> Any:
     Only what configurations are made of is read: text, finite numbers, booleans, null, lists and mappings.
 
     Raises:
-        ValueError: it is no YAML, a key is given twice, it holds something else (dates, tags, aliases), or more than
+        ValueError: it is no YAML, a key is given twice, it holds something else (dates, tags), or more than
             any configuration does; the message says where, in one line.
     """
     if len(text) > MOST_BYTES:

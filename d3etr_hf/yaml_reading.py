@@ -1,6 +1,7 @@
 """The part of YAML that configurations are made of, and how much of it.
 
-Aliases (which can stand for billions of values, or for what holds them), dates and tags are refused, with their place.
+Dates and tags are refused, with their place, and so are aliases for what holds them; all others count as what they
+stand for, which can be billions of values.
 """
 
 import math
@@ -19,20 +20,28 @@ TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float",
 
 
 class Composer(ruamel.yaml.composer.Composer):
-    """Refuses aliases, and more values or levels than any configuration has."""
+    """Refuses more values or levels than any configuration has.
+
+    Attributes:
+        values: keys and values so far, those included that aliases stand for.
+        depth: how deep the present one lies.
+        sizes: how many values each anchor names, once all of them are known.
+    """
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.values = self.depth = 0
+        self.sizes: dict[str, int] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Each key and each value comes through here."""
         event = self.parser.peek_event()
-        self.values += 1
+        before, alias = self.values, isinstance(event, AliasEvent)
+        self.values += self.sizes.get(event.anchor, 1) if alias else 1
         problem = None
-        if isinstance(event, AliasEvent):
-            problem = "aliases are not taken: write out what this one stands for"
-        elif event.tag is not None:
+        if alias and event.anchor in self.anchors and event.anchor not in self.sizes:
+            problem = f"{event.anchor} holds itself"
+        elif not alias and event.tag is not None:
             problem = f"tags are not taken: leave out {event.tag}"
         elif self.values > MOST_VALUES:
             problem = f"more than {MOST_VALUES} keys and values"
@@ -43,6 +52,8 @@ class Composer(ruamel.yaml.composer.Composer):
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if not alias and event.anchor is not None:
+            self.sizes[event.anchor] = self.values - before
         return node
 
 

@@ -231,6 +231,20 @@ TABLE = [
     ),
     Private(
         TRAINER,
+        "_finalize_training",
+        "training/resumable_trainer.py",
+        "a training that is asked to stop keeps the checkpoint that it goes on from",
+        source=r"return self\._finalize_training\(trial, ",
+    ),
+    Private(
+        TRAINER,
+        "_train_batch_size",
+        "training/trainer.py",
+        "the size of batches that auto_find_batch_size has found",
+        source=r"self\._train_batch_size = ",
+    ),
+    Private(
+        TRAINER,
         "_load_from_checkpoint",
         "training/resumable_trainer.py",
         "Trainer calls it to resume, and names are converted",

@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers.utils import logging
+
 from d3etr_hf.errors import TrainingStopped
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
+
+logger = logging.get_logger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -17,8 +21,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @contextmanager
 def stopping_at_signals(trainer: D3etrTrainer) -> Iterator[None]:
     """The context in which the first of these signals stops the trainer gracefully, and a second one at once.
-
-    Data loader workers that are forked within it pass over the first one: launchers send it to whole process groups.
 
     Raises:
         TrainingStopped: the training was stopped; a checkpoint is written.
@@ -42,19 +44,18 @@ def stopping_at_signals(trainer: D3etrTrainer) -> Iterator[None]:
     finally:
         for number, handler in zip(SIGNALS, previous, strict=True):
             signal.signal(number, handler)
-    first = signal.Signals(received[0]) if received else signal.SIGTERM
     if trainer.stop.stopped:
+        first = signal.Signals(received[0]) if received else signal.SIGTERM
         raise TrainingStopped(_message(trainer, first.name), first)
     if received:
-        os.kill(process, first)  # it came too late for a step
+        logger.warning("the last step had been taken: the run is brought to its end; once more ends it at once")
 
 
 def _message(trainer: D3etrTrainer, name: str) -> str:
-    state, processes = trainer.state, trainer.args.world_size
+    state = trainer.state
     checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
-    command = shlex.join([*Path(sys.argv[0]).name.split(), *sys.argv[1:]])
-    if processes > 1:
-        command = (
-            f"accelerate launch --num_processes {processes} --module d3etr_hf.cli.main {command[len('d3etr ') :]}"
-        )
-    return f"stopped by {name} after step {state.global_step} of {state.max_steps}: {checkpoint}; to go on:\n{command}"
+    stopped = f"stopped by {name} after step {state.global_step} of {state.max_steps}: {checkpoint}"
+    program = Path(sys.argv[0]).name.split()
+    if trainer.args.world_size > 1 or program[0] != "d3etr":
+        return f"{stopped}; to go on, launch it again as before"
+    return f"{stopped}; to go on:\n{shlex.join([*program, *sys.argv[1:]])}"

@@ -7,6 +7,7 @@ or an integer) and, if there, `area`, `iscrowd`; `objects` is a list of records 
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,18 @@ def _load_valid(path_or_name: str, **options: Any) -> datasets.DatasetDict:
 
 def _require_files(folder: Path) -> None:
     """`datasets` passes over named pipes and the like without a word."""
-    paths = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name[0] != "."]
-    for path in paths:
+    for path in _visible_files(folder):
         try:
             regular_file(path)
         except OSError as error:
             raise DatasetError(f"{path}: cannot be read ({error.strerror}): take it out of the folder.") from error
+
+
+def _visible_files(folder: Path) -> Iterator[str]:
+    """What is in a folder and those in it, but for what is hidden, such as a clone's .git."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        yield from (os.path.join(place, name) for name in names if name[0] != ".")
 
 
 def _check_images(rows: datasets.Dataset, roots: list[str | Path] | None, name: str) -> None:

@@ -1,6 +1,5 @@
 """One call at a time at work in a folder."""
 
-import fcntl
 import os
 import platform
 from collections.abc import Iterator
@@ -33,6 +32,8 @@ def holding(folder: Path, occupant: str) -> Iterator[int]:
         FolderInUseError: another process holds it.
         WriteError: the folder cannot be made or written.
     """
+    import fcntl  # which Windows has not: what imports this module must work there
+
     path = folder / LOCK
     with write_errors(path):
         folder.mkdir(parents=True, exist_ok=True)

@@ -174,9 +174,16 @@ def unreadable(path: Path) -> str | None:
     return None
 
 
+def checkpoint_beside(folder: Path, recorded: str) -> Path:
+    """A checkpoint that a trainer's state names: in this output folder, which may have been moved since."""
+    here = folder / Path(recorded).name
+    return here if here.exists() else Path(recorded)
+
+
 def _why_best_is_not_whole(folder: Path) -> str | None:
-    best = json.loads((folder / STATE).read_bytes()).get("best_model_checkpoint")
-    if best is None or Path(best).name == folder.name:
+    recorded = json.loads((folder / STATE).read_bytes()).get("best_model_checkpoint")
+    if recorded is None or Path(recorded).name == folder.name:
         return None
-    reason = why_not_whole(Path(best), MODEL)
+    best = checkpoint_beside(folder.parent, recorded)
+    reason = why_not_whole(best, MODEL)
     return reason and f"{best}, the best until then, which is loaded at the end, is not whole either: {reason}"

@@ -107,11 +107,17 @@ def terms_in_common(options: Distillation, teacher: Detector | OtherDetector | N
 
 
 def check_launch(accelerator: Accelerator, args: D3etrTrainingArguments) -> None:
-    """Refuse ways of sharding a model that this trainer does not know.
+    """Refuse ways of launching that this trainer does not know.
 
     Raises:
-        UnsupportedOptionError: several GPUs in one process, FSDP, DeepSpeed, whoever asked for them.
+        UnsupportedOptionError: several GPUs in one process, FSDP, DeepSpeed, whoever asked for them; batches whose
+            size each of several processes would find for itself.
     """
+    if args.auto_find_batch_size and accelerator.num_processes > 1:
+        raise UnsupportedOptionError(
+            f"auto_find_batch_size=True on {accelerator.num_processes} processes: one alone may run out of memory and "
+            "take smaller batches than the others; find the size on one process, and set per_device_train_batch_size"
+        )
     if args.n_gpu > 1 or accelerator.distributed_type in UNSUPPORTED:
         raise UnsupportedOptionError(
             f"several GPUs in one process, FSDP and DeepSpeed are not supported (here: {accelerator.distributed_type}"

@@ -173,7 +173,7 @@ def _steps_are_wrong(name: str, strategy: str) -> Callable[[Any], bool]:
 
     def is_wrong(args) -> bool:
         steps = getattr(args, name)
-        if name == "eval_steps" and steps is None:
+        if getattr(args, strategy) != "steps" or (name == "eval_steps" and steps is None):
             return False
         return not 0 < steps <= LARGEST or (steps > 1 and steps != int(steps))
 
@@ -288,7 +288,8 @@ CONDITIONS: tuple[tuple[str | tuple[str, ...], Callable[[Any], bool], str], ...]
 def _check_mappings(args: Any) -> None:
     for name in JSON_OPTIONS:
         _read_mapping(args, name)
-    known = signature(checkpoint).parameters.keys() - {"function", "args", "kwargs"} | {"preserve_rng_state"}
+    known = signature(checkpoint).parameters.keys() - {"function", "args", "kwargs"}
+    known |= {"preserve_rng_state", "every_n_layers", "offload"}  # the last two are Transformers' own
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         chosen = _read_mapping(args, name)
         if unknown := sorted(chosen.keys() - known):

@@ -75,11 +75,15 @@ def _compile(args: Any) -> None:
 
 
 def _build_optimizer(args: Any) -> torch.optim.Optimizer:
-    model: Any = torch.nn.ParameterList([torch.ones(1, 1)])  # a layer would draw from the random numbers of the run
+    model: Any = torch.nn.ParameterList(
+        [torch.ones(1, 1, device=args.device)]
+    )  # a layer would draw from the random numbers of the run
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if own_groups := {"params", "model", "optimizer_dict"} & set(options):
         raise ValueError(f"it makes its own parameter groups ({', '.join(own_groups)})")
     optimizer = kind(model.parameters(), **options)
+    if hasattr(optimizer, "train"):  # as Trainer does before each step
+        optimizer.train()
     model[0].sum().backward()
     optimizer.step()
     return optimizer

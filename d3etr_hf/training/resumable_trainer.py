@@ -13,8 +13,18 @@ from transformers.utils import logging
 from d3etr_hf.errors import CheckpointError, DetectorLoadError, WriteError
 from d3etr_hf.files import write_errors
 from d3etr_hf.models.detector import ADAPTERS, Detector
-from d3etr_hf.training.checkpoints import MODEL, PREFIX, break_seal, check_whole, newest_whole_checkpoint, seal
+from d3etr_hf.training.checkpoints import (
+    MANIFEST,
+    MODEL,
+    PREFIX,
+    break_seal,
+    check_whole,
+    checkpoint_beside,
+    newest_whole_checkpoint,
+    seal,
+)
 from d3etr_hf.training.processes import on_main_process
+from d3etr_hf.training.stopping import GracefulStop
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from d3etr_hf.training.weight_average import TRAINED_WEIGHTS, WeightAverage
 
@@ -28,11 +38,13 @@ class ResumableTrainer(Trainer):
 
     Attributes:
         weight_average: of the student, which is saved instead of it; None where none is kept.
+        stop: ends a training when it is asked to.
     """
 
     args: D3etrTrainingArguments
     model: Detector
     weight_average: WeightAverage | None = None
+    stop: GracefulStop
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As Trainer, but from whole checkpoints only; True stands for the newest of them.
@@ -75,6 +87,20 @@ class ResumableTrainer(Trainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             rotate_checkpoints(str(output), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _finalize_training(self, trial, *args, **kwargs) -> TrainOutput:
+        """As Trainer; a training that was asked to stop has and keeps the checkpoint from which it goes on."""
+        if not self.stop.stopped:
+            return super()._finalize_training(trial, *args, **kwargs)
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX}{self.state.global_step}"
+        if not on_main_process((folder / MANIFEST).exists):
+            self._save_checkpoint(self.model, trial)  # where only better ones are saved
+        kept = self.args.save_total_limit, self.args.load_best_model_at_end
+        self.args.save_total_limit, self.args.load_best_model_at_end = None, False
+        try:
+            return super()._finalize_training(trial, *args, **kwargs)
+        finally:
+            self.args.save_total_limit, self.args.load_best_model_at_end = kept
 
     def _save_beside(self, folder: Path) -> None:
         """Keep what trains but is no part of the student, so that the run can go on."""
@@ -125,7 +151,7 @@ class ResumableTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """As Trainer, but by `from_pretrained`, for the reason given in `_load_from_checkpoint`."""
-        best = Path(self.state.best_model_checkpoint)
+        best = checkpoint_beside(Path(self.args.output_dir), self.state.best_model_checkpoint)
         logger.info(f"Loading best model from {best}")
         on_main_process(lambda: check_whole(best, MODEL))
         self._read_checkpoint(best, self.model)

@@ -8,14 +8,20 @@ from d3etr_hf.data.sampling import TrainingSampler
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 
-def training_sampler(args: D3etrTrainingArguments, accelerator: Accelerator, dataset: Dataset) -> TrainingSampler:
-    """Of one training; the same on every process."""
+def training_sampler(
+    args: D3etrTrainingArguments, accelerator: Accelerator, dataset: Dataset, batch_size: int
+) -> TrainingSampler:
+    """Of one training; the same on every process.
+
+    Args:
+        batch_size: images of a process in a batch.
+    """
     together = 1 if accelerator.split_batches else accelerator.num_processes
     return TrainingSampler(
         dataset,
         args.seed if args.data_seed is None else args.data_seed,
         args.train_sampling_strategy == "random",
-        args.train_batch_size * together,
+        batch_size * together,
         args.gradient_accumulation_steps,
         fill_up=accelerator.num_processes > 1 and not args.dataloader_drop_last,
     )

@@ -1,5 +1,6 @@
 """`DistillationTrainer`: Transformers' Trainer with a teacher, a second query group and COCO evaluation."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.optimization import keeps_running_statistics, parameter_groups, single_drop
 from d3etr_hf.training.resumable_trainer import ResumableTrainer
 from d3etr_hf.training.sampling import FollowEpochs, training_sampler
-from d3etr_hf.training.stopping import GracefulStop
+from d3etr_hf.training.stopping import GracefulStop, start_worker
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors, teacher_pixels
 from d3etr_hf.training.term_log import StartAfresh, TermLog
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
@@ -127,7 +128,7 @@ class DistillationTrainer(ResumableTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TrainingSampler:
         """Instead of Trainer's: what is drawn for an image is known from seed, epoch and image alone."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        self._epochs.sampler = training_sampler(self.args, self.accelerator, dataset)
+        self._epochs.sampler = training_sampler(self.args, self.accelerator, dataset, self._train_batch_size)
         return self._epochs.sampler
 
     def get_train_dataloader(self) -> DataLoader:
@@ -135,6 +136,8 @@ class DistillationTrainer(ResumableTrainer):
         loader = super().get_train_dataloader()
         generator = torch.Generator().manual_seed(self.args.seed)
         loader.base_dataloader.generator = generator  # type: ignore[attr-defined]
+        made = loader.base_dataloader.worker_init_fn  # type: ignore[attr-defined]
+        loader.base_dataloader.worker_init_fn = partial(start_worker, made)  # type: ignore[attr-defined]
         return loader
 
     # loss
