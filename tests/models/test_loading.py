@@ -238,7 +238,7 @@ def test_model_config_is_checked(changes, message):
 
 @pytest.mark.parametrize(
     "content, message",
-    [(None, "cannot be read"), ("- a", r"holds \['a'\]"), ("a: [", "neither YAML nor JSON"), ("", "holds None")],
+    [(None, "cannot be read"), ("- a", r"holds \['a'\]"), ("a: [", "not valid YAML"), ("", "holds None")],
 )
 def test_model_config_file_is_checked(tmp_path, content, message):
     file = tmp_path / "model.yaml"
