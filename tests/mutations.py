@@ -24,6 +24,7 @@ MODELS = "d3etr_hf/models"
 MODEL, ATTENTION = f"{MODELS}/conditional_detr.py", f"{MODELS}/group_attention.py"
 DETECTOR, DENSE, DETR = f"{MODELS}/detector.py", f"{MODELS}/dense_memory.py", f"{MODELS}/detr.py"
 TRAINER, OBJECTIVE = "d3etr_hf/training/trainer.py", "d3etr_hf/training/objective.py"
+RESUMABLE = "d3etr_hf/training/resumable_trainer.py"
 TEACHER, OPTIMIZATION = "d3etr_hf/training/teacher.py", "d3etr_hf/training/optimization.py"
 TERM_LOG, HALF_PRECISION = "d3etr_hf/training/term_log.py", "d3etr_hf/training/half_precision.py"
 COSTS, LOSSES = "d3etr_hf/matching/solver.py", "d3etr_hf/losses"
@@ -157,11 +158,11 @@ MUTATIONS = [
      "{category_id: label for label, category_id in enumerate(category_ids)}",
      "{category_id: category_id for category_id in category_ids}", "tests/data/test_checking.py"),
     # found here
-    ("resume: stock loading", "d3etr_hf/training/resumable_trainer.py", "def _load_from_checkpoint(", "def _unused_load(",
+    ("resume: stock loading", RESUMABLE, "def _load_from_checkpoint(", "def _unused_load(",
      f"{TRAINER_TESTS}::test_resumed_run_equals_an_uninterrupted_one"),
-    ("resume: auxiliary weights", "d3etr_hf/training/resumable_trainer.py", "if extra.exists():", "if False:",
+    ("resume: auxiliary weights", RESUMABLE, "if extra.exists():", "if False:",
      f"{TRAINER_TESTS}::test_resumed_run_equals_an_uninterrupted_one"),
-    ("best model: stock loading", "d3etr_hf/training/resumable_trainer.py", "def _load_best_model(", "def _unused_best(",
+    ("best model: stock loading", RESUMABLE, "def _load_best_model(", "def _unused_best(",
      f"{TRAINER_TESTS}::test_best_model_is_loaded_at_the_end"),
     ("evaluation before training", TRAINER, "            self.model._is_accelerate_prepared = False\n",
      "            pass\n",
