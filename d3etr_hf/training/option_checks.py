@@ -24,7 +24,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from d3etr_hf.errors import UnsupportedOptionError, quoted
+from d3etr_hf.errors import UnsupportedOptionError, one_line, quoted
 
 LARGEST, LARGEST_SEED = 2**31 - 1, 2**32 - 1
 
@@ -323,7 +323,7 @@ def _check_accelerator_config(args: Any) -> None:
             TypeAdapter(hint).validate_python(getattr(chosen, name), strict=True)
         GradientAccumulationPlugin(**(chosen.gradient_accumulation_kwargs or {}))
     except (OSError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         shown = quoted(args.accelerator_config)
         raise UnsupportedOptionError(f"accelerator_config={shown}: Accelerate does not take it ({reason})") from error
     if "num_steps" in (chosen.gradient_accumulation_kwargs or {}):

@@ -11,7 +11,7 @@ from transformers import Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
 
-from d3etr_hf.errors import UnsupportedOptionError
+from d3etr_hf.errors import UnsupportedOptionError, one_line
 from d3etr_hf.training.option_checks import shown_options
 
 # what the builders of optimizers, schedules and trackers raise
@@ -60,7 +60,7 @@ def _built(args: Any, name: str, build: Callable[[Any], Any]) -> Any:
         return build(args)
     except BUILD_ERRORS as error:
         names = (name, *(further for further in BUILT_WITH.get(name, ()) if getattr(args, further) is not None))
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
         wanting = "" if name == "report_to" else ", or set what it asks for"
         raise UnsupportedOptionError(
             f"{shown_options(args, names)}: cannot be built ({reason}); install what is missing{wanting}, or leave it "
