@@ -29,9 +29,11 @@ from d3etr_hf.publishing.run_folder import links_to_hub, restore_weights
 from d3etr_hf.runs.description import describe_run
 from d3etr_hf.runs.environment import describe_environment
 from d3etr_hf.runs.folder_lock import holding
+from d3etr_hf.runs.inputs import check_inputs, inputs_of
 from d3etr_hf.runs.output_folder import (
     CONFIGURATION,
     ENVIRONMENT,
+    INPUTS,
     LAUNCH,
     RESULTS,
     SECONDS,
@@ -67,7 +69,8 @@ def train_detector(
         steps, and seconds of training (summed over interruptions; without evaluation before or after it).
 
     Raises:
-        OutputFolderError: the output folder holds another run, or files that are no run.
+        OutputFolderError: the output folder holds another run, or files that are no run, or what the run reads has
+            changed since it began.
         FolderInUseError: another call is at work in it.
         CheckpointError: there is no whole checkpoint left to go on from, or the one that was asked for is not whole.
         DamagedFileError, WriteError: a file of the folder cannot be read, or written.
@@ -92,10 +95,19 @@ def train_detector(
         stopwatch = Stopwatch(output)
         trainer = build_trainer(model_arguments, teacher_arguments, data_arguments, training_arguments)
         trainer.add_callback(stopwatch)
+        read = on_main_process(
+            lambda: check_inputs(
+                output,
+                inputs_of(model_arguments, teacher_arguments, trainer.train_dataset, trainer.eval_dataset),
+                goes_on=checkpoint is not None,
+                data_arguments=data_arguments,
+            )
+        )
         if trainer.is_world_process_zero():
             # only now: a call that failed on its data or its teacher leaves the folder free for the next
             write_whole(output / CONFIGURATION, configuration)
             write_json(output / LAUNCH, launch)
+            write_json(output / INPUTS, read)
             write_environment(output, model_arguments, teacher_arguments, data_arguments)
         with stopping_at_signals(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -88,7 +88,8 @@ def load_coco_split(
     """
     annotations, images = Path(annotations).absolute(), Path(images).absolute()
     cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "d3etr_hf")
-    rows_file = cache_dir / f"{_cache_key(annotations, images)}.arrow"
+    digest = hashlib.sha256(_content(annotations)).hexdigest()
+    rows_file = cache_dir / f"{_cache_key(digest, annotations, images)}.arrow"
     kept = _read_rows(rows_file)
     if kept is None:
         checked = check_coco(read_coco(annotations), source=str(annotations), file_names=True)
@@ -106,6 +107,7 @@ def load_coco_split(
         category_ids=summary["category_ids"],
         rows=rows,
         load_ground_truth=partial(_ground_truth, annotations),
+        annotations_digest=digest,
     )
 
 
@@ -137,10 +139,9 @@ def _ground_truth(annotations: Path) -> dict:
     return without_nulls(read_coco(annotations))
 
 
-def _cache_key(annotations: Path, images: Path) -> str:
-    digest = hashlib.sha256(_content(annotations))
-    digest.update(json.dumps([READER_VERSION, str(annotations), str(images)]).encode())
-    return digest.hexdigest()
+def _cache_key(digest: str, annotations: Path, images: Path) -> str:
+    key = [digest, READER_VERSION, str(annotations), str(images)]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def _write_rows(checked: CheckedSplit, image_paths: list[str], rows_file: Path) -> None:

@@ -93,6 +93,15 @@ class DataArguments:
         },
     )
 
+    hash_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Have a run that goes on compare the content of all images with what it was, and not only their "
+            "names and sizes: reads them all when it starts, and again those of changed time (up to 256 MB that is "
+            "done anyway)."
+        },
+    )
+
     def __post_init__(self) -> None:
         explicit = [self.train_annotations, self.train_images, self.val_annotations, self.val_images]
         if any(explicit) and not all(explicit):

@@ -30,6 +30,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         category_ids: raw category id of each class label.
         rows: one row an image: image_id int64; image_path (or image, undecoded, for Hub data); width, height in
             pixels; boxes (n, 4) float32 xyxy in pixels, inside the image, no crowds; class_labels (n,) int64.
+        annotations_digest: a hash of the annotations as they were given; it changes with each of them.
         transform: called on `(image, target)` by `__getitem__`; None gives `{"image": ..., "target": ...}`.
     """
 
@@ -40,12 +41,14 @@ class DetectionDataset(torch.utils.data.Dataset):
         category_ids: list[int],
         rows: datasets.Dataset,
         load_ground_truth: Callable[[], dict],
+        annotations_digest: str,
         transform: Callable[[Image.Image, dict[str, Any]], dict] | None = None,
     ) -> None:
         self.name = name
         self.class_names = class_names
         self.category_ids = category_ids
         self.rows = rows
+        self.annotations_digest = annotations_digest
         self.transform = transform
         self._load_ground_truth = load_ground_truth
 

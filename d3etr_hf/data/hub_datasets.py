@@ -4,6 +4,8 @@ Columns: `image`, `image_id`, `width`, `height`, and `objects` with `bbox` (xywh
 or an integer) and, if there, `area`, `iscrowd`; `objects` is a list of records or a record of lists.
 """
 
+import hashlib
+import json
 import logging
 import os
 import warnings
@@ -67,7 +69,9 @@ def load_hub_split(
 
     names = _category_names(splits)
     described = splits[split].select_columns(list(IMAGE_COLUMNS))
-    checked = check_coco(_as_coco(described, names, name), source=name)
+    coco = _as_coco(described, names, name)
+    digest = hashlib.sha256(json.dumps(coco, default=str).encode()).hexdigest()
+    checked = check_coco(coco, source=name)
     if checked.report:
         warnings.warn(checked.report, stacklevel=2)
     # Undecoded, because the decoder of `datasets` turns images by EXIF whatever size the annotations mean.
@@ -81,6 +85,7 @@ def load_hub_split(
         category_ids=checked.category_ids,
         rows=datasets.concatenate_datasets([images, columns], axis=1),
         load_ground_truth=partial(_ground_truth, described, names, name),
+        annotations_digest=digest,
     )
 
 

@@ -12,12 +12,14 @@ from d3etr_hf.training.checkpoints import check_whole, checkpoints_of, newest_wh
 from d3etr_hf.training.training_arguments import RENAMED_OPTIONS, D3etrTrainingArguments
 
 CONFIGURATION, LAUNCH, ENVIRONMENT = "run.yaml", "launch.json", "environment.json"
+INPUTS = "inputs.json"
 RESULTS, HISTORY, SECONDS = "results.json", "log_history.json", "seconds.json"
 # how a run goes on without one of its files, when it is damaged
 REMEDIES = {
     LAUNCH: "remove it, and start the run on as many processes and in the same precision as before",
     ENVIRONMENT: "remove it, and what it says of versions and devices is left out",
     RESULTS: "remove it and call the run again, which goes on from its last checkpoint",
+    INPUTS: "remove it, and what the run reads is not compared with what it read before",
     HISTORY: "remove it and results.json and call the run again, which writes both from its last checkpoint",
     SECONDS: "remove it, and the seconds of training are counted from zero",
 }
@@ -28,6 +30,7 @@ WITHOUT_EFFECT = {
     "dataloader_pin_memory",
     "dataset_workers",
     "allow_images_elsewhere",
+    "hash_images",
     "disable_tqdm",
     "report_to",
     "run_name",
@@ -40,6 +43,17 @@ WITHOUT_EFFECT = {
     "hub_revision",
     "use_cpu",
     "resume_from_checkpoint",
+}
+# where a run reads from; what it reads is known by content, so that a copy elsewhere is the same
+PLACES = {
+    "data_folder",
+    "train_annotations",
+    "train_images",
+    "val_annotations",
+    "val_images",
+    "teacher",
+    "model",
+    "backbone_weights",
 }
 
 
@@ -95,10 +109,18 @@ def check_output_folder(output: Path, configuration: str, launch: dict) -> None:
     if RESULTS not in names and not any(map(was_saved, checkpoints_of(output))):
         return  # it stopped before it had saved anything: nothing is lost by another configuration
     old, new = read_run_options(output / CONFIGURATION), read_yaml(configuration) or {}
+    if RESULTS not in names and INPUTS in names:
+        # what is there is compared before the run goes on
+        old, new = _without_places(old), _without_places(new)
     _refuse_renamed_options(output / CONFIGURATION, old)
     if LAUNCH in names:
         old, new = old | read_record(output / LAUNCH), new | launch
     _refuse_changed_options(output, old, new)
+
+
+def _without_places(options: dict) -> dict:
+    """Options with the mere fact that a place is named."""
+    return {name: name if name in PLACES else value for name, value in options.items()}
 
 
 def read_run_options(path: Path) -> dict:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import EvalPrediction
 
-from d3etr_hf.data import DetectionCollator
+from d3etr_hf.data import DetectionCollator, DetectionDataset
 from d3etr_hf.data.sampling import TrainingSampler
 from d3etr_hf.errors import NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
 from d3etr_hf.evaluation import average_precision_of, detect
@@ -59,6 +59,8 @@ class DistillationTrainer(ResumableTrainer):
         UnsupportedOptionError, IncompatibleDataError, ImageSizeError: see there.
     """
 
+    train_dataset: DetectionDataset
+    eval_dataset: DetectionDataset
     teacher: Teacher | None
     objective: D3etrObjective
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import ConditionalDetrImageProcessorPil, TrainerControl, TrainerState
 
@@ -482,6 +484,70 @@ def test_distilled_run_goes_on_with_its_teacher(shapes, teacher, tmp_path, monke
             train_detector(*arguments(shapes, outputs[1], **options))
     train_detector(*arguments(shapes, outputs[1], **options))
     assert_same_weights(*outputs)
+
+
+@pytest.fixture(scope="module")
+def under_way(shapes, teacher, tmp_path_factory):
+    """A folder with a distilled run of two steps that was stopped after the first, its data and its teacher."""
+    place = tmp_path_factory.mktemp("under way")
+    for name, folder in (("data", shapes), ("teacher", teacher)):
+        shutil.copytree(folder, place / name)
+    with pytest.MonkeyPatch.context() as context, pytest.raises(Interruption):
+        stop_at_step(context, 2)
+        train_detector(*run_under_way(place))
+    return place
+
+
+def run_under_way(place, **changes) -> tuple:
+    options = {"teacher": place / "teacher", "augmentation": "none", "max_steps": 2, "save_steps": 1}
+    return arguments(place / "data", place / "run", **(options | changes))
+
+
+def swap_last_bytes(path) -> None:
+    """Another content of the same size."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-40] + content[-20:] + content[-40:-20])
+
+
+def repaint(folder) -> None:
+    """One image in other colours."""
+    path = min(folder.iterdir())
+    Image.open(path).rotate(180).save(path)
+
+
+def shift_a_box(path) -> None:
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"][0] += 1
+    path.write_text(json.dumps(content))
+
+
+def resample_nearest(path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 0}))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        ("data/annotations/train.json", shift_a_box, "the training annotations (other content)"),
+        ("data/annotations/val.json", shift_a_box, "the validation annotations (other content)"),
+        ("data/train", repaint, "the training images"),
+        ("teacher/model.safetensors", swap_last_bytes, "the teacher (other content)"),
+        ("teacher/preprocessor_config.json", resample_nearest, "the teacher"),
+    ],
+)
+def test_a_run_whose_inputs_have_changed_does_not_go_on(under_way, tmp_path, file, change, named):
+    place = shutil.copytree(under_way, tmp_path / "place")
+    change(place / file)
+    before = files_of(place / "run")
+    with pytest.raises(OutputFolderError, match=re.escape(named)) as refused:
+        train_detector(*run_under_way(place))
+    assert "choose another output_dir" in str(refused.value) and len(str(refused.value).splitlines()) == 1
+    assert files_of(place / "run") == before
+
+
+def test_a_run_goes_on_where_it_and_all_that_it_reads_were_copied(under_way, tmp_path):
+    """Other paths, other times; the same content."""
+    train_detector(*run_under_way(shutil.copytree(under_way, tmp_path / "copied", copy_function=shutil.copyfile)))
 
 
 def test_call_that_fails_on_its_arguments_leaves_the_folder_free(shapes, tmp_path):

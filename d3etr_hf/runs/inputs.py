@@ -1,0 +1,232 @@
+"""What a run reads from elsewhere, by content: data, teacher and start model must not change while it is under way."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm.auto import tqdm
+from transformers.utils import cached_file, logging
+
+from d3etr_hf.data import DataArguments, DetectionDataset
+from d3etr_hf.errors import DamagedFileError, OutputFolderError
+from d3etr_hf.models.loading import ModelArguments, TeacherArguments
+from d3etr_hf.runs.output_folder import INPUTS, REMEDIES, read_record
+
+logger = logging.get_logger(__name__)
+
+# what of a checkpoint decides about a run: its weights, its configuration, how it takes images
+OF_CHECKPOINT = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "preprocessor_config.json",
+    "pytorch_model*.bin",
+)
+# contents of up to so many bytes are hashed anyway: it takes a moment
+BYTES_HASHED_ANYWAY = 2**28
+BLOCK = 2**20
+ROWS = 64  # of embedded images at once
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of some files, or of what else a run reads.
+
+    Attributes:
+        count: how many they are.
+        bytes: of all of them together.
+        sizes: hash of their names and sizes; None of what is not in files of its own.
+        times: hash of names, sizes and times of change, by which a later call sees that it need not read them again.
+        content: hash of what they hold; None where it was not computed.
+    """
+
+    count: int
+    bytes: int
+    sizes: str | None = None
+    times: str | None = None
+    content: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.bytes} bytes"
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something that a run reads.
+
+    Attributes:
+        names: of the files, relative to where they lie, or of what else.
+        sizes: of each, bytes.
+        times: of change of each, nanoseconds; empty of what is not in files.
+        read: gives the content, in blocks.
+    """
+
+    names: list[str]
+    sizes: list[int]
+    read: Callable[[], Iterator[bytes]] = field(repr=False)
+    times: list[int] = field(default_factory=list)
+
+    def fingerprint(self, known: Fingerprint | None = None, whole: bool = False) -> Fingerprint:
+        """The fingerprint, with the content's hash where that is worth its time.
+
+        Args:
+            known: from an earlier call. Its hash of the content is kept where sizes and times are the same.
+            whole: hash the content however large it is.
+        """
+        sizes = _digest(json.dumps([self.names, self.sizes]).encode())
+        times = _digest(json.dumps([self.names, self.sizes, self.times]).encode()) if self.times else None
+        content = None
+        if known is not None and known.sizes == sizes and known.times == times is not None:
+            content = known.content
+        elif known is not None and known.content is not None:
+            whole = True
+        if content is None and (whole or sum(self.sizes) <= BYTES_HASHED_ANYWAY):
+            content = _digest_of(self.read(), sum(self.sizes))
+        return Fingerprint(len(self.names), sum(self.sizes), sizes, times, content)
+
+
+def same(old: Fingerprint, new: Fingerprint) -> bool:
+    """Whether two fingerprints are of the same content, as far as they tell: times do not count."""
+    if old.sizes != new.sizes:
+        return False
+    return None in (old.content, new.content) or old.content == new.content
+
+
+def files(paths: Iterable[str | Path], folder: str | Path) -> Input:
+    """These files as an input; their names are relative to a folder."""
+    paths = [os.path.abspath(path) for path in paths]
+    states = [os.stat(path) for path in paths]
+
+    def read() -> Iterator[bytes]:
+        for path in paths:
+            with open(path, "rb") as file:
+                while block := file.read(BLOCK):
+                    yield block
+
+    names = [os.path.relpath(path, os.path.abspath(folder)) for path in paths]
+    return Input(names, [state.st_size for state in states], read, [state.st_mtime_ns for state in states])
+
+
+def images_of(dataset: DetectionDataset) -> Input:
+    """The images of a split, in the order of its rows."""
+    if "image_path" in dataset.rows.features:
+        paths = dataset.rows["image_path"][:]
+        return files(paths, os.path.commonpath([os.path.dirname(path) for path in paths]))
+
+    def embedded() -> Iterator[pa.Array]:
+        rows = dataset.rows.select_columns(["image"]).with_format("arrow")
+        for table in rows.iter(batch_size=ROWS):
+            images = table["image"].combine_chunks()
+            yield pc.struct_field(images, "bytes"), pc.struct_field(images, "path")
+
+    def read() -> Iterator[bytes]:
+        for contents, paths in embedded():
+            for content, path in zip(contents, paths, strict=True):
+                yield content.as_buffer() if content.is_valid else Path(path.as_py()).read_bytes()
+
+    sizes: list[int] = []
+    for contents, paths in embedded():
+        lengths = zip(pc.binary_length(contents).to_pylist(), paths.to_pylist(), strict=True)
+        sizes += [os.path.getsize(path) if length is None else length for length, path in lengths]
+    return Input([str(image_id) for image_id in dataset.rows["image_id"][:]], sizes, read)
+
+
+def annotations_of(dataset: DetectionDataset) -> Input:
+    """The annotations of a split, by the hash that was made when they were read."""
+    digest = dataset.annotations_digest.encode()
+    return Input([""], [len(digest)], lambda: iter([digest]))
+
+
+def checkpoint(path: str) -> Input:
+    """What a folder, or a Hub id as it lies in the cache, holds of a model."""
+    folder = Path(cached_file(path, "config.json")).parent
+    found = {file for pattern in OF_CHECKPOINT for file in folder.glob(pattern)}
+    return files(sorted(found), folder)
+
+
+def inputs_of(
+    model_arguments: ModelArguments,
+    teacher_arguments: TeacherArguments,
+    train: DetectionDataset,
+    val: DetectionDataset,
+) -> dict[str, Input]:
+    """Everything that a run reads, by what the messages call it."""
+    found: dict[str, Input] = {}
+    for name, split in (("training", train), ("validation", val)):
+        found[f"{name} annotations"] = annotations_of(split)
+        found[f"{name} images"] = images_of(split)
+    checkpoints = {
+        "teacher": teacher_arguments.teacher,
+        "model to start from": model_arguments.model,
+        "backbone's weights": model_arguments.backbone_weights,
+    }
+    return found | {name: checkpoint(path) for name, path in checkpoints.items() if path is not None}
+
+
+def check_inputs(output: Path, inputs: Mapping[str, Input], goes_on: bool, data_arguments: DataArguments) -> dict:
+    """See that a run which goes on reads what it read before.
+
+    Args:
+        output: the run's output folder.
+        inputs: from `inputs_of`.
+        goes_on: whether the run goes on from a checkpoint.
+        data_arguments: whether the content of images is hashed however much there is.
+
+    Returns:
+        What is to be written into `inputs.json`.
+
+    Raises:
+        OutputFolderError: something has changed; the message names it, with the way out.
+        DamagedFileError: `inputs.json` cannot be read.
+    """
+    known = _read(output / INPUTS) if goes_on else {}
+    if goes_on and not known:
+        logger.warning(f"{output} holds no {INPUTS}: whether data and models are those of before is not looked at")
+    found, changed = {}, []
+    for name, each in inputs.items():
+        whole = data_arguments.hash_images or not name.endswith("images")
+        found[name] = each.fingerprint(known.get(name), whole)
+        if known and name not in known:
+            changed.append(f"the {name} (not read before)")
+        elif known and not same(known[name], found[name]):
+            changed.append(f"the {name} ({_change(known[name], found[name])})")
+    changed += [f"the {name} (read before, not now)" for name in known if name not in inputs]
+    if changed:
+        raise OutputFolderError(
+            f"{output} holds a run under way, and what it reads has changed since: {', '.join(changed)}; put back "
+            "what was there, or choose another output_dir to start anew"
+        )
+    return {name: asdict(fingerprint) for name, fingerprint in found.items()}
+
+
+def _change(old: Fingerprint, new: Fingerprint) -> str:
+    if (old.count, old.bytes) != (new.count, new.bytes):
+        return f"files: {old} then, {new} now"
+    return "other content" if old.sizes == new.sizes else "other names or sizes"
+
+
+def _read(path: Path) -> dict[str, Fingerprint]:
+    try:
+        return {name: Fingerprint(**values) for name, values in read_record(path).items()}
+    except FileNotFoundError:
+        return {}
+    except (AttributeError, TypeError) as error:
+        raise DamagedFileError(f"{path} is damaged, since it holds no fingerprints: {REMEDIES[INPUTS]}") from error
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest_of(blocks: Iterable[bytes], size: int) -> str:
+    digest, quick = hashlib.sha256(), size <= BYTES_HASHED_ANYWAY
+    with tqdm(total=size, desc="hashing", unit="B", unit_scale=True, disable=quick) as bar:
+        for block in blocks:
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
