@@ -29,7 +29,7 @@ from d3etr_hf.publishing.run_folder import links_to_hub, restore_weights
 from d3etr_hf.runs.description import describe_run
 from d3etr_hf.runs.environment import describe_environment
 from d3etr_hf.runs.folder_lock import holding
-from d3etr_hf.runs.inputs import check_inputs, inputs_of
+from d3etr_hf.runs.inputs import check_inputs, inputs_of, read_inputs
 from d3etr_hf.runs.output_folder import (
     CONFIGURATION,
     ENVIRONMENT,
@@ -90,24 +90,13 @@ def train_detector(
         )
         if results is not None:
             return results
-        if training_arguments.push_to_hub:
-            card_arguments.check_places()
         stopwatch = Stopwatch(output)
         trainer = build_trainer(model_arguments, teacher_arguments, data_arguments, training_arguments)
         trainer.add_callback(stopwatch)
-        read = on_main_process(
-            lambda: check_inputs(
-                output,
-                inputs_of(model_arguments, teacher_arguments, trainer.train_dataset, trainer.eval_dataset),
-                goes_on=checkpoint is not None,
-                data_arguments=data_arguments,
-            )
-        )
+        inputs = inputs_compared(trainer, checkpoint, model_arguments, teacher_arguments, data_arguments)
         if trainer.is_world_process_zero():
             # only now: a call that failed on its data or its teacher leaves the folder free for the next
-            write_whole(output / CONFIGURATION, configuration)
-            write_json(output / LAUNCH, launch)
-            write_json(output / INPUTS, read)
+            write_description(output, configuration, launch, inputs)
             write_environment(output, model_arguments, teacher_arguments, data_arguments)
         with stopping_at_signals(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -130,9 +119,38 @@ def begin(
     check_output_folder(output, configuration, launch)
     if (output / RESULTS).exists():
         return finished_results(output, training_arguments, card_arguments), None
+    if training_arguments.push_to_hub:
+        card_arguments.check_places()
     held.enter_context(holding(output, "another training run"))
     check_output_folder(output, configuration, launch)  # another call may have come in between
     return None, checkpoint_to_go_on_from(output, training_arguments)
+
+
+def inputs_compared(
+    trainer: D3etrTrainer,
+    checkpoint: str | None,
+    model_arguments: ModelArguments,
+    teacher_arguments: TeacherArguments,
+    data_arguments: DataArguments,
+) -> dict:
+    """What the run reads; where it goes on from a checkpoint, that is what it read before.
+
+    Raises:
+        OutputFolderError: it is not.
+    """
+
+    def compare() -> dict:
+        read = inputs_of(model_arguments, teacher_arguments, trainer.train_dataset, trainer.eval_dataset)
+        return check_inputs(read, read_inputs(Path(trainer.args.output_dir), checkpoint), data_arguments.hash_images)
+
+    return on_main_process(compare)
+
+
+def write_description(output: Path, configuration: str, launch: dict, inputs: dict) -> None:
+    """Write down what a run is, so that a later call can tell whether it is the same."""
+    write_whole(output / CONFIGURATION, configuration)
+    write_json(output / LAUNCH, launch)
+    write_json(output / INPUTS, inputs)
 
 
 def write_environment(

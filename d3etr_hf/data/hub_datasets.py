@@ -62,22 +62,17 @@ def load_hub_split(
     """
     name = name or f"{path_or_name}/{split}"
     splits = _load_splits(path_or_name, workers, cache_dir)
-    if split not in splits:
-        raise DatasetError(f"{path_or_name}: no split `{split}`: choose one of {', '.join(splits)}.")
-    for split_name, rows in splits.items():
-        _check_columns(rows, f"{path_or_name}/{split_name}")
-
+    _check_splits(splits, split, path_or_name)
     names = _category_names(splits)
     described = splits[split].select_columns(list(IMAGE_COLUMNS))
     coco = _as_coco(described, names, name)
-    digest = hashlib.sha256(json.dumps(coco, default=str).encode()).hexdigest()
     checked = check_coco(coco, source=name)
     if checked.report:
         warnings.warn(checked.report, stacklevel=2)
     # Undecoded, because the decoder of `datasets` turns images by EXIF whatever size the annotations mean.
     images = splits[split].select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    given = [path_or_name] if cache_dir is None else [path_or_name, cache_dir]
-    _check_images(images, None if allow_images_elsewhere else [*given, *caches()], name)
+    given = [path_or_name, *([] if cache_dir is None else [cache_dir]), *caches()]
+    _check_images(images, None if allow_images_elsewhere else given, name)
     columns = datasets.Dataset.from_dict(checked.columns(), features=datasets.Features(BOX_FEATURES))
     return DetectionDataset(
         name=name,
@@ -85,7 +80,7 @@ def load_hub_split(
         category_ids=checked.category_ids,
         rows=datasets.concatenate_datasets([images, columns], axis=1),
         load_ground_truth=partial(_ground_truth, described, names, name),
-        annotations_digest=digest,
+        annotations_digest=hashlib.sha256(json.dumps(coco, default=str).encode()).hexdigest(),
     )
 
 
@@ -145,6 +140,13 @@ def _check_images(rows: datasets.Dataset, roots: list[str | Path] | None, name: 
     if without_image:
         raise DatasetError(f"{name}: {without_image} rows have no image: add the images, or take the rows out.")
     check_image_files([os.path.abspath(path) for path in paths.filter(alone).to_pylist()], roots, name)
+
+
+def _check_splits(splits: datasets.DatasetDict, split: str, path_or_name: str | Path) -> None:
+    if split not in splits:
+        raise DatasetError(f"{path_or_name}: no split `{split}`: choose one of {', '.join(splits)}.")
+    for name, rows in splits.items():
+        _check_columns(rows, f"{path_or_name}/{name}")
 
 
 def _check_columns(rows: datasets.Dataset, place: str) -> None:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 from transformers.utils import cached_file, logging
 
-from d3etr_hf.data import DataArguments, DetectionDataset
+from d3etr_hf.data import DetectionDataset
 from d3etr_hf.errors import DamagedFileError, OutputFolderError
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.runs.output_folder import INPUTS, REMEDIES, read_record
@@ -142,7 +142,7 @@ def annotations_of(dataset: DetectionDataset) -> Input:
     return Input([""], [len(digest)], lambda: iter([digest]))
 
 
-def checkpoint(path: str) -> Input:
+def checkpoint_at(path: str) -> Input:
     """What a folder, or a Hub id as it lies in the cache, holds of a model."""
     folder = Path(cached_file(path, "config.json")).parent
     found = {file for pattern in OF_CHECKPOINT for file in folder.glob(pattern)}
@@ -165,41 +165,56 @@ def inputs_of(
         "model to start from": model_arguments.model,
         "backbone's weights": model_arguments.backbone_weights,
     }
-    return found | {name: checkpoint(path) for name, path in checkpoints.items() if path is not None}
+    return found | {name: checkpoint_at(path) for name, path in checkpoints.items() if path is not None}
 
 
-def check_inputs(output: Path, inputs: Mapping[str, Input], goes_on: bool, data_arguments: DataArguments) -> dict:
+def read_inputs(output: Path, checkpoint: str | None) -> dict[str, Fingerprint]:
+    """What a run that goes on from a checkpoint has read so far, by name; nothing where none is given.
+
+    Where nobody wrote it down it is nothing either, with a warning.
+
+    Raises:
+        DamagedFileError: `inputs.json` cannot be read.
+    """
+    if checkpoint is None:
+        return {}
+    path = output / INPUTS
+    try:
+        return {name: Fingerprint(**values) for name, values in read_record(path).items()}
+    except FileNotFoundError:
+        logger.warning(f"{output} holds no {INPUTS}: whether data and models are those of before is not looked at")
+        return {}
+    except (AttributeError, TypeError) as error:
+        raise DamagedFileError(f"{path} is damaged, since it holds no fingerprints: {REMEDIES[INPUTS]}") from error
+
+
+def check_inputs(inputs: Mapping[str, Input], known: Mapping[str, Fingerprint], whole: bool = False) -> dict:
     """See that a run which goes on reads what it read before.
 
     Args:
-        output: the run's output folder.
         inputs: from `inputs_of`.
-        goes_on: whether the run goes on from a checkpoint.
-        data_arguments: whether the content of images is hashed however much there is.
+        known: from `read_inputs`; empty of a run that begins.
+        whole: compare the content of images, however much there is.
 
     Returns:
         What is to be written into `inputs.json`.
 
     Raises:
         OutputFolderError: something has changed; the message names it, with the way out.
-        DamagedFileError: `inputs.json` cannot be read.
     """
-    known = _read(output / INPUTS) if goes_on else {}
-    if goes_on and not known:
-        logger.warning(f"{output} holds no {INPUTS}: whether data and models are those of before is not looked at")
-    found, changed = {}, []
-    for name, each in inputs.items():
-        whole = data_arguments.hash_images or not name.endswith("images")
-        found[name] = each.fingerprint(known.get(name), whole)
-        if known and name not in known:
+    found = {
+        name: each.fingerprint(known.get(name), whole or not name.endswith("images")) for name, each in inputs.items()
+    }
+    changed = [f"the {name} (read before, not now)" for name in known if name not in found]
+    for name, fingerprint in found.items() if known else ():
+        if name not in known:
             changed.append(f"the {name} (not read before)")
-        elif known and not same(known[name], found[name]):
-            changed.append(f"the {name} ({_change(known[name], found[name])})")
-    changed += [f"the {name} (read before, not now)" for name in known if name not in inputs]
+        elif not same(known[name], fingerprint):
+            changed.append(f"the {name} ({_change(known[name], fingerprint)})")
     if changed:
         raise OutputFolderError(
-            f"{output} holds a run under way, and what it reads has changed since: {', '.join(changed)}; put back "
-            "what was there, or choose another output_dir to start anew"
+            f"what the run reads has changed since it began: {', '.join(changed)}; put back what was there, or choose "
+            "another output_dir to start anew"
         )
     return {name: asdict(fingerprint) for name, fingerprint in found.items()}
 
@@ -208,15 +223,6 @@ def _change(old: Fingerprint, new: Fingerprint) -> str:
     if (old.count, old.bytes) != (new.count, new.bytes):
         return f"files: {old} then, {new} now"
     return "other content" if old.sizes == new.sizes else "other names or sizes"
-
-
-def _read(path: Path) -> dict[str, Fingerprint]:
-    try:
-        return {name: Fingerprint(**values) for name, values in read_record(path).items()}
-    except FileNotFoundError:
-        return {}
-    except (AttributeError, TypeError) as error:
-        raise DamagedFileError(f"{path} is damaged, since it holds no fingerprints: {REMEDIES[INPUTS]}") from error
 
 
 def _digest(content: bytes) -> str:
