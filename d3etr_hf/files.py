@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from d3etr_hf.errors import DamagedFileError, WriteError
+from d3etr_hf.errors import DamagedFileError, WriteError, one_line
 
 UNFINISHED = ".unfinished"  # ends the name of a file that was being written when its process ended
 OF_TORCH_SAVE = ("inline_container", "PytorchStreamWriter")  # in what it raises, a RuntimeError, where a write fails
@@ -114,8 +114,8 @@ def write_errors(path: Path) -> Iterator[None]:
     else:
         return
     raise WriteError(
-        f"{path} cannot be written ({reason[:200]}): free some space or make its folder writable, or choose another "
-        "place; what was saved before is untouched, and the same call goes on from there"
+        f"{path} cannot be written ({one_line(reason, 200)}): free some space or make its folder writable, or choose "
+        "another place; what was saved before is untouched, and the same call goes on from there"
     ) from cause
 
 

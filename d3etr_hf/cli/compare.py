@@ -20,7 +20,7 @@ from d3etr_hf.cli.command_line import build_arguments, parse_arguments
 from d3etr_hf.configurations import option, write_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.data.coco import find_coco_split
-from d3etr_hf.errors import CheckpointError, CommandLineError, ComparisonError
+from d3etr_hf.errors import CommandLineError, ComparisonError
 from d3etr_hf.files import write_whole
 from d3etr_hf.models.loading import (
     ModelArguments,
@@ -34,7 +34,7 @@ from d3etr_hf.runs.comparison_results import is_finished, key_of, line_of, lines
 from d3etr_hf.runs.folder_lock import holding
 from d3etr_hf.runs.planned_run import PlannedRun, plan
 from d3etr_hf.runs.run_pool import Job, run_jobs
-from d3etr_hf.training.checkpoints import newest_whole_checkpoint
+from d3etr_hf.training.checkpoints import checkpoints_of, was_saved
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from d3etr_hf.visualization.comparison import draw_comparison, format_comparison
 
@@ -159,10 +159,7 @@ def state_of(run: PlannedRun) -> str:
     """Whether a run is done, and else where it would start."""
     if is_finished(run):
         return "done"
-    try:
-        checkpoint = newest_whole_checkpoint(run.folder)
-    except CheckpointError:
-        return "without a whole checkpoint"
+    checkpoint = next(filter(was_saved, checkpoints_of(run.folder)), None)
     return "to run" if checkpoint is None else f"to go on from {checkpoint.name}"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from d3etr_hf.errors import CheckpointError
+from d3etr_hf.errors import CheckpointError, one_line
 from d3etr_hf.files import flush_folder, write_json
 
 logger = logging.get_logger(__name__)
@@ -40,11 +40,6 @@ def seal(folder: Path) -> None:
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     write_json(folder / MANIFEST, {"files": files})
     flush_folder(folder.parent)
-
-
-def break_seal(folder: Path) -> None:
-    """Take a checkpoint's manifest away, since it will be written anew."""
-    (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def checkpoints_of(output: Path) -> list[Path]:
@@ -123,7 +118,7 @@ def why_not_whole(folder: Path, needed: Sequence[str] = NEEDED, with_best: bool 
     try:
         listed = _read_manifest(folder) if sealed else {path.name: {} for path in folder.iterdir()}
     except (OSError, ValueError) as error:
-        return f"its {MANIFEST} cannot be read ({str(error)[:100]})"
+        return f"its {MANIFEST} cannot be read ({one_line(error)})"
     for pattern in needed:
         if not any(fnmatch(name, pattern) for name in listed):
             return f"it holds no {pattern}"
@@ -170,7 +165,7 @@ def unreadable(path: Path) -> str | None:
         elif path.suffix == ".json":
             json.loads(path.read_bytes())
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-        return f"cannot be read ({str(error)[:100]})"
+        return f"cannot be read ({one_line(error)})"
     return None
 
 

@@ -1,7 +1,8 @@
 """`ResumableTrainer`: Transformers' Trainer whose runs go on exactly where they stopped, whenever that was."""
 
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -10,14 +11,13 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from d3etr_hf.errors import CheckpointError, DetectorLoadError, WriteError
+from d3etr_hf.errors import CheckpointError, DetectorLoadError
 from d3etr_hf.files import write_errors
 from d3etr_hf.models.detector import ADAPTERS, Detector
 from d3etr_hf.training.checkpoints import (
     MANIFEST,
     MODEL,
     PREFIX,
-    break_seal,
     check_whole,
     checkpoint_beside,
     newest_whole_checkpoint,
@@ -30,6 +30,8 @@ from d3etr_hf.training.weight_average import TRAINED_WEIGHTS, WeightAverage
 
 logger = logging.get_logger(__name__)
 
+ARGUMENTS = "training_args.bin"  # as Trainer calls them
+ASIDE = ".before"  # ends the name of a checkpoint while another of the same step is written
 ADAPTER_WEIGHTS = f"{ADAPTERS}.safetensors"
 
 
@@ -71,22 +73,18 @@ class ResumableTrainer(Trainer):
         """As Trainer, with all that the run goes on from; only when it is sealed do old checkpoints go."""
         output = Path(self._get_output_dir(trial))
         folder = output / f"{PREFIX}{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with write_errors(folder):
-                if self.args.should_save:
-                    self._save_beside(folder)
+        with write_errors(folder), self._put_aside(folder):
+            if self.args.should_save:
+                self._save_beside(folder)
+            with self._arguments_with(save_total_limit=None):
                 super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    seal(folder)
-        except WriteError:
-            shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint takes the place that a full disk lacks
-            raise
-        finally:
-            self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                torch.save(self.args, folder / ARGUMENTS)  # as they are
+                seal(folder)
         if self.args.should_save:
-            rotate_checkpoints(str(output), limit, self.state.best_model_checkpoint, use_mtime=True)
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(output), limit, best, use_mtime=True)
 
     def _finalize_training(self, trial, *args, **kwargs) -> TrainOutput:
         """As Trainer; a training that was asked to stop has and keeps the checkpoint from which it goes on."""
@@ -95,17 +93,40 @@ class ResumableTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX}{self.state.global_step}"
         if not on_main_process((folder / MANIFEST).exists):
             self._save_checkpoint(self.model, trial)  # where only better ones are saved
-        kept = self.args.save_total_limit, self.args.load_best_model_at_end
-        self.args.save_total_limit, self.args.load_best_model_at_end = None, False
-        try:
+        with self._arguments_with(save_total_limit=None, load_best_model_at_end=False):
             return super()._finalize_training(trial, *args, **kwargs)
+
+    @contextmanager
+    def _put_aside(self, folder: Path) -> Iterator[None]:
+        """Keep a checkpoint of this step that is there already until another is whole; if that fails it comes back."""
+        aside = folder.with_name(f"{folder.name}{ASIDE}")
+        if self.args.should_save and (folder / MANIFEST).exists():
+            folder.rename(aside)
+        self.accelerator.wait_for_everyone()
+        try:
+            yield
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint takes the place that a full disk lacks
+                if aside.exists():
+                    aside.rename(folder)
+            raise
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    @contextmanager
+    def _arguments_with(self, **changes) -> Iterator[None]:
+        """The context in which training arguments have other values."""
+        kept = {name: getattr(self.args, name) for name in changes}
+        vars(self.args).update(changes)
+        try:
+            yield
         finally:
-            self.args.save_total_limit, self.args.load_best_model_at_end = kept
+            vars(self.args).update(kept)
 
     def _save_beside(self, folder: Path) -> None:
         """Keep what trains but is no part of the student, so that the run can go on."""
         folder.mkdir(parents=True, exist_ok=True)
-        break_seal(folder)
         adapters = dict(self.model.query_adapters.named_parameters())
         if adapters:
             tensors = {name: value.detach().contiguous() for name, value in adapters.items()}

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import CheckpointError, WriteError
 from d3etr_hf.training import resumable_trainer
-from d3etr_hf.training.checkpoints import MANIFEST, break_seal, newest_whole_checkpoint, seal, why_not_whole
+from d3etr_hf.training.checkpoints import MANIFEST, newest_whole_checkpoint, seal, why_not_whole
 from d3etr_hf.training.weight_average import WeightAverage
 from tests.shapes_fixture import SIDE, shapes_trainer, weights_of
 
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_passed_over(output, caplog, file, damage):
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"files": {"config.json": 3}}', '{"files": {"config.json":'])
 def test_without_its_manifest_it_is_passed_over(output, content):
-    break_seal(output / "checkpoint-1000")
+    (output / "checkpoint-1000" / MANIFEST).unlink()
     if content is not None:
         (output / "checkpoint-1000" / MANIFEST).write_text(content)
     assert newest_whole_checkpoint(output) == output / "checkpoint-250"
@@ -117,7 +117,7 @@ def test_one_error_where_none_is_left(output):
 def test_a_first_checkpoint_that_was_never_finished_costs_nothing(tmp_path, caplog):
     """A kill while it was saved: from the beginning, with a warning, since nothing else was ever there."""
     folder = write_checkpoint(tmp_path / "checkpoint-2")
-    break_seal(folder)
+    (folder / MANIFEST).unlink()
     (folder / "trainer_state.json").write_text('{"global')
     caplog.set_level(logging.WARNING)
     assert newest_whole_checkpoint(tmp_path) is None
@@ -128,7 +128,7 @@ def test_a_first_checkpoint_that_was_never_finished_costs_nothing(tmp_path, capl
 @pytest.mark.parametrize("file", FILES[:3])
 def test_checkpoints_of_earlier_versions_count_if_all_of_them_can_be_read(output, damage, file):
     for step in (250, 1000):
-        break_seal(output / f"checkpoint-{step}")
+        (output / f"checkpoint-{step}" / MANIFEST).unlink()
     assert newest_whole_checkpoint(output) == output / "checkpoint-1000"
     DAMAGES[damage][0](output / "checkpoint-1000" / file)
     assert newest_whole_checkpoint(output) == output / "checkpoint-250"
@@ -208,6 +208,21 @@ def test_a_full_disk_leaves_the_checkpoint_before(shapes, tmp_path, monkeypatch,
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_a_second_save_of_a_step_that_fails_leaves_the_first(shapes, tmp_path, monkeypatch):
+    """Once for the step and once for the epoch that ends with it, say."""
+    trainer = shapes_trainer(shapes, tmp_path, save_total_limit=2, max_steps=1, **SAVING)
+    trainer.train()
+    folder = tmp_path / "checkpoint-1"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert torch.load(folder / "training_args.bin", weights_only=False).save_total_limit == 2
+    with monkeypatch.context() as context, pytest.raises(WriteError):
+        context.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        trainer._save_checkpoint(trainer.model, None)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    trainer._save_checkpoint(trainer.model, None)
+    assert why_not_whole(folder) is None and [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-1"]
 
 
 def test_a_run_that_has_taken_its_last_step_takes_no_other(shapes, tmp_path):
