@@ -7,7 +7,13 @@ MOST_CHARACTERS = 120  # that a message takes of what somebody wrote, or of what
 
 
 class UserError(Exception):
-    """Base of every error whose message says what is wrong, where, and what to do."""
+    """Base of every error whose message says what is wrong, where, and what to do.
+
+    Attributes:
+        of_all_processes: whether all processes of a launch raise it; then one of them shows it.
+    """
+
+    of_all_processes = False
 
 
 class _Quoting(reprlib.Repr):

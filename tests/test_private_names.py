@@ -193,6 +193,14 @@ TABLE = [
     ),
     Private(
         TRAINER,
+        "_get_grad_norm",
+        "training/trainer.py",
+        "the gradient's norm, before the optimizer's step",
+        ("model", "grad_norm"),
+        r"grad_norm = self\._get_grad_norm\(model, grad_norm=grad_norm\)",
+    ),
+    Private(
+        TRAINER,
         "_get_num_items_in_batch",
         "training/trainer.py",
         "Trainer asks it for what the whole step's sums are divided by",

@@ -38,7 +38,7 @@ from d3etr_hf.training.checkpoints import checkpoints_of, was_saved
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from d3etr_hf.visualization.comparison import draw_comparison, format_comparison
 
-TABLE, PICTURE = "table.md", "comparison.png"
+TABLE, PICTURE = ".md", ".png"  # beside the results, by their name
 
 
 @dataclass
@@ -175,8 +175,10 @@ def report(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
     if not lines:
         raise ComparisonError(f"{results} holds no result of these runs: call d3etr compare without --report first")
     text = format_comparison(comparison, lines)
-    write_whole(results.with_name(TABLE), text)
-    draw_comparison(comparison, lines, results.with_name(PICTURE))
+    write_whole(results.with_suffix(TABLE), text)
+    draw_comparison(comparison, lines, results.with_suffix(PICTURE))
     others = len({key_of(line) for line in everything}) - len(lines)
     note = f"; {others} lines of {results} are of other options or seeds, and left out" if others else ""
-    return f"{text}\n{len(lines)} of {len(runs)} runs: {results.with_name(TABLE)}, {results.with_name(PICTURE)}{note}"
+    return (
+        f"{text}\n{len(lines)} of {len(runs)} runs: {results.with_suffix(TABLE)}, {results.with_suffix(PICTURE)}{note}"
+    )

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "a detector without a teacher: one that will teach, or a student to compare with",
     "distill": "a student from a teacher, by D3ETR",
     "compare": "families, ways of training and seeds: a matrix of runs from one file, and its table",
+    "reproduce": "a training step whose loss or gradient was not finite: where it begins",
     "evaluate": "COCO average precision of a detector",
     "publish": "a model card, and the upload to the Hub",
     "convert": "a stock checkpoint from what the authors of a detector published",
@@ -78,7 +79,8 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         # an error in a data loader's worker comes with the worker's traceback; its last line is the message
         message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else error
-        print(f"{program}: error: {message}", file=sys.stderr)
+        if not error.of_all_processes or os.environ.get("RANK", "0") == "0":
+            print(f"{program}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program}: interrupted; call it again with the same arguments to go on", file=sys.stderr)

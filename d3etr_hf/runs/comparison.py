@@ -31,7 +31,9 @@ class Comparison:
 
     output_dir: str = field(metadata={"help": "Gets a folder for each entry, and in it one for each run."})
     results: str = field(
-        metadata={"help": "Gets one JSON line for each finished run; table.md and comparison.png lie beside it."}
+        metadata={
+            "help": "Gets one JSON line for each finished run; its table (.md) and picture (.png) lie beside it."
+        }
     )
     entries: dict[str, dict] = field(
         metadata={

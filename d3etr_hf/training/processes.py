@@ -31,5 +31,6 @@ def on_main_process(find: Callable[[], Found]) -> Found:
             found[1] = error
     value, refusal = broadcast_object_list(found)
     if refusal is not None:
+        refusal.of_all_processes = True
         raise refusal
     return value

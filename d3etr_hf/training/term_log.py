@@ -40,6 +40,8 @@ class TermLog:
         means = dict(zip(names, values, strict=True))
         steps = means.pop(PARTS)
         self.sums = {}
+        if steps == 0:
+            return {}  # all were skipped
         return {name: value / steps for name, value in means.items()}
 
 

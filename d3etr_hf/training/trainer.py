@@ -1,7 +1,6 @@
 """`DistillationTrainer`: Transformers' Trainer with a teacher, a second query group and COCO evaluation."""
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
@@ -28,6 +27,7 @@ from d3etr_hf.training.checks import (
 )
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.half_precision import SkippedSteps
+from d3etr_hf.training.non_finite import NonFiniteGuard
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.optimization import keeps_running_statistics, parameter_groups, single_drop
 from d3etr_hf.training.resumable_trainer import ResumableTrainer
@@ -109,16 +109,15 @@ class DistillationTrainer(ResumableTrainer):
         self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
         self._add_callbacks()
         self._asked_to_stop: torch.Tensor
-        self._unread: tuple[list[str], torch.Tensor, list[dict]]
         self._evaluated_dataset = None
 
     def _prepare_objective(self) -> None:
         self.criterion = self.model.criterion()
         teacher_criterion = None if self.teacher is None else self.teacher.criterion
-        tolerant = self._scaler is not None  # it passes over a step that is not finite
-        self.objective = D3etrObjective(self.distillation, self.criterion, teacher_criterion, tolerant)
+        self.objective = D3etrObjective(self.distillation, self.criterion, teacher_criterion, self._skips_steps)
 
     def _add_callbacks(self) -> None:
+        self.guard = NonFiniteGuard(self, self.args.skip_nonfinite_steps)
         self.skipped_steps = SkippedSteps(self.accelerator)
         self._term_log, self._norm_log = TermLog(self._average, self._of_all), TermLog(self._average, self._of_all)
         self._epochs, self.stop = FollowEpochs(), GracefulStop(self.accelerator.num_processes)
@@ -179,15 +178,14 @@ class DistillationTrainer(ResumableTrainer):
         labels = inputs["labels"]  # none where the images only repeat others
         shares = self._shares(num_items_in_batch, counted=len(labels) > 0)
         targets = Targets.from_packed(inputs["targets"], [label["objects"] for label in labels] or [0])
+        self.guard.begin(inputs, num_items_in_batch)
         try:
             student, terms, statistics = self._terms(model, inputs, targets, shares)
         except NonFiniteCostError as error:
-            image_ids = _image_ids(labels[error.image : error.image + 1])
-            raise NonFiniteLossError(self._divergence_report(str(error), image_ids)) from error
+            raise self.guard.refusal(error) from error
+        self.guard.watch(terms)
         sums = {name: term.sum() for name, term in terms.items()}
-        values = torch.stack(list(sums.values()))
-        # read after the backward pass, so that the device need not be waited for here
-        self._unread = list(sums), values.detach().isfinite(), labels
+        loss = torch.stack(list(sums.values())).sum()
         if model.training:
             # this batch's part of the step: over its processes' mean and its accumulated batches it adds up to one
             part = len(labels) / shares.images
@@ -195,8 +193,7 @@ class DistillationTrainer(ResumableTrainer):
             if self.args.log_gradient_norms and self._logs_after_this_step():
                 self._keep_gradient_norms(sums, part)
         else:
-            self._refuse_non_finite()
-        loss = values.sum()
+            self.guard.look_at_terms()
         return (loss, student) if return_outputs else loss
 
     def _terms(self, model, inputs: dict[str, torch.Tensor], targets: Targets, shares: Shares):
@@ -230,9 +227,15 @@ class DistillationTrainer(ResumableTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """As Trainer, and then, when the device has been given all its work, looks whether the loss was finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._refuse_non_finite()
+        finite = self.guard.look_at_terms()
         self.stop.hear(self._asked_to_stop)
-        return loss
+        return loss if finite else torch.zeros_like(loss)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As Trainer; a gradient that is not finite reaches no weight."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.look_at_gradient(norm, model)
+        return norm
 
     def _average(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, "mean")
@@ -246,19 +249,10 @@ class DistillationTrainer(ResumableTrainer):
         """float16's gradient scaler; None in every other precision."""
         return self.accelerator.scaler
 
-    def _refuse_non_finite(self) -> None:
-        """Raises: NonFiniteLossError for a term that is not finite, unless a gradient scaler passes the step over."""
-        names, finite, labels = self._unread
-        if self._scaler is not None or all(good := finite.tolist()):
-            return
-        bad = [name for name, is_finite in zip(names, good, strict=True) if not is_finite]
-        what = f"loss term {', '.join(bad)} is NaN or infinite"
-        raise NonFiniteLossError(self._divergence_report(what, _image_ids(labels)))
-
-    def _divergence_report(self, what: str, image_ids: list[int]) -> str:
-        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint had been saved yet"
-        return f"step {self.state.global_step + 1}, image ids {image_ids}: {what}; {kept}"
+    @property
+    def _skips_steps(self) -> bool:
+        """Whether a step that is not finite is passed over: by the scaler, or by the guard."""
+        return self._scaler is not None or self.args.skip_nonfinite_steps > 0
 
     # logging
 
@@ -267,6 +261,11 @@ class DistillationTrainer(ResumableTrainer):
         if self.args.log_each_layer:
             for name, term in terms.items():
                 values |= {f"loss/{name}/layer_{k}": value for k, value in enumerate(term.detach())}
+        if self._skips_steps:  # such a step is none of those that the log tells the mean of
+            finite = torch.stack(list(sums.values())).isfinite().all()
+            values = {name: torch.where(finite, value, 0) for name, value in values.items()}
+            statistics = {name: torch.where(finite, value, 0) for name, value in statistics.items()}
+            part = part * finite
         self._term_log.add(values | {name: value * part for name, value in statistics.items()}, part)
 
     def _keep_gradient_norms(self, sums: dict[str, torch.Tensor], part: torch.Tensor) -> None:
@@ -286,6 +285,8 @@ class DistillationTrainer(ResumableTrainer):
             logs |= self._term_log.read() | self._norm_log.read()
             if self._scaler is not None:
                 logs["skipped_steps"] = self.skipped_steps.read()
+            elif self.args.skip_nonfinite_steps:
+                logs["skipped_steps"] = self.guard.skipped
         super().log(logs, start_time)
 
     def _logs_after_this_step(self) -> bool:
@@ -383,7 +384,3 @@ def runs_teacher(teacher: Teacher, options: Distillation) -> bool:
     """Whether a step runs the teacher: for its outputs, or for queries that depend on the image."""
     reads_queries = options.auxiliary_queries == "teacher" and teacher.queries() is None
     return reads_queries or options.reads_teacher_outputs
-
-
-def _image_ids(labels: list[dict]) -> list[int]:
-    return [label["image_id"] for label in labels]

@@ -149,6 +149,11 @@ class D3etrTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = option(
         None, "Whether distributed training searches for unused parameters; on only where the options leave some."
     )
+    skip_nonfinite_steps: int = option(
+        0,
+        "How many optimizer steps whose loss or gradient is NaN or infinite are skipped, each kept in the output "
+        "folder (d3etr reproduce), before one stops the training.",
+    )
     logging_nan_inf_filter: bool = option(False, "Training stops on NaN instead of hiding it.")
 
     def __new__(cls, *args, **kwargs):
@@ -171,6 +176,8 @@ class D3etrTrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = self.detection_weight == 0
         self._check_weights()
         check_decay(self.ema_decay, self.ema_warmup_steps)
+        if self.skip_nonfinite_steps < 0:
+            raise ValueError(f"skip_nonfinite_steps={self.skip_nonfinite_steps}: must be 0 or more")
         if self.learning_rate_drop is not None and not 0 < self.learning_rate_drop < 1:
             raise ValueError(f"learning_rate_drop={self.learning_rate_drop}: must lie between 0 and 1, or be left out")
 

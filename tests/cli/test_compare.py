@@ -123,9 +123,9 @@ def test_whole_comparison(content, call, monkeypatch, fresh_processes, tmp_path)
     (folder,) = (tmp_path / "runs" / "tiny").glob("distilled_seed_0_????????????")
     (teacher,) = (tmp_path / "runs" / "tiny").glob("teacher_seed_0_????????????")
     assert read_yaml((folder / "run.yaml").read_text())["teacher"] == str(teacher)
-    assert (tmp_path / "out" / "table.md").read_text() in printed and "3 of 3 runs" in printed
+    assert (tmp_path / "out" / "results.md").read_text() in printed and "3 of 3 runs" in printed
     assert "| tiny | distilled | " in printed
-    assert Image.open(tmp_path / "out" / "comparison.png").size[0] > 500
+    assert Image.open(tmp_path / "out" / "results.png").size[0] > 500
 
 
 def test_a_stopped_comparison_goes_on(content, call, journal, monkeypatch):

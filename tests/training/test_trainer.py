@@ -318,7 +318,7 @@ def test_nan_term_is_named(shapes, tmp_path):
 
     poisoned.start_teacher_assignment = original.start_teacher_assignment
     trainer.objective = poisoned
-    message = r"image ids \[1, 2\]: loss term auxiliary/prediction is NaN.*no checkpoint"
+    message = r"image ids \[1, 2\]: loss term auxiliary/prediction \(layer 1\) is NaN.*no checkpoint"
     trainer.model.eval()
     with pytest.raises(NonFiniteLossError, match=message):
         trainer.compute_loss(trainer.model, inputs)

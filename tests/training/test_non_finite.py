@@ -1,0 +1,224 @@
+"""A NaN stops a training, or costs it a step, and leaves a file from which the step is taken again."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from d3etr_hf.cli import reproduce
+from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.errors import DamagedFileError, NonFiniteLossError, UnsupportedOptionError
+from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.training.kept_step import read_step
+from d3etr_hf.training.reproduction import reproduce_step
+from tests.fresh_process import REPOSITORY
+from tests.shapes_fixture import SIDE, shapes_trainer, weights_of
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("shapes"), 12, 3, image_size=SIDE, progress=False)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny_model(seed=1).save_pretrained(folder)
+    load_image_processor(None, SIDE, SIDE).save_pretrained(folder)
+    return folder
+
+
+def trainer_of(shapes, output, teacher, **options):
+    """Four steps of three images, with dropout."""
+    options = {"max_steps": 4, "per_device_train_batch_size": 3, "save_strategy": "no", "logging_steps": 1} | options
+    student = tiny_model(seed=2, dropout=0.1)
+    return shapes_trainer(shapes, output, student=student, teacher=type(student).from_pretrained(teacher), **options)
+
+
+def spoil_term(trainer, step, name="student/class", layer=1):
+    """Have one layer's value of a loss term be NaN in a step."""
+    original = trainer.objective.__class__.__call__
+
+    class Spoilt(trainer.objective.__class__):
+        def __call__(self, *arguments):
+            terms, statistics = original(self, *arguments)
+            if trainer.state.global_step + 1 == step:
+                factor = torch.ones(len(terms[name]))
+                factor[layer] = torch.nan
+                terms[name] = terms[name] * factor
+            return terms, statistics
+
+    trainer.objective.__class__ = Spoilt
+
+
+def spoil_gradient(trainer, step):
+    """Have one parameter's gradient be NaN in a step, though every loss term is finite."""
+    parameter = trainer.model.bbox_predictor.layers[0].weight
+
+    def spoil(gradient):
+        return gradient * torch.nan if trainer.model.training and trainer.state.global_step + 1 == step else gradient
+
+    parameter.register_hook(spoil)
+
+
+def test_a_term_that_is_not_finite_is_named_with_its_layer_and_images(shapes, tmp_path, teacher):
+    trainer = trainer_of(shapes, tmp_path, teacher)
+    spoil_term(trainer, 3)
+    with pytest.raises(NonFiniteLossError) as stopped:
+        trainer.train()
+    path = tmp_path / "not_finite" / "step_3_rank_0.safetensors"
+    kept, _, batch = read_step(path)
+    ids = [label["image_id"] for label in kept.labels]
+    assert re.match(
+        rf"step 3, image ids {re.escape(str(ids))}: loss term student/class \(layer 1\) is NaN", str(stopped.value)
+    )
+    assert str(stopped.value).endswith(f"d3etr reproduce {path}") and "\n" not in str(stopped.value)
+    assert batch.inputs["pixel_values"].shape[0] == 3
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight(shapes, tmp_path, teacher):
+    trainer = trainer_of(shapes, tmp_path, teacher)
+    spoil_gradient(trainer, 2)
+    with pytest.raises(NonFiniteLossError, match=r"step 2.*every loss term is finite, but the gradient is NaN"):
+        trainer.train()
+    assert weights_of(trainer.model).isfinite().all()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("spoil", [spoil_term, spoil_gradient])
+def test_a_step_is_skipped_as_if_its_rate_had_been_zero(shapes, tmp_path, teacher, caplog, spoil, accumulated):
+    """No weight, and nothing of the optimizer's, changes by it; the log's means are of the others."""
+    options = {"gradient_accumulation_steps": accumulated, "num_train_epochs": 4, "max_steps": 3}
+    trainer = trainer_of(shapes, tmp_path, teacher, skip_nonfinite_steps=1, **options)
+    weights = []
+    spoil(trainer, 2)
+    record = trainer.callback_handler.on_step_end
+
+    def on_step_end(args, state, control):
+        states = [value["exp_avg_sq"].sum() for value in trainer.optimizer.state.values()]
+        weights.append((weights_of(trainer.model), torch.stack(states).sum()))
+        return record(args, state, control)
+
+    trainer.callback_handler.on_step_end = on_step_end
+    trainer.train()
+    assert torch.equal(weights[1][0], weights[0][0]) and torch.equal(weights[1][1], weights[0][1])
+    assert not torch.equal(weights[2][0], weights[1][0]) and weights[2][0].isfinite().all()
+    assert "the step is skipped (1 of at most 1)" in caplog.text
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["skipped_steps"] for entry in logs] == [0, 1, 1]
+    assert all(value == value for entry in (logs[0], logs[2]) for value in entry.values())
+
+
+def test_no_more_steps_are_skipped_than_may_be(shapes, tmp_path, teacher):
+    trainer = trainer_of(shapes, tmp_path, teacher, skip_nonfinite_steps=1)
+    spoil_term(trainer, 2)
+    spoil_gradient(trainer, 3)
+    with pytest.raises(NonFiniteLossError, match="1 steps were skipped before it, as many as may be"):
+        trainer.train()
+    assert len(list((tmp_path / "not_finite").iterdir())) == 2
+
+
+@pytest.mark.parametrize("model_type", ["conditional_detr", "rt_detr"])
+def test_a_kept_step_is_taken_again_bit_by_bit(shapes, tmp_path, teacher, model_type, monkeypatch, capsys):
+    """Dropout, denoising queries and a teacher's queries of the image: every term is what it was."""
+    folder = tmp_path / "teacher"
+    tiny_model(seed=1, model_type=model_type).save_pretrained(folder)
+    student = tiny_model(seed=2, model_type=model_type, dropout=0.1)
+    trainer = shapes_trainer(
+        shapes, tmp_path, student=student, teacher=type(student).from_pretrained(folder), max_steps=4
+    )
+    values = {}
+    watch = trainer.guard.watch
+
+    def keep(terms):
+        watch(terms)
+        values[trainer.state.global_step + 1] = trainer.guard.values()
+
+    monkeypatch.setattr(trainer.guard, "watch", keep)
+    parameter = next(p for n, p in student.named_parameters() if "bbox" in n and p.requires_grad)
+    parameter.register_hook(lambda gradient: gradient * torch.nan if trainer.state.global_step == 2 else gradient)
+    with pytest.raises(NonFiniteLossError) as stopped:
+        trainer.train()
+    path = str(stopped.value).rsplit(" ", 1)[-1]
+    torch.manual_seed(99)
+    found = reproduce_step(path, use_cpu=True)
+    assert found.terms == values[3] and found.weights == found.gradients == found.modules == []
+    monkeypatch.setattr(sys, "argv", ["d3etr reproduce", path, "--use_cpu", "true"])
+    reproduce.main()
+    said = capsys.readouterr().out
+    assert "step 3, rank 0 of 1" in said and all(name in said for name in found.terms)
+
+
+def test_where_a_nan_begins_is_found(shapes, tmp_path, teacher):
+    trainer = trainer_of(shapes, tmp_path, teacher)
+    with torch.no_grad():
+        trainer.model.model.decoder.layers[1].mlp.fc1.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteLossError, match="matching cost of decoder layer 1") as stopped:
+        trainer.train()
+    found = reproduce_step(str(stopped.value).rsplit(" ", 1)[-1], use_cpu=True)
+    assert len(found.weights) == 1 and found.weights[0].endswith("decoder.layers.1.mlp.fc1.weight")
+    assert found.modules[0].endswith("decoder.layers.1.mlp.fc1 (Linear)") and "matching cost" in found.refused
+
+
+TWO_PROCESSES = """
+import sys, torch
+from pathlib import Path
+from tests.fresh_process import REPOSITORY
+from tests.shapes_fixture import shapes_trainer, weights_of
+from tests.training.test_non_finite import spoil_term
+from d3etr_hf.errors import NonFiniteLossError
+shapes, output = map(Path, sys.argv[1:])
+options = {"teacher": None, "per_device_train_batch_size": 2, "skip_nonfinite_steps": 1}
+trainer = shapes_trainer(shapes, output, max_steps=4, ddp_backend="gloo", **options)
+if trainer.args.process_index == 1:
+    spoil_term(trainer, 2)
+    spoil_term(trainer, 4)
+try:
+    trainer.train()
+except NonFiniteLossError as error:
+    print(error.of_all_processes, weights_of(trainer.model).sum().item(), str(error))
+"""
+
+
+def test_processes_skip_and_stop_together(shapes, tmp_path):
+    """By what one of them has seen, which all tell."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(shapes), str(tmp_path)],
+            env=os.environ | common | {"PYTHONPATH": str(REPOSITORY), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    assert said[0] == said[1]
+    found = re.fullmatch(r"True (\S+) rank 1, step 4, image ids .*: loss term student/class \(layer 1\).*", said[0])
+    assert float(found[1]) == float(found[1]) and "1 steps were skipped before it" in said[0]
+    kept = sorted(path.name for path in (tmp_path / "not_finite").iterdir())
+    assert kept == ["step_2_rank_1.safetensors", "step_4_rank_1.safetensors"]
+
+
+def test_what_is_no_kept_step_is_refused(tmp_path, teacher):
+    (tmp_path / "cut").write_bytes((teacher / "model.safetensors").read_bytes()[:100])
+    for path in (tmp_path / "cut", teacher / "model.safetensors", tmp_path, tmp_path / "nothing"):
+        with pytest.raises(DamagedFileError, match=re.escape(str(path))) as refused:
+            reproduce_step(path)
+        assert "\n" not in str(refused.value)
+
+
+def test_the_scaler_of_float16_needs_no_such_option(shapes, tmp_path, teacher, monkeypatch):
+    trainer = trainer_of(shapes, tmp_path, teacher)
+    monkeypatch.setattr(trainer.accelerator, "scaler", torch.amp.GradScaler("cpu"))
+    trainer.args.skip_nonfinite_steps = 1
+    with pytest.raises(UnsupportedOptionError, match="skip_nonfinite_steps=1: float16"):
+        trainer._add_callbacks()
