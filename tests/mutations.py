@@ -26,6 +26,7 @@ DETECTOR, DENSE, DETR = f"{MODELS}/detector.py", f"{MODELS}/dense_memory.py", f"
 TRAINER, OBJECTIVE = "d3etr_hf/training/trainer.py", "d3etr_hf/training/objective.py"
 RESUMABLE = "d3etr_hf/training/resumable_trainer.py"
 TEACHER, OPTIMIZATION = "d3etr_hf/training/teacher.py", "d3etr_hf/training/optimization.py"
+GUARD, GUARD_TESTS = "d3etr_hf/training/non_finite.py", "tests/training/test_non_finite.py"
 TERM_LOG, HALF_PRECISION = "d3etr_hf/training/term_log.py", "d3etr_hf/training/half_precision.py"
 COSTS, LOSSES = "d3etr_hf/matching/solver.py", "d3etr_hf/losses"
 DETECTION_LOSS, SCORES = f"{LOSSES}/detection_loss.py", "d3etr_hf/outputs/scores.py"
@@ -116,9 +117,17 @@ MUTATIONS = [
     # HF_NOTES 12: bad numbers
     ("note 12: NaN matched in silence", COSTS, "            if not tolerant:", "            if False:",
      "tests/matching/test_mix_matcher.py::test_non_finite_prediction_is_refused_with_its_place"),
-    ("note 12: a step that is not finite goes on", TRAINER, "all(good := finite.tolist()):",
-     "finite.tolist():",
+    ("note 12: a step that is not finite goes on", GUARD, "self.scaled or self._values.isfinite().all():", "True:",
      f"{TRAINER_TESTS}::test_nan_term_is_named"),
+    ("note 12: a gradient that is not finite reaches the weights", GUARD, "torch.as_tensor(norm).isfinite():", "True:",
+     f"{GUARD_TESTS}::test_a_gradient_that_is_not_finite_reaches_no_weight"),
+    ("note 12: a skipped step moves weights", GUARD, "model.zero_grad(set_to_none=True)", "model.zero_grad",
+     f"{GUARD_TESTS}::test_a_step_is_skipped_as_if_its_rate_had_been_zero"),
+    ("note 12: processes stop by what each has seen", GUARD,
+     "gather_object(self._reports) if self.processes > 1 else self._reports", "self._reports",
+     f"{GUARD_TESTS}::test_processes_skip_and_stop_together"),
+    ("what a run reads has changed", "d3etr_hf/runs/inputs.py", "    if changed:", "    if False:",
+     "tests/cli/test_training_run.py::test_a_run_whose_inputs_have_changed_does_not_go_on"),
     ("note 12: boxes without area", "d3etr_hf/outputs/boxes.py", "tiny = 1e-9", "tiny = 0.0",
      f"{LOSS_TESTS}::test_identical_boxes_without_area_give_no_nan"),
     ("note 12: no box in a batch", f"{LOSSES}/detection_loss.py", "targets.class_labels.shape[1] == 0", "False",
