@@ -1,11 +1,14 @@
 """What holds of every family, as largest differences on perturbed tiny models: the table of CONTRIBUTING's promises.
 
     python scripts/family_table.py
+    python scripts/family_table.py --onnx   # and an exported file in onnxruntime: minutes, needs d3etr_hf[onnx]
 
 Own group against the stock class in eval and in train mode; own group with and without a further group; the saved
-checkpoint in the stock class. Logits and boxes alike. Lines are those of the family's own file.
+checkpoint in the stock class; logits and boxes alike. In onnxruntime, on more images than it was traced with, logits /
+scores / boxes. Lines are those of the family's own file.
 """
 
+import argparse
 import inspect
 import sys
 import tempfile
@@ -19,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from d3etr_hf.models.loading import FAMILIES
 from d3etr_hf.outputs import AUXILIARY, OWN, GroupRequest
-from tests.tiny import padded_batch, random_queries, tiny_model
+from tests.tiny import padded_batch, random_queries, small_image_processor, tiny_model
 
 
 def difference(logits, boxes, others) -> float:
@@ -53,10 +56,35 @@ def row_of(family: str) -> list[str]:
     return [FAMILIES[family].title, str(lines), *(f"{value:.1e}" for value in found)]
 
 
+@torch.no_grad()
+def onnx_differences(family: str) -> str:
+    """Of logits, scores and boxes."""
+    import onnxruntime
+
+    from d3etr_hf.publishing.onnx_export import OnnxDetector, export_onnx, size_for_export
+
+    model = tiny_model(model_type=family).eval()
+    size = size_for_export(model, small_image_processor(family, 64, 64))
+    batch = padded_batch(3, 64 if size is None else size[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model, path, {}, size)
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        theirs = session.run(None, {name: batch[name].numpy() for name in ("pixel_values", "pixel_mask")})
+    ours = OnnxDetector(model).eval()(batch["pixel_values"], batch["pixel_mask"])
+    pairs = zip(ours, theirs, strict=True)
+    return " / ".join(f"{float((own - torch.from_numpy(other)).abs().max()):.1e}" for own, other in pairs)
+
+
 def main() -> None:
-    print("| family | lines | parity, eval | parity, train | isolation | stock reload |\n| --- |" + " --- |" * 5)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--onnx", action="store_true", help="export each family, too")
+    onnx = parser.parse_args().onnx
+    columns = ["family", "lines", "parity, eval", "parity, train", "isolation", "stock reload"] + ["ONNX"] * onnx
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for family in tqdm(FAMILIES, leave=False):
-        tqdm.write("| " + " | ".join(row_of(family)) + " |")
+        row = row_of(family) + ([onnx_differences(family)] if onnx else [])
+        tqdm.write("| " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":
