@@ -38,6 +38,9 @@ HALF_TESTS = "tests/training/test_half_precision.py"
 LOSS_TESTS = "tests/losses/test_detection_loss.py"
 DISTRIBUTION_TESTS = "tests/losses/test_distribution_criterion.py"
 BOX_DISTRIBUTION_TESTS = "tests/losses/test_box_distribution_distillation.py"
+BOX_DISTRIBUTION_STEPS = (
+    "tests/training/test_box_distributions.py::test_layers_are_the_mapped_ones_and_scores_the_weights"
+)
 DEFORMABLE, DEFORMABLE_TESTS = f"{MODELS}/deformable_detr.py", "tests/models/test_deformable_detr.py"
 DAB, DAB_TESTS = f"{MODELS}/dab_detr.py", "tests/models/test_dab_detr.py"
 OWN_ATTENTION, OWN_ATTENTION_TESTS = f"{MODELS}/own_attention.py", "tests/models/test_own_attention.py"
@@ -436,6 +439,35 @@ MUTATIONS = [
     ("private names: another one", TRAINER, "self._created_lr_scheduler = True",
      "self._created_lr_scheduler = self.model.config._anything = True",
      "tests/test_private_names.py::test_every_private_name_is_in_the_table"),
+    # what no comparison of values shows, or of equal settings
+    ("varifocal: weights have a gradient", f"{LOSSES}/overlap_criteria.py", "logits.detach().sigmoid()",
+     "logits.sigmoid()", "tests/losses/test_overlap_criteria.py::test_varifocal_equals_transformers"),
+    ("D-FINE: boxes learn from what distributions weigh", f"{LOSSES}/distribution_criterion.py",
+     "overlap = iou(group.boxes.detach(), objects)", "overlap = iou(group.boxes, objects)",
+     f"{DISTRIBUTION_TESTS}::test_what_distributions_weigh_has_no_gradient"),
+    ("attention: places teach the teacher", f"{LOSSES}/attention_geometry.py", "values_of(theirs.detach(), ours)",
+     "values_of(theirs, ours)", "tests/losses/test_attention_geometry.py::"
+     "test_gradient_is_finite_where_all_weight_is_on_one_place_and_the_students_alone"),
+    ("terms: moments with the two memories' masks swapped", OBJECTIVE,
+     "moment_distillation(theirs, ours, pairs, *masks, images)",
+     "moment_distillation(theirs, ours, pairs, *masks[::-1], images)",
+     f"{OBJECTIVE_TESTS}::test_everything_unequal_at_once"),
+    ("terms: an accumulated batch's weights are the step's", OBJECTIVE, "total * shares.images / images for n, total",
+     "total for n, total", f"{OBJECTIVE_TESTS}::test_a_batch_is_its_part_of_an_accumulated_step"),
+    ("unions: an accumulated batch's pairs are the step's", OBJECTIVE, "of * shares.images / batch, 1)", "of, 1)",
+     "tests/training/test_distribution_losses.py::test_pairs_are_scaled_to_the_images_of_the_step"),
+    ("terms: the student's criterion assigns to the teacher", OBJECTIVE, "self.teacher_criterion.problem(",
+     "self.criterion.problem(", f"{OBJECTIVE_TESTS}::test_the_teacher_assigns_by_its_own_costs"),
+    ("terms: box distributions weighed as predictions are", OBJECTIVE,
+     'self._pair_weights(teacher, pairs, shares, "boxes")',
+     "self._pair_weights(teacher, pairs, shares, self.options.prediction_normaliser)", BOX_DISTRIBUTION_STEPS),
+    ("terms: box distributions of the teacher's first layers", TEACHER,
+     "torch.stack(chosen(group.box_distribution))", "group.box_distribution[: len(layers)]", BOX_DISTRIBUTION_STEPS),
+    ("RT-DETR: the matcher's gamma in the class loss", f"{MODELS}/rt_detr.py",
+     "background_gamma=config.focal_loss_gamma", "background_gamma=config.matcher_gamma",
+     f"{CONTRACT}::test_losses_equal_the_stock_loss[rt_detr]"),
+    ("costs: alpha of the focal loss", DETECTION_LOSS, "as_object = self.cost_alpha *", "as_object = self.alpha *",
+     f"{CONTRACT}::test_the_configuration_weighs_costs_and_losses[conditional_detr]"),
 ]  # fmt: skip
 
 

@@ -177,6 +177,25 @@ def test_pairs_are_counted_over_processes(tmp_path):
         assert torch.equal(found[0][f"student/{term}"], found[1][f"student/{term}"])
 
 
+def test_pairs_are_scaled_to_the_images_of_the_step(tmp_path):
+    """Of a step of twice as many images a batch counts half as much, whatever the number of objects."""
+    model, images = model_of(), examples(OBJECTS)
+    output = model(torch.stack([image["pixel_values"] for image in images]), request=GroupRequest())
+    targets, five = targets_of([image["labels"] for image in images]), torch.tensor(5.0)
+    run = D3etrObjective(Distillation(**ALONE), model.criterion())
+    once, twice = (
+        run(output, None, targets, Shares(torch.tensor(count), five, {OWN: five}, average=lambda tensor: tensor))[0]
+        for count in (3.0, 6.0)
+    )
+    own = run.criterion.box_assignments({OWN: run.criterion.assign(output.groups[OWN], targets)})[OWN]
+    sums = run.criterion.losses(output.groups[OWN], targets, own.expand(3, -1, -1))
+    assert len(images) == 3
+    for term in ("l1", "giou", "fgl"):
+        expected = WEIGHTS[{"l1": "bbox"}.get(term, term)] * sums[term] / (own != NO_OBJECT).sum()
+        torch.testing.assert_close(once[f"student/{term}"], expected)
+        torch.testing.assert_close(2 * twice[f"student/{term}"], expected)
+
+
 def test_the_teachers_assignment_counts_for_boxes_and_takes_no_union(tmp_path):
     """Of the auxiliary group: layer by layer its own, in the last the teacher's, by a loop."""
     student, labels = tiny_model(2, "d_fine").train(), random_labels([3, 2], seed=3)
