@@ -333,13 +333,16 @@ def test_checkpointing_gives_the_same_gradient_of_maps_and_predictions(family):
 
 
 def test_what_trains_gets_a_gradient_and_what_loads_trains_the_same(any_family, tmp_path):
-    """Distributed training waits for the gradient of whatever trains."""
+    """Distributed training waits for the gradient of whatever trains; what could learn and is frozen is known."""
     model = model_of(any_family).train()
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.requires_grad_(True)
     output = model(**BATCH, request=GroupRequest())
     groups = [output.groups[OWN], *(part.group for part in (output.supervised or {}).values())]
     sum(group.logits.sum() + group.boxes.sum() for group in groups).backward()
-    trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not {name for name in trains if model.get_parameter(name).grad is None}
+    learns = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learns - trains <= {"model.decoder.reg_scale", "model.decoder.up"}  # how far D-FINE's bins reach
     model.requires_grad_(False)
     model.freeze()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trains
