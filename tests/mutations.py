@@ -486,6 +486,18 @@ MUTATIONS = [
     ("unions: fgl divided by the objects", OBJECTIVE, "dict.fromkeys(self.criterion.box_terms, pairs[name])",
      "dict.fromkeys(('l1', 'giou'), pairs[name])",
      "tests/training/test_distribution_losses.py::test_pairs_are_counted_over_processes"),
+    ("what trains: a backbone at rate zero", TRAINER, "model.freeze_part(BACKBONE)", "BACKBONE",
+     f"{TRAINER_TESTS}::test_backbone_learning_rate_zero_freezes_it"),
+    ("queries: of a teacher in half precision left as narrow", "d3etr_hf/outputs/groups.py",
+     "else wide(part.detach())", "else part.detach()",
+     "tests/outputs/test_groups.py::test_queries_know_their_number_and_detach"),
+    ("queries: new boxes all in the middle", f"{MODELS}/sampled_memory.py", "torch.cat([torch.rand(count, 2), sides]",
+     "torch.cat([torch.full((count, 2), 0.5), sides]", f"{CONTRACT}::test_new_queries_are_drawn_apart[rt_detr]"),
+    ("queries: new ones of two stages without boxes", DEFORMABLE,
+     "if self.config.two_stage:\n            return super().new_queries(count)", "if False:\n            pass",
+     f"{DEFORMABLE_TESTS}::test_new_queries_of_two_stages_are_boxes"),
+    ("queries: new ones all the same", DENSE, "Queries(position=torch.randn(count, self.width))",
+     "Queries(position=torch.zeros(count, self.width))", f"{CONTRACT}::test_new_queries_are_drawn_apart[detr]"),
 ]  # fmt: skip
 
 

@@ -434,6 +434,16 @@ def test_new_queries_are_learned_in_a_further_group(any_family):
     assert list(model.query_adapters.parameters())
 
 
+def test_new_queries_are_drawn_apart(family):
+    """Contents and positions N(0, 1), as what decoders norm; points and boxes all over the image."""
+    torch.manual_seed(0)
+    queries = tiny_model(model_type=family).new_queries(500)
+    for part in (queries.content, queries.position):
+        assert part is None or (0.95 < part.std() < 1.05 and part.mean().abs() < 0.05)
+    if queries.anchors is not None:  # between the sigmoid of N(0, 1) and uniform
+        assert 0.19 < queries.anchors[:, :2].std() < 0.31 and queries.anchors.shape[1] in (2, 4)
+
+
 @pytest.mark.parametrize("known", ["content", "position", "both"])
 def test_queries_of_another_family_and_width_are_taken(any_family, known):
     """Content alone, position alone, both; anchors of two or four numbers, for whoever uses them."""
