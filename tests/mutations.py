@@ -498,6 +498,8 @@ MUTATIONS = [
      f"{DEFORMABLE_TESTS}::test_new_queries_of_two_stages_are_boxes"),
     ("queries: new ones all the same", DENSE, "Queries(position=torch.randn(count, self.width))",
      "Queries(position=torch.zeros(count, self.width))", f"{CONTRACT}::test_new_queries_are_drawn_apart[detr]"),
+    ("schedule: the drop a step early", OPTIMIZATION, "drop = round(drop_at * steps)", "drop = int(drop_at * steps)",
+     "tests/training/test_optimization.py::test_the_drop_is_at_the_nearest_step"),
 ]  # fmt: skip
 
 
