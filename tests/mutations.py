@@ -39,6 +39,9 @@ HALF_TESTS = "tests/training/test_half_precision.py"
 LOSS_TESTS = "tests/losses/test_detection_loss.py"
 DISTRIBUTION_TESTS = "tests/losses/test_distribution_criterion.py"
 BOX_DISTRIBUTION_TESTS = "tests/losses/test_box_distribution_distillation.py"
+BOX_DISTRIBUTION_STEPS = (
+    "tests/training/test_box_distributions.py::test_layers_are_the_mapped_ones_and_scores_the_weights"
+)
 DEFORMABLE, DEFORMABLE_TESTS = f"{MODELS}/deformable_detr.py", "tests/models/test_deformable_detr.py"
 DAB, DAB_TESTS = f"{MODELS}/dab_detr.py", "tests/models/test_dab_detr.py"
 OWN_ATTENTION, OWN_ATTENTION_TESTS = f"{MODELS}/own_attention.py", "tests/models/test_own_attention.py"
@@ -445,6 +448,67 @@ MUTATIONS = [
     ("private names: another one", TRAINER, "self._created_lr_scheduler = True",
      "self._created_lr_scheduler = self.model.config._anything = True",
      "tests/test_private_names.py::test_every_private_name_is_in_the_table"),
+    # what no comparison of values shows, or of equal settings
+    ("varifocal: weights have a gradient", f"{LOSSES}/overlap_criteria.py", "logits.detach().sigmoid()",
+     "logits.sigmoid()", "tests/losses/test_overlap_criteria.py::test_varifocal_equals_transformers"),
+    ("D-FINE: boxes learn from what distributions weigh", f"{LOSSES}/distribution_criterion.py",
+     "overlap = iou(group.boxes.detach(), objects)", "overlap = iou(group.boxes, objects)",
+     f"{DISTRIBUTION_TESTS}::test_what_distributions_weigh_has_no_gradient"),
+    ("attention: places teach the teacher", f"{LOSSES}/attention_geometry.py", "values_of(theirs.detach(), ours)",
+     "values_of(theirs, ours)", "tests/losses/test_attention_geometry.py::"
+     "test_gradient_is_finite_where_all_weight_is_on_one_place_and_the_students_alone"),
+    ("terms: moments with the two memories' masks swapped", OBJECTIVE,
+     "moment_distillation(theirs, ours, pairs, *masks, images)",
+     "moment_distillation(theirs, ours, pairs, *masks[::-1], images)",
+     f"{OBJECTIVE_TESTS}::test_everything_unequal_at_once"),
+    ("terms: an accumulated batch's weights are the step's", OBJECTIVE, "total * shares.images / images for n, total",
+     "total for n, total", f"{OBJECTIVE_TESTS}::test_a_batch_is_its_part_of_an_accumulated_step"),
+    ("unions: an accumulated batch's pairs are the step's", OBJECTIVE, "of * shares.images / batch, 1)", "of, 1)",
+     "tests/training/test_distribution_losses.py::test_pairs_are_scaled_to_the_images_of_the_step"),
+    ("terms: the student's criterion assigns to the teacher", OBJECTIVE, "self.teacher_criterion.problem(",
+     "self.criterion.problem(", f"{OBJECTIVE_TESTS}::test_the_teacher_assigns_by_its_own_costs"),
+    ("terms: box distributions weighed as predictions are", OBJECTIVE,
+     'self._pair_weights(teacher, pairs, shares, "boxes")',
+     "self._pair_weights(teacher, pairs, shares, self.options.prediction_normaliser)", BOX_DISTRIBUTION_STEPS),
+    ("terms: box distributions of the teacher's first layers", TEACHER,
+     "torch.stack(chosen(group.box_distribution))", "group.box_distribution[: len(layers)]", BOX_DISTRIBUTION_STEPS),
+    ("RT-DETR: the matcher's gamma in the class loss", f"{MODELS}/rt_detr.py",
+     "background_gamma=config.focal_loss_gamma", "background_gamma=config.matcher_gamma",
+     f"{CONTRACT}::test_losses_equal_the_stock_loss[rt_detr]"),
+    ("costs: alpha of the focal loss", DETECTION_LOSS, "as_object = self.cost_alpha *", "as_object = self.alpha *",
+     f"{CONTRACT}::test_the_configuration_weighs_costs_and_losses[conditional_detr]"),
+    ("compare: who borrows a teacher takes the lender's options", "d3etr_hf/runs/comparison.py",
+     "Entry(name, entry.options, entry.student, lender", "Entry(name, lender.options, entry.student, lender",
+     "tests/runs/test_comparison.py::test_a_teacher_is_trained_borrowed_or_a_checkpoint"),
+    ("compare: a pair takes the options of its teacher's entry", "d3etr_hf/runs/comparison.py",
+     '→{student}", entry.options,', '→{student}", lender.options,',
+     "tests/runs/test_comparison.py::test_pairs_take_the_student_of_one_and_the_teacher_of_the_other"),
+    ("convert: dropout by default", f"{MODELS}/official_names.py", 'options.get("dropout", 0.1)', "0.1",
+     "tests/cli/test_convert.py::test_converted_checkpoint_computes_the_same"),
+    ("what trains: Deformable DETR's embedding of levels frozen", DEFORMABLE, "self.config.encoder_layers > 0)",
+     "False)", f"{CONTRACT}::test_what_trains_gets_a_gradient_and_what_loads_trains_the_same[deformable_detr]"),
+    ("classes kept: another row for queries that fill up", f"{MODELS}/sampled_memory.py",
+     "index.new_tensor([module.num_embeddings - 1])", "index.new_tensor([0])",
+     "tests/models/test_sampled_memory.py::test_classes_that_are_kept_keep_their_denoising_queries"),
+    ("compare: one run more than workers", "d3etr_hf/runs/run_pool.py", "ready[: workers - len(running)]",
+     "ready[: workers + 1 - len(running)]", "tests/runs/test_run_pool.py::test_no_more_run_at_once_than_workers"),
+    ("unions: fgl divided by the objects", OBJECTIVE, "dict.fromkeys(self.criterion.box_terms, pairs[name])",
+     "dict.fromkeys(('l1', 'giou'), pairs[name])",
+     "tests/training/test_distribution_losses.py::test_pairs_are_counted_over_processes"),
+    ("what trains: a backbone at rate zero", TRAINER, "model.freeze_part(BACKBONE)", "BACKBONE",
+     f"{TRAINER_TESTS}::test_backbone_learning_rate_zero_freezes_it"),
+    ("queries: of a teacher in half precision left as narrow", "d3etr_hf/outputs/groups.py",
+     "else wide(part.detach())", "else part.detach()",
+     "tests/outputs/test_groups.py::test_queries_know_their_number_and_detach"),
+    ("queries: new boxes all in the middle", f"{MODELS}/sampled_memory.py", "torch.cat([torch.rand(count, 2), sides]",
+     "torch.cat([torch.full((count, 2), 0.5), sides]", f"{CONTRACT}::test_new_queries_are_drawn_apart[rt_detr]"),
+    ("queries: new ones of two stages without boxes", DEFORMABLE,
+     "if self.config.two_stage:\n            return super().new_queries(count)", "if False:\n            pass",
+     f"{DEFORMABLE_TESTS}::test_new_queries_of_two_stages_are_boxes"),
+    ("queries: new ones all the same", DENSE, "Queries(position=torch.randn(count, self.width))",
+     "Queries(position=torch.zeros(count, self.width))", f"{CONTRACT}::test_new_queries_are_drawn_apart[detr]"),
+    ("schedule: the drop a step early", OPTIMIZATION, "drop = round(drop_at * steps)", "drop = int(drop_at * steps)",
+     "tests/training/test_optimization.py::test_the_drop_is_at_the_nearest_step"),
 ]  # fmt: skip
 
 

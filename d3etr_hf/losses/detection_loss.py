@@ -152,10 +152,13 @@ class FocalCriterion(DetectionCriterion):
 
     Attributes:
         alpha, gamma: of the focal loss.
+        cost_alpha, cost_gamma: of the same in costs, which the authors do not set by those of the loss.
     """
 
     alpha: float = 0.25
     gamma: float = 2.0
+    cost_alpha: float = 0.25
+    cost_gamma: float = 2.0
 
     @property
     def scores(self) -> Scores:
@@ -163,8 +166,8 @@ class FocalCriterion(DetectionCriterion):
 
     def class_costs(self, probabilities: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         scores = probabilities_of(probabilities, class_labels)
-        background = (1 - self.alpha) * scores**self.gamma * -(1 - scores + 1e-8).log()
-        as_object = self.alpha * (1 - scores) ** self.gamma * -(scores + 1e-8).log()
+        background = (1 - self.cost_alpha) * scores**self.cost_gamma * -(1 - scores + 1e-8).log()
+        as_object = self.cost_alpha * (1 - scores) ** self.cost_gamma * -(scores + 1e-8).log()
         return as_object - background
 
     def class_loss(

@@ -204,8 +204,8 @@ class ProposalDetector(SampledMemoryDetector):
             class_weight=config.weight_loss_vfl,
             l1_weight=config.weight_loss_bbox,
             giou_weight=config.weight_loss_giou,
-            alpha=config.matcher_alpha,
-            gamma=config.matcher_gamma,
+            cost_alpha=config.matcher_alpha,
+            cost_gamma=config.matcher_gamma,
             background_alpha=config.focal_loss_alpha,
             background_gamma=config.focal_loss_gamma,
         )

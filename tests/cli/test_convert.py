@@ -26,7 +26,7 @@ OF_RESNET18 = {
     "layer_type": "basic",
 }
 PIXELS = torch.randn(1, 3, 75, 90, generator=torch.Generator().manual_seed(4))
-OPTIONS = {"nheads": 4, "dilation": False, "dropout": 0.0, "pre_norm": False, "backbone": "resnet50", "lr": 1e-4}
+OPTIONS = {"nheads": 4, "dilation": False, "dropout": 0.2, "pre_norm": False, "backbone": "resnet50", "lr": 1e-4}
 
 
 def detector(model_type="conditional_detr", classes=91, backbone=TINY):
@@ -132,6 +132,7 @@ def test_converted_checkpoint_computes_the_same(tmp_path, model_type, monkeypatc
     assert f"{folder}: {model.title}, " in capsys.readouterr().out
     loaded, stock = load_detector(str(folder)), AutoModelForObjectDetection.from_pretrained(folder).eval()
     assert loaded.class_names[1] == "person" and loaded.class_names[90] == "toothbrush"
+    assert loaded.config.dropout == 0.2 != type(loaded.config)().dropout  # on which training goes on
     assert not loaded.config.auxiliary_loss  # the authors' code feeds the next layer what is not normed
     assert load_image_processor(str(folder)).size["longest_edge"] == 1333
     for name, value in model.state_dict().items():

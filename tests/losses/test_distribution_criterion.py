@@ -1,6 +1,7 @@
 """The criterion of box distributions, against Transformers' loss of the same predictions and against slow loops."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +120,18 @@ def test_earlier_layers_learn_from_the_last_and_not_the_other_way():
     gradients = [layer.layers[-1].bias.grad for layer in model.bbox_embed]
     assert gradients[0].abs().max() > 0 and gradients[1].abs().max() > 0
     assert gradients[2] is None or gradients[2].abs().max() == 0
+
+
+def test_what_distributions_weigh_has_no_gradient():
+    """As in Transformers' `loss_local`: boxes are not drawn to, nor scores away from, where distributions err."""
+    model = model_of()
+    own, criterion = output_of(model).groups[OWN], model.criterion()
+    leaves = own.logits.detach().requires_grad_(), own.boxes.detach().requires_grad_()
+    terms = losses_of(criterion, replace(own, logits=leaves[0], boxes=leaves[1]))
+    for name in ("fgl", "ddf"):
+        for gradient in torch.autograd.grad(terms[name].sum(), leaves, retain_graph=True, allow_unused=True):
+            assert gradient is None or not gradient.any()
+        assert terms[name].sum() > 0
 
 
 def slow_union(assignment: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,18 @@
-"""LW-DETR's criterion against its formula, written slowly, and against Transformers' own module."""
+"""Criteria that ask for overlap, against their formula, written slowly, and against Transformers' own modules."""
 
 import math
 
 import pytest
 import torch
+from transformers.loss.loss_deimv2 import Deimv2Loss
 from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher, LwDetrImageLoss
+from transformers.loss.loss_rt_detr import RTDetrLoss
 
-from d3etr_hf.losses import IouAwareCriterion
+from d3etr_hf.losses import IouAwareCriterion, VarifocalCriterion
 from d3etr_hf.outputs import NO_OBJECT, GroupOutput
 from d3etr_hf.outputs.boxes import iou
 from tests import slow_reference
-from tests.tiny import random_labels, targets_of
+from tests.tiny import random_labels, targets_of, tiny_config
 
 CRITERION = IouAwareCriterion(2.0, 5.0, 2.0, 1.0, 5.0, 2.0, score_exponent=0.3)
 COUNTS = [2, 0, 5, 9]  # an image with no box, and one with more boxes than queries
@@ -81,6 +83,33 @@ def test_equals_transformers(counts):
     theirs = torch.autograd.grad(total, (logits, boxes))
     for our_gradient, their_gradient in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vfl", "mal"])
+def test_varifocal_equals_transformers(name):
+    """Values and gradients of RT-DETR's and of DEIMv2's class loss: neither weights nor targets have any."""
+    weights = 2.0, 5.0, 2.0, 1.0, 5.0, 2.0
+    if name == "vfl":
+        module = RTDetrLoss(tiny_config("rt_detr", focal_loss_alpha=0.6, focal_loss_gamma=1.7))
+        criterion = VarifocalCriterion(*weights, background_alpha=0.6, background_gamma=1.7)
+    else:
+        module = Deimv2Loss(tiny_config("deimv2", mal_alpha=0.6, focal_loss_gamma=1.7))
+        settings = {"background_alpha": 0.6, "background_gamma": 1.7, "target_exponent": 1.7}
+        criterion = VarifocalCriterion(*weights, **settings, weighs_overlap=False)
+    group, labels = group_and_labels()
+    logits, boxes = group.logits.detach().requires_grad_(), group.boxes.detach().requires_grad_()
+    group = GroupOutput(logits=logits, boxes=boxes)
+    assignment = criterion.assign(group, targets_of(labels))
+    ours, theirs = criterion.losses(group, targets_of(labels), assignment)["class"], []
+    for layer, held in enumerate(assignment):
+        pairs = [((image != NO_OBJECT).nonzero().squeeze(1), image[image != NO_OBJECT]) for image in held]
+        outputs = {"logits": logits[layer], "pred_boxes": boxes[layer]}
+        theirs.append(module.get_loss(name, outputs, labels, pairs, 1))
+    theirs = torch.stack([next(iter(found.values())) for found in theirs])
+    torch.testing.assert_close(ours, theirs)
+    assert torch.autograd.grad(ours.sum(), boxes, retain_graph=True, allow_unused=True) == (None,)
+    gradients = [torch.autograd.grad(loss.sum(), logits)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("logit", [-700.0, -90.0, 18.0, 40.0, 200.0])

@@ -4,6 +4,7 @@ A toy detector, which shares no attribute with any of them, stands beside them w
 """
 
 import json
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from d3etr_hf.models.detector import ADAPTERS, DECODER, ENCODER, HEADS, QUERIES,
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import FAMILIES, load_detector
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
-from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, AttentionMap, GroupRequest, Queries
+from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, AttentionMap, GroupRequest, Queries, SoftmaxScores
 from tests import slow_reference
 from tests.tiny import (
     TINY_CONFIGS,
@@ -44,6 +45,15 @@ CUT = dict.fromkeys(("d_fine", "deformable_detr", "deimv2", "rt_detr_v2"), {"tie
 # under what the stock loss of eval mode is compared: it would split one group's queries into those of training; and
 # assignments are each layer's own
 COMPARED = {"deimv2": {"use_dense_one_to_one": False}, "lw_detr": {"group_detr": 1}, "rf_detr": {"group_detr": 1}}
+# no setting of a loss as anywhere else
+SETTINGS = {
+    **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "lw_detr", "rf_detr"), {"focal_alpha": 0.4}),
+    **dict.fromkeys(
+        WEIGHTED_TERMS,
+        {"matcher_alpha": 0.3, "matcher_gamma": 1.5, "focal_loss_alpha": 0.6, "focal_loss_gamma": 1.8},
+    ),
+    **dict.fromkeys(("detr", "table-transformer"), {"eos_coefficient": 0.3}),
+}
 # what the toy's configuration calls these
 TOY_NAMES = {"decoder_layers": "rounds", "num_queries": "slots"}
 
@@ -323,13 +333,16 @@ def test_checkpointing_gives_the_same_gradient_of_maps_and_predictions(family):
 
 
 def test_what_trains_gets_a_gradient_and_what_loads_trains_the_same(any_family, tmp_path):
-    """Distributed training waits for the gradient of whatever trains."""
+    """Distributed training waits for the gradient of whatever trains; what could learn and is frozen is known."""
     model = model_of(any_family).train()
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.requires_grad_(True)
     output = model(**BATCH, request=GroupRequest())
     groups = [output.groups[OWN], *(part.group for part in (output.supervised or {}).values())]
     sum(group.logits.sum() + group.boxes.sum() for group in groups).backward()
-    trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not {name for name in trains if model.get_parameter(name).grad is None}
+    learns = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learns - trains <= {"model.decoder.reg_scale", "model.decoder.up"}  # how far D-FINE's bins reach
     model.requires_grad_(False)
     model.freeze()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trains
@@ -419,6 +432,16 @@ def test_new_queries_are_learned_in_a_further_group(any_family):
     group.boxes.sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.query_adapters.parameters())
     assert list(model.query_adapters.parameters())
+
+
+def test_new_queries_are_drawn_apart(family):
+    """Contents and positions N(0, 1), as what decoders norm; points and boxes all over the image."""
+    torch.manual_seed(0)
+    queries = tiny_model(model_type=family).new_queries(500)
+    for part in (queries.content, queries.position):
+        assert part is None or (0.95 < part.std() < 1.05 and part.mean().abs() < 0.05)
+    if queries.anchors is not None:  # between the sigmoid of N(0, 1) and uniform
+        assert 0.19 < queries.anchors[:, :2].std() < 0.31 and queries.anchors.shape[1] in (2, 4)
 
 
 @pytest.mark.parametrize("known", ["content", "position", "both"])
@@ -569,7 +592,8 @@ def test_assignment_is_the_cheapest(any_family):
 
 def test_losses_equal_the_stock_loss(family):
     """Term by term what `labels` give in the stock class, of the last layer."""
-    model, labels = tiny_model(model_type=family, **COMPARED.get(family, {})), random_labels([2, 3])
+    model = tiny_model(model_type=family, **COMPARED.get(family, {}), **SETTINGS[family])
+    labels = random_labels([2, 3])
     stock = stock_twin(model)(**BATCH, labels=labels)
     group, targets = model(**BATCH, request=GroupRequest()).groups[OWN], targets_of(labels)
     criterion = model.criterion()
@@ -595,7 +619,15 @@ def test_the_configuration_weighs_costs_and_losses(family):
     if family in WEIGHTED_TERMS:
         costs = {f"matcher_{name}": float(value) for name, value in costs.items()}
         weights = {"weight_loss_bbox": 9.0, "weight_loss_giou": 8.0}
-    criterion = tiny_model(model_type=family, **costs, **weights).criterion()
+    criterion = tiny_model(model_type=family, **costs, **weights, **SETTINGS[family]).criterion()
+    score = 0.2
+    if isinstance(criterion.scores, SoftmaxScores):
+        cost = -score
+    else:  # focal; where the matcher has no settings of its own the stock class fixes them
+        alpha, gamma = SETTINGS[family].get("matcher_alpha", 0.25), SETTINGS[family].get("matcher_gamma", 2)
+        cost = -alpha * (1 - score) ** gamma * math.log(score) + (1 - alpha) * score**gamma * math.log(1 - score)
+    found = criterion.class_costs(torch.full((1, 1, 1, 3), score), torch.tensor([[1]]))
+    assert float(found) == pytest.approx(cost, rel=1e-5)
     assert (criterion.class_cost, criterion.l1_cost, criterion.giou_cost) == (3, 7, 4)
     assert (criterion.weights["l1"], criterion.weights["giou"]) == (9, 8)
 

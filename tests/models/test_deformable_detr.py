@@ -228,6 +228,12 @@ def test_a_step_of_distillation_reaches_every_parameter(family, teacher, objects
 # queries
 
 
+def test_new_queries_of_two_stages_are_boxes():
+    """Of one stage they get points from the head that makes the model's own."""
+    assert model_of(TWO_STAGE).new_queries(9).anchors.shape == (9, 4)
+    assert model_of(REFINED).new_queries(9).anchors is None
+
+
 def test_a_position_that_two_stages_lack_is_made_of_the_boxes():
     model = model_of(TWO_STAGE)
     own = model(**BATCH, request=GroupRequest()).queries

@@ -49,5 +49,7 @@ def test_queries_know_their_number_and_detach():
     still = Queries(anchors=anchors).detach()
     assert still.content is still.position is None
     assert not still.anchors.requires_grad and torch.equal(still.anchors, anchors)
+    for precision, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        assert Queries(position=torch.zeros(7, 5, dtype=precision)).detach().position.dtype == expected
     sampled = SampledAttention(torch.rand(1, 1, 7, 2, 2, requires_grad=True), torch.rand(1, 1, 7, 2))
     assert not sampled.detach().places.requires_grad

@@ -48,20 +48,22 @@ def test_standard_modes_are_those_of_the_commands():
 
 
 def test_a_teacher_is_trained_borrowed_or_a_checkpoint():
+    """Who borrows one keeps options of its own."""
     made = comparison(
         entries=two(
-            second=NO_TEACHER | {"teacher": {"entry": "first"}},
+            first=TRAINED | {"options": {"a": 1}},
+            second=NO_TEACHER | {"teacher": {"entry": "first"}, "options": {"a": 2}},
             third=NO_TEACHER | {"teacher": "user/teacher"},
         )
     )
     assert made.entry("first").teacher_entry == "first"
-    assert made.entry("second") == Entry("second", {}, {"max_steps": 3}, {"max_steps": 9}, "first")
+    assert made.entry("second") == Entry("second", {"a": 2}, {"max_steps": 3}, {"max_steps": 9}, "first")
     assert made.entry("third") == Entry("third", {}, {"max_steps": 3}, "user/teacher", "third")
 
 
 def test_pairs_take_the_student_of_one_and_the_teacher_of_the_other():
     """The pair of an entry with its own teacher is that entry, and is not run twice."""
-    entries = two(second={"teacher": {"max_steps": 8}, "student": {"max_steps": 4}})
+    entries = two(second={"teacher": {"max_steps": 8}, "student": {"max_steps": 4}, "options": {"a": 2}})
     made = comparison(
         entries=entries,
         modes=["alone", "distilled"],

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from d3etr_hf.errors import ComparisonError, FolderInUseError
+from d3etr_hf.runs import run_pool
 from d3etr_hf.runs.folder_lock import holding
 from d3etr_hf.runs.run_pool import Job, last_line, run_jobs
 
@@ -70,6 +71,30 @@ def test_a_second_worker_does_not_wait_for_the_first(job, tmp_path):
     run_jobs([job("teacher", gate="gate"), job("taught", needs="teacher"), job("other")], 2, finish)
     lines = journal(tmp_path)
     assert lines.index("END other") < lines.index("END teacher") < lines.index("START taught")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_more_run_at_once_than_workers(job, workers, monkeypatch):
+    """Processes that are still running when they are first looked at."""
+    under_way = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, *_):
+            self.looks = iter([None, 0])
+            under_way.append(under_way[-1] + 1 if under_way else 1)
+
+        def poll(self):
+            status = next(self.looks)
+            if status is not None:
+                under_way.append(under_way[-1] - 1)
+            return status
+
+    monkeypatch.setattr(run_pool, "start", Process)
+    monkeypatch.setattr(run_pool, "SECONDS_BETWEEN_LOOKS", 0)
+    assert run_jobs([job(name) for name in "abcde"], workers, lambda each: None) == {}
+    assert max(under_way) == workers and under_way[-1] == 0
 
 
 def test_a_failure_is_shown_and_keeps_back_only_what_needs_it(job, tmp_path, capsys):

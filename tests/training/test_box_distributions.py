@@ -1,8 +1,14 @@
 """Box distributions through the trainer: between models whose bins differ, and refused where there are none."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from d3etr_hf.errors import IncompatibleTeacherError
+from d3etr_hf.losses import box_distribution_distillation
+from d3etr_hf.matching import MatchedPairs
+from d3etr_hf.outputs import AUXILIARY, OWN, GroupRequest
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.tiny import tiny_model
@@ -42,6 +48,26 @@ def test_the_auxiliary_group_of_a_copy_has_nothing_to_learn(seed, nothing, tmp_p
     trainer = D3etrTrainer(model=tiny_model(seed, "d_fine"), args=args, teacher=tiny_model(1, "d_fine"))
     loss = float(trainer.compute_loss(trainer.model.eval(), trainer.data_collator(examples([3, 2]))).detach())
     assert abs(loss) < 1e-3 if nothing else loss > 0.1
+
+
+def test_layers_are_the_mapped_ones_and_scores_the_weights(tmp_path):
+    """Whatever predictions are weighed by: most queries are of background, and their edges mean nothing."""
+    options = OFF | {"box_distribution_weight": 1.0, "adaptive_matching": False, "layer_map": [0, 2, 3]}
+    teacher, batch = tiny_model(1, "d_fine", decoder_layers=4), examples([3, 2])
+    args = D3etrTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
+    trainer = D3etrTrainer(model=tiny_model(3, "d_fine"), args=args, teacher=teacher)
+    loss, student = trainer.compute_loss(trainer.model.eval(), trainer.data_collator(batch), return_outputs=True)
+    theirs = teacher(torch.stack([image["pixel_values"] for image in batch]), request=GroupRequest()).groups[OWN]
+    assert args.prediction_normaliser == "pairs"
+    expected, query = 0.0, torch.arange(7).expand(1, 2, 7)
+    for layer, source in enumerate([0, 2, 3]):
+        weights = theirs.logits[[source]].sigmoid().amax(-1)
+        taught = replace(theirs, box_distribution=theirs.box_distribution[[source]])
+        ours = student.groups[AUXILIARY]
+        ours = replace(ours, box_distribution=ours.box_distribution[[layer]])
+        pairs = MatchedPairs(query, query)
+        expected += box_distribution_distillation(taught, ours, pairs, weights, weights.sum(dim=(1, 2)))
+    torch.testing.assert_close(loss, expected.sum())
 
 
 def test_off_by_default(tmp_path):

@@ -157,11 +157,20 @@ def test_the_union_matters_here(tmp_path):
     assert sum(len(queries) for queries, _ in union(matched)) > 5
 
 
+def near_objects(model):
+    """Its output of three images, and five objects near boxes of it, so that no loss is zero."""
+    images = examples(OBJECTS)
+    output = model(torch.stack([image["pixel_values"] for image in images]), request=GroupRequest())
+    labels = [image["labels"] for image in images]
+    for label, boxes in zip(labels, output.groups[OWN].boxes[-1].detach().clamp(0.1, 0.9), strict=True):
+        label["boxes"] = 0.9 * boxes[: len(label["boxes"])]
+    return output, targets_of(labels)
+
+
 def test_pairs_are_counted_over_processes(tmp_path):
     """Seen by one of two whose other one found ten pairs, in as many images."""
-    model, images = model_of(), examples(OBJECTS)
-    output = model(torch.stack([image["pixel_values"] for image in images]), request=GroupRequest())
-    targets, criterion = targets_of([image["labels"] for image in images]), model.criterion()
+    model = model_of()
+    (output, targets), criterion = near_objects(model), model.criterion()
     options = D3etrTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **ALONE).distillation
     found = []
     for average in (lambda tensor: tensor, lambda tensor: (tensor + torch.tensor([10.0, 3.0])) / 2):
@@ -172,9 +181,27 @@ def test_pairs_are_counted_over_processes(tmp_path):
     for term in ("l1", "giou", "fgl"):
         alone, both = (terms[f"student/{term}"] for terms in found)
         torch.testing.assert_close(alone * pairs, both * (pairs + 10) / 2)
+        assert alone.min() > 0
     assert found[0]["student/l1"][0] > 1.1 * found[1]["student/l1"][0]
     for term in ("class", "ddf"):
         assert torch.equal(found[0][f"student/{term}"], found[1][f"student/{term}"])
+
+
+def test_pairs_are_scaled_to_the_images_of_the_step(tmp_path):
+    """Of a step of twice as many images a batch counts half as much, whatever the number of objects."""
+    model, five = model_of(), torch.tensor(5.0)
+    output, targets = near_objects(model)
+    run = D3etrObjective(Distillation(**ALONE), model.criterion())
+    once, twice = (
+        run(output, None, targets, Shares(torch.tensor(count), five, {OWN: five}, average=lambda tensor: tensor))[0]
+        for count in (3.0, 6.0)
+    )
+    own = run.criterion.box_assignments({OWN: run.criterion.assign(output.groups[OWN], targets)})[OWN]
+    sums = run.criterion.losses(output.groups[OWN], targets, own.expand(3, -1, -1))
+    for term in ("l1", "giou", "fgl"):
+        expected = WEIGHTS[{"l1": "bbox"}.get(term, term)] * sums[term] / (own != NO_OBJECT).sum()
+        torch.testing.assert_close(once[f"student/{term}"], expected)
+        torch.testing.assert_close(2 * twice[f"student/{term}"], expected)
 
 
 def test_the_teachers_assignment_counts_for_boxes_and_takes_no_union(tmp_path):

@@ -243,7 +243,8 @@ def test_layers_spread_last_to_last():
             spread_layers(6, 2, bad)
 
 
-def test_everything_unequal_at_once(tmp_path):
+@pytest.mark.parametrize("space", ["auto", "moments"])
+def test_everything_unequal_at_once(tmp_path, space):
     """Depth, width, heads, queries, classes and memory grid of teacher and student all differ."""
     backbone = ConvNextConfig(
         num_stages=3, hidden_sizes=[8, 16, 16], depths=[1, 1, 1], out_features=["stage3"], layer_scale_init_value=1.0
@@ -262,12 +263,25 @@ def test_everything_unequal_at_once(tmp_path):
     teacher_output = ask(teacher, batch)
     output = output_of(student, batch, teacher_output)
     assert teacher_output.memory_mask.shape[1:] == (4, 4) and output.memory_mask.shape[1:] == (8, 8)
-    run = objective(tmp_path, prediction_normaliser="boxes")
+    run = objective(tmp_path, prediction_normaliser="boxes", cross_attention_space=space)
     terms, statistics = step(run, output, batch, teacher_output)
     loss = sum(value.sum() for value in terms.values())
     loss.backward()
     assert len(terms) == 12 and loss.isfinite() and 0 <= statistics["matched_foreground"] <= 1
     assert student.query_adapters[AUXILIARY].projection.weight.grad.abs().sum() > 0
+
+
+def test_a_batch_is_its_part_of_an_accumulated_step(tmp_path):
+    """Of twice as many images what the teacher says counts half; ground truth is divided by the objects alone."""
+    student, batch = tiny_model(seed=2), padded_batch()
+    teacher = ask(tiny_model(seed=1), batch)
+    output = output_of(student, batch, teacher)
+    run = objective(tmp_path, prediction_normaliser="boxes")
+    whole, part = (step(run, output, batch, teacher, shares=shares_of(images))[0] for images in (2, 4))
+    assert len(whole) == 12
+    for name, term in whole.items():
+        of_truth = name.endswith(("/class", "/l1", "/giou"))
+        torch.testing.assert_close(part[name], term if of_truth else term / 2)
 
 
 @pytest.mark.parametrize(
@@ -381,6 +395,17 @@ def test_teacher_assignment_is_of_its_own_last_layer(tmp_path):
     run._detection_terms = lambda student, targets, assignments, of_boxes, shares: seen.append(assignments) or {}
     step(run, student, batch, teacher, targets)
     assert torch.equal(seen[0][AUXILIARY], every_layer[3:].expand(2, -1, -1))
+
+
+def test_the_teacher_assigns_by_its_own_costs():
+    """As its family does, whatever the student's."""
+    model, batch = tiny_model(seed=1, bbox_cost=0, giou_cost=0), padded_batch()
+    run = D3etrObjective(Distillation(), CRITERION, model.criterion())
+    found = run.start_teacher_assignment(ask(model, batch), TARGETS)()
+    last = model(**batch, request=MAPS).groups[OWN]
+    last = GroupOutput(logits=last.logits[-1:], boxes=last.boxes[-1:])
+    assert torch.equal(found, model.criterion().assign(last, TARGETS))
+    assert not torch.equal(found, CRITERION.assign(last, TARGETS))
 
 
 def test_surplus_query_groups_are_refused(tmp_path):

@@ -430,6 +430,8 @@ def test_backbone_learning_rate_zero_freezes_it(shapes, tmp_path):
     before = weights_of(trainer.model.model.backbone)
     trainer.train()
     assert torch.equal(weights_of(trainer.model.model.backbone), before)
+    # its gradient would count for the norm that is clipped
+    assert not [p for p in trainer.model.model.backbone.parameters() if p.requires_grad or p.grad is not None]
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
