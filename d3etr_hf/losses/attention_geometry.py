@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from d3etr_hf.errors import IncompatibleTeacherError
 from d3etr_hf.matching import MatchedPairs
 from d3etr_hf.outputs import AttentionMap, SampledAttention
 from d3etr_hf.outputs.attention_maps import valid_sizes
@@ -56,18 +57,20 @@ def place_distillation(
     Args, Returns: as `moment_distillation`.
 
     Raises:
-        ValueError: heads, or places of a query, differ in number, or one of the two attends to the whole memory.
+        IncompatibleTeacherError: heads, or places of a query, differ in number, or one of the two attends to the whole memory.
     """
 
     def flat(theirs: Attention, ours: Attention) -> tuple[torch.Tensor, ...]:
         if not (isinstance(theirs, SampledAttention) and isinstance(ours, SampledAttention)):
-            raise ValueError(
-                "attention to the whole memory has no places to compare: set cross_attention_space to grid or moments"
+            raise IncompatibleTeacherError(
+                "cross_attention_space='places': attention to the whole memory has no places to compare, and one of "
+                "the two models, or both, attend to it; set it to grid or moments"
             )
         if _sizes(theirs) != _sizes(ours):
-            raise ValueError(
-                f"the teacher samples (heads, places) {_sizes(theirs)}, the student {_sizes(ours)}: they are compared "
-                "place by place only where these agree"
+            raise IncompatibleTeacherError(
+                f"cross_attention_space='places': the teacher samples (heads, places) {_sizes(theirs)}, the student "
+                f"{_sizes(ours)}, and they are compared place by place only where these agree; set it to grid or "
+                "moments"
             )
         parts = [torch.cat([part.places, part.weights[..., None]], dim=-1) for part in (theirs, ours)]
         return tuple(part.flatten(-2) for part in parts)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from d3etr_hf.errors import IncompatibleTeacherError
 from d3etr_hf.losses.attention_geometry import moment_distillation, place_distillation
 from d3etr_hf.matching import MatchedPairs
 from d3etr_hf.outputs import AttentionMap, SampledAttention
@@ -116,7 +117,7 @@ def test_gradient_is_finite_where_all_weight_is_on_one_place_and_the_students_al
 
 
 def test_places_of_unlike_models_are_refused():
-    with pytest.raises(ValueError, match="grid or moments"):
+    with pytest.raises(IncompatibleTeacherError, match="cross_attention_space='places': .*grid or moments"):
         place_distillation(dense(2, 4, mask_of(4, 6), 1), sampled(2, 3, 2), PAIRS, BATCH)
-    with pytest.raises(ValueError, match="place by place"):
+    with pytest.raises(IncompatibleTeacherError, match="cross_attention_space='places': .*place by place"):
         place_distillation(sampled(2, 4, 1), sampled(1, 3, 2), PAIRS, BATCH)
