@@ -57,7 +57,8 @@ def place_distillation(
     Args, Returns: as `moment_distillation`.
 
     Raises:
-        IncompatibleTeacherError: heads, or places of a query, differ in number, or one of the two attends to the whole memory.
+        IncompatibleTeacherError: heads, or places of a query, differ in number, or one of the two attends to the whole
+            memory.
     """
 
     def flat(theirs: Attention, ours: Attention) -> tuple[torch.Tensor, ...]:
