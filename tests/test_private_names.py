@@ -144,8 +144,14 @@ TABLE = [
     Private(
         "transformers.models.auto.modeling_auto",
         "MODEL_FOR_BACKBONE_MAPPING_NAMES",
-        "models/loading.py",
+        "models/configuration_checks.py",
         "the list of backbones, in an error",
+    ),
+    Private(
+        "transformers.activations",
+        "ACT2FN",
+        "models/field_values.py",
+        "an activation that does not exist is told by its field, and not by a KeyError when the model is built",
     ),
     Private(
         "transformers.trainer_pt_utils",
@@ -331,12 +337,14 @@ def test_the_library_still_has_it(row):
 
 def test_what_the_tables_of_transformers_hold():
     """A mapping that is still there may hold something else."""
+    from transformers.activations import ACT2FN
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
     assert all("pil" in IMAGE_PROCESSOR_MAPPING_NAMES[family] for family in FAMILIES.keys() - CLASSES.keys())
     assert {"resnet", "convnext", "swin"} <= set(MODEL_FOR_BACKBONE_MAPPING_NAMES)
+    assert {"relu", "gelu"} <= set(ACT2FN) and "rely" not in ACT2FN
     default = object()
     assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", default) is default
     assert callable(ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", default))

@@ -1,7 +1,8 @@
-"""A stock checkpoint from what the authors of Conditional DETR or DETR published.
+"""A stock checkpoint from what the authors of Conditional DETR or DETR published, or from a pickle of Transformers.
 
     d3etr convert ConditionalDETR_r50dc5_epoch50.pth detectors/conditional_dc5
     d3etr convert checkpoint.pth detectors/mine --classes names.txt
+    d3etr convert old/pytorch_model.bin detectors/mine  # with its config.json beside it, which names the classes
 
 The file is a pickle: tensors, plain values and the authors' argparse.Namespace are read, and no code of it is run.
 Writes config.json, model.safetensors and the image processor's settings; what comes out is a teacher or a model to go
@@ -19,13 +20,16 @@ from d3etr_hf.models.coco_classes import COCO_CLASSES
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.models.official_names import convert_official
+from d3etr_hf.models.pickled_weights import convert_stock_pickle, is_stock_pickle
 
 
 @dataclass
 class ConvertArguments:
     """Which file, and what becomes of it."""
 
-    checkpoint: str = field(metadata={"help": "The authors' file (.pth); also taken as first argument."})
+    checkpoint: str = field(
+        metadata={"help": "The authors' file, or pytorch_model.bin; also taken as first argument."}
+    )
     output: str = field(metadata={"help": "A new folder for the checkpoint; also taken as second argument."})
     classes: str = option("coco", "coco (its 91 ids), or a text file with a class name a line.")
     dilated: bool | None = option(
@@ -46,7 +50,7 @@ def convert_checkpoint(checkpoint: str, output: str, classes: str = "coco", dila
     """Convert a published checkpoint, and load what was written.
 
     Args:
-        checkpoint: the `.pth` file.
+        checkpoint: the authors' `.pth` file, or a pickle beside the `config.json` that Transformers saved with it.
         output: a folder that is new or empty.
         classes: "coco", or a text file with a class name a line.
         dilated: whether the backbone is dilated; None: as the file says.
@@ -60,8 +64,11 @@ def convert_checkpoint(checkpoint: str, output: str, classes: str = "coco", dila
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputFolderError(f"{output} is not empty: give a new folder")
-    config = convert_official(checkpoint, folder, _class_names(classes), dilated)
-    load_image_processor(None, model_type=config.model_type).save_pretrained(folder)
+    if is_stock_pickle(checkpoint):
+        convert_stock_pickle(checkpoint, folder)
+    else:
+        config = convert_official(checkpoint, folder, _class_names(classes), dilated)
+        load_image_processor(None, model_type=config.model_type).save_pretrained(folder)
     detector = load_detector(output)
     parameters = sum(parameter.numel() for parameter in detector.parameters())
     note = "" if detector.unsaveable is None else f"; {detector.unsaveable}"

@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.errors import DetectorLoadError, one_line, quoted
 from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.field_values import check_field_values
+from d3etr_hf.models.trial import BUILD_ERRORS, build_on_meta
+from d3etr_hf.models.weight_files import check_finite, check_weight_files
 
 
 @torch.no_grad()
@@ -23,26 +25,13 @@ def load_backbone_weights(model: Detector, path: str) -> None:
     """
     backbone: Any
     backbone, config = model.backbone_module, model.config.backbone_config
+    what = f"backbone_weights {path!r}"
     if config.model_type == "timm_backbone":
         raise DetectorLoadError(
             f"backbone_weights {path!r} go into a backbone of Transformers' own, and model_config has a timm "
             "backbone: set backbone_config, for example to {model_type: resnet, out_features: [stage4]}"
         )
-    try:
-        their_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
-        if their_type != config.model_type:
-            raise DetectorLoadError(
-                f"backbone_weights {path!r} are of a {their_type!r} model, model_config has a {config.model_type!r} "
-                "backbone: make the two agree"
-            )
-        # not AutoBackbone.from_pretrained, which asks the Hub first and refuses folders
-        loaded, info = type(backbone).from_pretrained(
-            path, out_features=config.out_features, dtype=torch.float32, output_loading_info=True
-        )
-    except DetectorLoadError:
-        raise
-    except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
-        raise DetectorLoadError(f"backbone_weights {path!r} cannot be read: {error}") from error
+    loaded, info = _read(path, type(backbone), config, what)
     ours, theirs = backbone.state_dict(), loaded.state_dict()
     # a classifier has no norms of single stages: they keep their start value, the identity
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("hidden_states_norms."))
@@ -55,8 +44,34 @@ def load_backbone_weights(model: Detector, path: str) -> None:
             f"backbone_weights {path!r} do not fit backbone_config: {len(missing)} tensors are missing and "
             f"{len(different)} differ, the first {(missing + different)[:3]}; {_differences(config, loaded.config)}"
         )
+    check_finite(loaded, what)
     backbone.load_state_dict({name: theirs[name] for name in ours}, strict=True)
     _refuse_other_computation(backbone, loaded, path, config)
+
+
+def _read(path: str, backbone_class: Any, config: PreTrainedConfig, what: str) -> tuple[Any, dict]:
+    """The backbone of a checkpoint of the same type, and what Transformers says of its loading."""
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(path)
+        if fields.get("model_type") != config.model_type:
+            raise DetectorLoadError(
+                f"{what} are of a {quoted(fields.get('model_type'))} model, model_config has a {config.model_type!r} "
+                "backbone: make the two agree"
+            )
+        check_field_values(fields, type(config), f"{what}: config.json")
+        check_weight_files(path, what, build_on_meta(backbone_class, type(config).from_dict(fields), what))
+        # not AutoBackbone.from_pretrained, which asks the Hub first and refuses folders
+        return backbone_class.from_pretrained(
+            path,
+            out_features=config.out_features,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    except DetectorLoadError:
+        raise
+    except (SafetensorError, *BUILD_ERRORS) as error:
+        raise DetectorLoadError(f"{what} cannot be read: {one_line(error, 300)}") from error
 
 
 def _refuse_other_computation(backbone, loaded, path: str, config: PreTrainedConfig) -> None:

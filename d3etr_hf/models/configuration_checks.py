@@ -4,8 +4,10 @@ from collections import Counter
 from typing import Any
 
 from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 from d3etr_hf.errors import DetectorLoadError, quoted
+from d3etr_hf.models.field_values import check_field_values
 
 # of outputs that no class uses, which public checkpoints name alike (COCO's 91 numbers for 80 classes)
 UNUSED = "n/a"
@@ -36,13 +38,42 @@ def check_fields(fields: Any, what: str) -> None:
             f"{what}: quantization_config in its config.json: quantised detectors are not supported; take the "
             "checkpoint that was quantised"
         )
-    for name in ("attn_implementation", "_attn_implementation"):
-        if fields.get(name) not in ATTENTION:
-            raise DetectorLoadError(
-                f"{what}: {name} is {quoted(fields[name])} in its config.json: detectors know eager and sdpa"
-            )
+    place = f"{what}: config.json"
+    architectures = fields.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise DetectorLoadError(f"{place}: architectures is {quoted(architectures)}, and must name classes in a list")
+    check_attention(fields, place)
+    if fields.get("backbone_config") is not None:
+        check_backbone(fields["backbone_config"], place)
+    check_field_values(fields, CONFIG_MAPPING[model_type], place)
     if fields.get("id2label") is not None:
         _check_names(fields["id2label"], what)
+
+
+def check_backbone(backbone: Any, place: str) -> None:
+    """Refuse the configuration of a backbone that does not say which one, or says one that does not exist.
+
+    Raises:
+        DetectorLoadError: the message has those that there are.
+    """
+    known = list(MODEL_FOR_BACKBONE_MAPPING_NAMES)
+    if not isinstance(backbone, dict) or backbone.get("model_type") not in known:
+        raise DetectorLoadError(
+            f"{place}: backbone_config is {quoted(backbone)}; it must say which backbone, for example "
+            f"{{model_type: resnet, out_features: [stage4]}}; there are {', '.join(known)}"
+        )
+
+
+def check_attention(fields: dict[str, Any], place: str) -> None:
+    """Refuse attention that detectors do not have, in a configuration or in its backbone's.
+
+    Raises:
+        DetectorLoadError: the message names the field and its value.
+    """
+    for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+        for name in ("attn_implementation", "_attn_implementation"):
+            if part.get(name) not in ATTENTION:
+                raise DetectorLoadError(f"{place}: {name} is {quoted(part[name])}: detectors know eager and sdpa")
 
 
 def _check_names(id2label: Any, what: str) -> None:

@@ -233,7 +233,10 @@ class Detector(StockModel):
         )
         new = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
         if new:
-            logger.warning(f"{len(new)} tensors are not in {pretrained_model_name_or_path} and start afresh: {new}")
+            logger.warning(
+                f"{len(new)} tensors are not in {pretrained_model_name_or_path} and start afresh, the first "
+                f"{sorted(new)[:3]}"
+            )
             model.initialise(new)
         model.settle()
         return (model, info) if output_loading_info else model

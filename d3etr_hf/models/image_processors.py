@@ -1,5 +1,6 @@
 """Which image processor goes with which family, loaded or new."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,19 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from d3etr_hf.data.image_sizes import PIXEL_SETTINGS, set_image_size, size_of, takes_fixed_size
 from d3etr_hf.data.transforms import resized_size
-from d3etr_hf.errors import DetectorLoadError, ImageSizeError
+from d3etr_hf.errors import DetectorLoadError, ImageSizeError, one_line
 from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.image_processor_checks import CHANNELS, check_settings
 from d3etr_hf.models.loading import DEFAULT_FAMILY, FAMILIES
 from d3etr_hf.models.other_detector import OtherDetector
+from d3etr_hf.models.trial import BUILD_ERRORS
 
 logger = logging.get_logger(__name__)
 
 # Transformers' class, which it has for torchvision alone
 RF_DETR = "RfDetrImageProcessor"
+# what a saved one is tried on: settings that nothing can be made of are found before anything long
+TRIED = np.zeros((CHANNELS, 8, 8), dtype=np.uint8)
 
 
 class RfDetrImageProcessorPil(RTDetrImageProcessorPil):
@@ -185,15 +190,27 @@ def load_image_processor(
 
 
 def _saved_image_processor(path: str) -> BaseImageProcessor | None:
+    file = Path(path) / IMAGE_PROCESSOR_NAME
+    what = f"{path}: {IMAGE_PROCESSOR_NAME}"
     try:
         settings, _ = BaseImageProcessor.get_image_processor_dict(path)
-        if settings.get("image_processor_type") == RF_DETR:
-            return RfDetrImageProcessorPil.from_pretrained(path)
-        return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if (Path(path) / IMAGE_PROCESSOR_NAME).exists():
+    except (OSError, RecursionError, ValueError) as error:
+        if os.path.lexists(file):
             raise DetectorLoadError(
-                f"{path}: {IMAGE_PROCESSOR_NAME} could not be read ({error}); copy or download it again"
+                f"{what} could not be read ({one_line(error)}); copy or download it again"
             ) from error
         logger.warning(f"{path} holds no image processor, so its pixel scaling cannot be checked")
         return None
+    check_settings(settings, what)
+    try:
+        if settings.get("image_processor_type") == RF_DETR:
+            processor = RfDetrImageProcessorPil.from_pretrained(path)
+        else:
+            processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+        processor(TRIED, return_tensors="pt")
+    except BUILD_ERRORS as error:
+        raise DetectorLoadError(
+            f"{what} could not be read, or makes no pixels of an image ({type(error).__name__}: "
+            f"{one_line(error, 300)}); copy or download it again"
+        ) from error
+    return processor

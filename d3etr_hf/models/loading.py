@@ -1,6 +1,5 @@
 """Finding, checking and building detectors; every failure says what to do."""
 
-import importlib.util
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -8,33 +7,20 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_BACKBONE_MAPPING_NAMES,
-    MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
-)
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import logging
 
-from d3etr_hf.configurations import find_configuration, option, read_yaml_file
-from d3etr_hf.errors import ConfigurationError, DetectorLoadError, one_line, quoted
+from d3etr_hf.configurations import option
+from d3etr_hf.errors import DetectorLoadError, one_line, quoted
 from d3etr_hf.models.backbones import load_backbone_weights
-from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
-from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
-from d3etr_hf.models.dab_detr import D3etrDabDetrForObjectDetection
-from d3etr_hf.models.deformable_detr import D3etrDeformableDetrForObjectDetection
-from d3etr_hf.models.deimv2 import D3etrDeimv2ForObjectDetection
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
-from d3etr_hf.models.detr import D3etrDetrForObjectDetection
+from d3etr_hf.models.families import DEFAULT_FAMILY, FAMILIES, family_of_type
 from d3etr_hf.models.initialisation import is_resnet
-from d3etr_hf.models.lw_detr import D3etrLwDetrForObjectDetection
 from d3etr_hf.models.new_classes import with_new_classes
+from d3etr_hf.models.new_models import check_model_options, new_model, read_model_config
 from d3etr_hf.models.other_detector import OtherDetector, load_other_detector
-from d3etr_hf.models.rf_detr import D3etrRfDetrForObjectDetection
-from d3etr_hf.models.rt_detr import D3etrRTDetrForObjectDetection
-from d3etr_hf.models.rt_detr_v2 import D3etrRTDetrV2ForObjectDetection
-from d3etr_hf.models.table_transformer import D3etrTableTransformerForObjectDetection
 from d3etr_hf.models.timm_names import (
     DILATED,
     DILATED_STRIDE,
@@ -42,26 +28,15 @@ from d3etr_hf.models.timm_names import (
     dilate_last_stage,
     native_resnet,
     read_config,
+    refuse_missing_timm,
+    timm_backbone,
     why_not_native,
 )
+from d3etr_hf.models.trial import BUILD_ERRORS, build_errors, build_on_meta, try_detector
+from d3etr_hf.models.weight_files import AGAIN, check_loaded, check_weight_files, quiet_loading
 
 logger = logging.get_logger(__name__)
 
-FAMILIES: dict[str, type[Detector]] = {
-    "conditional_detr": D3etrConditionalDetrForObjectDetection,
-    "deformable_detr": D3etrDeformableDetrForObjectDetection,
-    "deimv2": D3etrDeimv2ForObjectDetection,
-    "detr": D3etrDetrForObjectDetection,
-    "lw_detr": D3etrLwDetrForObjectDetection,
-    "rf_detr": D3etrRfDetrForObjectDetection,
-    "dab-detr": D3etrDabDetrForObjectDetection,
-    "d_fine": D3etrDFineForObjectDetection,
-    "rt_detr": D3etrRTDetrForObjectDetection,
-    "rt_detr_v2": D3etrRTDetrV2ForObjectDetection,
-    "table-transformer": D3etrTableTransformerForObjectDetection,
-}
-# of a model_config that names none
-DEFAULT_FAMILY = "conditional_detr"
 INHERITABLE_PARTS = tuple(role for role in ROLES if role != "backbone")
 
 
@@ -121,27 +96,32 @@ def load_detector(path: str, role: str = "model") -> Detector:
         role: what it is for, as the errors call it.
 
     Raises:
-        DetectorLoadError: nothing there, no detector, another family, tensors missing, or timm is needed and absent.
+        DetectorLoadError: nothing there, no detector, another family, values that make no model, weights that are
+            not safetensors or do not fit, or timm is needed and absent.
     """
-    family, config = _check_checkpoint(path, f"{role} {path!r}")
-    timm, names = _timm_backbone(config), None
-    if timm is not None and why_not_native(timm) is None:
-        config.backbone_config, names = native_resnet(timm), TIMM_NAMES
+    what = f"{role} {path!r}"
+    family, config, timm = _check_checkpoint(path, what)
+    check_weight_files(path, what, build_on_meta(family, config, what))
+    names = None if timm is None else TIMM_NAMES
     try:
-        model, info = family.from_pretrained(path, config=config, key_mapping=names, output_loading_info=True)
-    except (EOFError, OSError, RuntimeError, UnpicklingError, ValueError, SafetensorError) as error:
+        with quiet_loading():
+            model, info = family.from_pretrained(
+                path,
+                config=config,
+                key_mapping=names,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # which are told by name below
+            )
+    except (EOFError, UnpicklingError, SafetensorError, *BUILD_ERRORS) as error:
         raise DetectorLoadError(
-            f"{role} {path!r}: the weights could not be read, or do not fit its config.json "
-            f"({one_line(error, 300)}); copy or download the checkpoint again"
+            f"{what}: the weights could not be read, or do not fit its config.json ({one_line(error, 300)}); {AGAIN}"
         ) from error
-    if info["missing_keys"]:
-        raise DetectorLoadError(
-            f"{role} {path!r}: {len(info['missing_keys'])} tensors are missing from the checkpoint, the first "
-            f"{sorted(info['missing_keys'])[:3]}; copy or download it again"
-        )
-    if names is not None and timm.output_stride == DILATED_STRIDE:
+    check_loaded(model, info, what)
+    if timm is not None and timm.output_stride == DILATED_STRIDE:
         dilate_last_stage(model.backbone_module)
         model.unsaveable = DILATED
+    try_detector(model, what)
     return model
 
 
@@ -180,45 +160,49 @@ def family_of_checkpoint(path: str, role: str = "model") -> type[Detector]:
     return _check_checkpoint(path, f"{role} {path!r}")[0]
 
 
-def _check_checkpoint(path: str, what: str) -> tuple[type[Detector], PreTrainedConfig]:
+def _check_checkpoint(path: str, what: str) -> tuple[type[Detector], PreTrainedConfig, Any]:
+    """Its family and configuration, and the timm backbone that Transformers' own takes the place of."""
     config = _read_config(path, what)
-    family = _family(config.model_type, what)
+    family = family_of_type(config.model_type, what)
     if not any("ForObjectDetection" in name for name in config.architectures or ()):
         raise DetectorLoadError(
-            f"{what} is no detector: its architectures are {config.architectures}, and "
+            f"{what} is no detector: its architectures are {quoted(config.architectures)}, and "
             f"{family.stock_class.__name__} is needed"
         )
-    _refuse_missing_timm(config, what)
-    return family, config
+    with build_errors(what):
+        refuse_missing_timm(config, what)
+        timm = timm_backbone(config)
+        if timm is not None and why_not_native(timm) is None:
+            config.backbone_config = native_resnet(timm)
+        else:
+            timm = None
+        family.check_config(config)
+    return family, config, timm
 
 
 def _read_config(path: str, what: str) -> PreTrainedConfig:
+    if Path(path).is_file():
+        raise DetectorLoadError(
+            f"{what} is a file: give the folder that holds config.json and model.safetensors (a pickle becomes one by "
+            f"d3etr convert {path} NEW_FOLDER)"
+        )
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise DetectorLoadError(f"{what}: there is no such folder, and it is no Hub id (owner/name)")
     try:
         return read_config(path, what)
     except DetectorLoadError:
         raise
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, StrictDataclassError) as error:
+    except BUILD_ERRORS as error:
         raise DetectorLoadError(
             f"{what}: no model configuration could be read from there ({one_line(error, 300)}); give a folder with a "
             "config.json, or the id of a model on the Hub"
         ) from error
 
 
-def _family(model_type: str, what: str) -> type[Detector]:
-    if model_type not in FAMILIES:
-        raise DetectorLoadError(
-            f"{what} is a {model_type!r} model; the families that can be students and teachers are "
-            f"{', '.join(FAMILIES)}"
-        )
-    return FAMILIES[model_type]
-
-
 def read_model_options(arguments: ModelArguments) -> dict | None:
     """The configuration of a new model, read from its file where `model_config` names one."""
     options = arguments.model_config
-    return _read_model_config(options) if isinstance(options, str) else options
+    return read_model_config(options) if isinstance(options, str) else options
 
 
 def build_model(arguments: ModelArguments, class_names: list[str]) -> Detector:
@@ -237,7 +221,7 @@ def build_model(arguments: ModelArguments, class_names: list[str]) -> Detector:
         _refuse_other_classes(model.config, class_names, f"model {arguments.model!r}")
         return model
     place = f"model_config {arguments.model_config!r}" if isinstance(arguments.model_config, str) else "model_config"
-    model = _new_model(read_model_options(arguments), class_names, place)
+    model = new_model(read_model_options(arguments), class_names, place)
     if arguments.backbone_weights is not None:
         load_backbone_weights(model, arguments.backbone_weights)
     elif is_resnet(model.config.backbone_config):
@@ -248,35 +232,6 @@ def build_model(arguments: ModelArguments, class_names: list[str]) -> Detector:
     return model
 
 
-def _new_model(options, class_names: list[str], place: str) -> Detector:
-    check_model_options(options, place)
-    options = dict(options)
-    model_type = options.pop("model_type", DEFAULT_FAMILY)
-    id2label = dict(enumerate(class_names))
-    try:
-        config = CONFIG_MAPPING[model_type](
-            **options, id2label=id2label, label2id={name: index for index, name in id2label.items()}
-        )
-        _refuse_missing_timm(config, place, "a new model builds it by timm itself")
-        FAMILIES[model_type].check_config(config)
-        return FAMILIES[model_type](config)
-    except DetectorLoadError:
-        raise
-    except (
-        ArithmeticError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        StrictDataclassError,
-    ) as error:
-        raise DetectorLoadError(
-            f"{place}: no model can be built from these values ({type(error).__name__}: {one_line(error, 300)})"
-        ) from error
-
-
 def model_type_of(arguments: ModelArguments) -> str:
     """The family of the model to train, as Transformers calls it, before it is loaded or built.
 
@@ -284,8 +239,7 @@ def model_type_of(arguments: ModelArguments) -> str:
         DetectorLoadError: no model configuration could be read, or it is of no family, or holds what no model has.
     """
     if arguments.model is not None:
-        _, config = _check_checkpoint(arguments.model, f"model {arguments.model!r}")
-        return config.model_type
+        return _check_checkpoint(arguments.model, f"model {arguments.model!r}")[1].model_type
     options = read_model_options(arguments)
     place = f"model_config {arguments.model_config!r}" if isinstance(arguments.model_config, str) else "model_config"
     check_model_options(options, place)
@@ -319,36 +273,6 @@ def inherit_from_teacher(
     return copied, skipped
 
 
-def _read_model_config(path: str) -> dict:
-    """The options in a YAML or JSON file."""
-    try:
-        return read_yaml_file(find_configuration(path))
-    except (ConfigurationError, OSError) as error:
-        raise DetectorLoadError(f"model_config {path!r} cannot be read ({error}): give a YAML or JSON file") from error
-
-
-def check_model_options(options, place: str) -> None:
-    """Transformers would keep an unknown key in silence, and take timm's ResNet-50 where no backbone is given."""
-    if not isinstance(options, dict):
-        raise DetectorLoadError(f"{place} must hold fields of a model's configuration, holds {quoted(options)}")
-    if given := sorted({"id2label", "label2id", "num_labels"} & set(options)):
-        raise DetectorLoadError(f"{place} holds {given}: leave them out, the classes are the data set's")
-    model_type = options.get("model_type", DEFAULT_FAMILY)
-    _family(model_type, place)
-    config_class = CONFIG_MAPPING[model_type]
-    if unknown := sorted(set(options) - set(config_class().to_dict())):
-        raise DetectorLoadError(f"{place}: {config_class.__name__} has no {quoted(unknown)}")
-    backbone = options.get("backbone_config")
-    if not isinstance(backbone, dict) or backbone.get("model_type") not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
-        raise DetectorLoadError(
-            f"{place}: backbone_config is {backbone!r}; it must say which backbone, for example "
-            f"{{model_type: resnet, out_features: [stage4]}}; there are {', '.join(MODEL_FOR_BACKBONE_MAPPING_NAMES)}"
-        )
-    backbone_class = CONFIG_MAPPING[backbone["model_type"]]
-    if unknown := sorted(set(backbone) - set(backbone_class().to_dict()) - set(backbone_class.attribute_map)):
-        raise DetectorLoadError(f"{place}: backbone_config: {backbone_class.__name__} has no {unknown}")
-
-
 def _refuse_other_classes(config: PreTrainedConfig, class_names: list[str], what: str) -> None:
     """The outputs of a model that is loaded to go on must be the data set's classes, in their order."""
     names = class_names_of(config)
@@ -361,20 +285,3 @@ def _refuse_other_classes(config: PreTrainedConfig, class_names: list[str], what
                 f"{index}, {name!r} in the model and {wanted!r} in the data: they must be the same, in the same "
                 "order, unless the model gets a head for the data's classes: --new_head true"
             )
-
-
-def _timm_backbone(config: PreTrainedConfig) -> Any:
-    """The configuration of the backbone if it is timm's, else None."""
-    backbone = getattr(config, "backbone_config", None)
-    return backbone if backbone is not None and backbone.model_type == "timm_backbone" else None
-
-
-def _refuse_missing_timm(config: PreTrainedConfig, what: str, reason: str | None = None) -> None:
-    """Unless it is there, or without a reason of the caller's, Transformers' own ResNet can take the place."""
-    timm = _timm_backbone(config)
-    reason = None if timm is None else reason or why_not_native(timm)
-    if reason is not None and importlib.util.find_spec("timm") is None:
-        raise DetectorLoadError(
-            f"{what} has a timm backbone ({timm.backbone!r}: {reason}) and timm is not installed: "
-            "pip install 'd3etr_hf[timm]'"
-        )

@@ -1,6 +1,6 @@
 """Checkpoints as the authors of DETR and of Conditional DETR publish them (`.pth`), as stock checkpoints.
 
-The only place that opens a pickle: by PyTorch's restricted reader, with `argparse.Namespace` and nothing else let in.
+They are pickles, which `pickled_weights` alone opens.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from transformers import ConditionalDetrForObjectDetection, DetrForObjectDetecti
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.models.pickled_weights import are_tensors, read_pickle
 from d3etr_hf.models.timm_names import DILATED_STRIDE, RESNETS, TIMM_NAMES, WIDTHS
 
 # heads show in no tensor; all that the authors published have so many
@@ -90,21 +91,9 @@ def read_official(path: str) -> tuple[dict[str, Tensor], dict]:
     Raises:
         DetectorLoadError: it cannot be read, or holds anything but tensors, plain values and options.
     """
-    if not Path(path).is_file():
-        raise DetectorLoadError(f"{path}: there is no such file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile pickle may fail in any way
-        # not PyTorch's own message, which advises to read it unsafely
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {asked[1]}" if asked else "it is damaged, or of another kind"
-        raise DetectorLoadError(
-            f"{path} is no PyTorch file that can be read safely: {reason}, and nothing but tensors, plain values and "
-            "argparse.Namespace is let in; download it again from its authors"
-        ) from error
+    checkpoint = read_pickle(path)
     tensors = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not are_tensors(tensors):
         raise DetectorLoadError(f"{path} holds no 'model' with tensors by name, as the authors' checkpoints do")
     options = checkpoint.get("args")
     return tensors, vars(options) if isinstance(options, argparse.Namespace) else {}

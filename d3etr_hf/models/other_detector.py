@@ -3,12 +3,16 @@
 from typing import ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForObjectDetection, PreTrainedModel
 
-from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.errors import DetectorLoadError, one_line
 from d3etr_hf.losses import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
 from d3etr_hf.models.detector import class_names_of
+from d3etr_hf.models.timm_names import read_config
+from d3etr_hf.models.trial import BUILD_ERRORS, build_on_meta
+from d3etr_hf.models.weight_files import check_loaded, check_weight_files, quiet_loading
 from d3etr_hf.outputs import OWN, DetectorOutput, GroupOutput, GroupRequest, Scores, SelectedScores, wide
 from d3etr_hf.outputs.attention_maps import valid_sizes
 
@@ -135,17 +139,24 @@ def load_other_detector(path: str, model_type: str) -> OtherDetector:
     Raises:
         DetectorLoadError: `AutoModelForObjectDetection` loads nothing from there, or it cannot teach.
     """
+    what = f"teacher {path!r}"
+    config = read_config(path, what)
+    check_weight_files(path, what, build_on_meta(AutoModelForObjectDetection.from_config, config, what))
     try:
-        model, info = AutoModelForObjectDetection.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
+        with quiet_loading():
+            model, info = AutoModelForObjectDetection.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # which are told by name below
+            )
+    except (SafetensorError, *BUILD_ERRORS) as error:
         raise DetectorLoadError(
-            f"teacher {path!r} is a {model_type!r} model, which Transformers does not load as a detector ({error})"
+            f"{what} is a {model_type!r} model, which Transformers does not load as a detector "
+            f"({one_line(error, 300)})"
         ) from error
-    if info["missing_keys"]:
-        raise DetectorLoadError(
-            f"teacher {path!r}: {len(info['missing_keys'])} tensors are missing from the checkpoint, the first "
-            f"{sorted(info['missing_keys'])[:3]}; copy or download it again"
-        )
+    check_loaded(model, info, what)
     return OtherDetector(model)

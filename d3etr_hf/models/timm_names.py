@@ -4,11 +4,16 @@ Such a checkpoint is loaded without timm: its configuration is said in Transform
 they are read, and what is saved afterwards is native.
 """
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, ResNetConfig
+from transformers.utils import CONFIG_NAME
 
+from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.files import regular_file
 from d3etr_hf.models.configuration_checks import check_fields
 
 # layer type and blocks of each stage (He et al., CVPR 2016, table 1)
@@ -59,6 +64,8 @@ def read_config(path: str, what: str) -> PreTrainedConfig:
         DetectorLoadError: see `check_fields`.
         OSError, ValueError, StrictDataclassError: there is none, or it cannot be read.
     """
+    if Path(path).is_dir():
+        regular_file(Path(path) / CONFIG_NAME)
     fields, _ = PreTrainedConfig.get_config_dict(path)
     if not fields:
         raise OSError("there is no config.json")
@@ -71,6 +78,27 @@ def read_config(path: str, what: str) -> PreTrainedConfig:
     for name, value in options.items():
         setattr(config.backbone_config, "num_channels" if name == "in_chans" else name, value)
     return config
+
+
+def timm_backbone(config: PreTrainedConfig) -> Any:
+    """The configuration of the backbone if it is timm's, else None."""
+    backbone = getattr(config, "backbone_config", None)
+    return backbone if backbone is not None and backbone.model_type == "timm_backbone" else None
+
+
+def refuse_missing_timm(config: PreTrainedConfig, what: str, reason: str | None = None) -> None:
+    """Unless it is there, or without a reason of the caller's, Transformers' own ResNet can take the place.
+
+    Raises:
+        DetectorLoadError: the backbone is timm's, and timm is not installed.
+    """
+    timm = timm_backbone(config)
+    reason = None if timm is None else reason or why_not_native(timm)
+    if reason is not None and importlib.util.find_spec("timm") is None:
+        raise DetectorLoadError(
+            f"{what} has a timm backbone ({timm.backbone!r}: {reason}) and timm is not installed: "
+            "pip install 'd3etr_hf[timm]'"
+        )
 
 
 def why_not_native(backbone: Any) -> str | None:

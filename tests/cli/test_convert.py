@@ -16,7 +16,7 @@ from d3etr_hf.cli import convert
 from d3etr_hf.errors import CommandLineError, DetectorLoadError, OutputFolderError
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import FAMILIES, load_detector
-from tests.tiny import perturb
+from tests.tiny import perturb, tiny_model
 
 TINY = {"embedding_size": 8, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 2, 1, 1]}
 OF_RESNET18 = {
@@ -215,6 +215,30 @@ def test_what_does_not_fit_is_named(tmp_path):
     refused("1 have another shape .*input_proj", tensors | {"input_proj.bias": torch.ones(2)}, names)
     refused("is none of resnet18", tensors, names, dilation=True)
     refused("neither of a Conditional DETR nor of a DETR", {"a": torch.ones(1)}, names)
+
+
+def test_a_pickle_of_transformers_becomes_safetensors(tmp_path):
+    """Beside its config.json, which says all but the tensors; image processor included."""
+    old, new, model = tmp_path / "old", tmp_path / "new", tiny_model(model_type="deformable_detr")
+    model.save_pretrained(old)
+    load_image_processor(None, 480, 640).save_pretrained(old)
+    torch.save(model.to_stock().state_dict(), old / "pytorch_model.bin")  # with tied heads as one tensor of two names
+    (old / "model.safetensors").unlink()
+    with pytest.raises(DetectorLoadError, match=f"are a pickle .*d3etr convert {old / 'pytorch_model.bin'} "):
+        load_detector(str(old))
+    assert "3 classes" in convert.convert_checkpoint(str(old / "pytorch_model.bin"), str(new))
+    torch.testing.assert_close(load_detector(str(new)).state_dict(), model.state_dict(), atol=0, rtol=0)
+    assert load_image_processor(str(new)).size["longest_edge"] == 640
+
+
+@pytest.mark.parametrize("content", [{"a": Hostile()}, {"model": {}}, [torch.ones(1)], {}])
+def test_a_pickle_of_transformers_runs_no_code(tmp_path, content, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    torch.save(content, "pytorch_model.bin")
+    with pytest.raises(DetectorLoadError, match="pytorch_model.bin (is no PyTorch file that can|holds no tensors)"):
+        convert.convert_checkpoint("pytorch_model.bin", "converted")
+    assert not (tmp_path / "it_ran").exists() and not (tmp_path / "converted").exists()
 
 
 def test_folder_in_use_is_left_alone(tmp_path):

@@ -26,7 +26,7 @@ def saved(tmp_path_factory):
         ({"id2label": {"0": "a", "1": "A ", "2": "c"}}, "id2label .* names 1 classes twice, as 'a'"),
         ({"id2label": {"0": "a", "1": None, "2": "c"}}, "id2label .* name that is no text"),
         ({"id2label": ["a", "b", "c"]}, "id2label .* must give a name to each class"),
-        ({"id2label": {"0": "a", "1": "b"}}, "do not fit its config.json"),
+        ({"id2label": {"0": "a", "1": "b"}}, "tensors are of another shape than config.json says"),
         ({"model_type": "nonsense", "auto_map": {"AutoConfig": "evil.Config"}}, "'nonsense'.*never run"),
         ({"model_type": None}, "model_type is None in its config.json"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),

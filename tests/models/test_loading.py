@@ -1,6 +1,7 @@
 """What loading and building refuse, by name, and that pretrained weights arrive unchanged."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -158,18 +159,29 @@ def test_missing_tensors_are_named(checkpoint):
         load_detector(str(checkpoint))
 
 
-@pytest.mark.parametrize("damage", ["cut off", "not safetensors", "gone", "of another size"])
-def test_damaged_weights(checkpoint, damage):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut off", "could not be read: model.safetensors is damaged"),
+        ("not safetensors", "could not be read: model.safetensors is damaged"),
+        ("a named pipe", "could not be read: there is no model.safetensors"),
+        ("gone", "could not be read: there is no model.safetensors"),
+        ("of another size", r"1 tensors are of another shape .*\[7, 32\] for \[9, 32\]"),
+    ],
+)
+def test_damaged_weights(checkpoint, damage, message):
     file = checkpoint / "model.safetensors"
     if damage == "cut off":
         file.write_bytes(file.read_bytes()[:-1000])
     elif damage == "not safetensors":
         file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 9)
-    elif damage == "gone":
-        file.unlink()
-    else:
+    elif damage == "of another size":
         edit_config(checkpoint, num_queries=9)
-    with pytest.raises(DetectorLoadError, match=f"'{checkpoint}': the weights could not be read, or do not fit"):
+    else:
+        file.unlink()
+    if damage == "a named pipe":
+        os.mkfifo(file)
+    with pytest.raises(DetectorLoadError, match=f"'{checkpoint}': .*{message}"):
         load_detector(str(checkpoint))
 
 
@@ -383,8 +395,14 @@ def test_weights_of_another_type_or_none_are_refused(tmp_path, checkpoint, class
     save_file({k: v for k, v in weights.items() if k != lost}, classifier / "model.safetensors", {"format": "pt"})
     with pytest.raises(DetectorLoadError, match=r"1 tensors are missing.*embedder\.normalization\.running_mean"):
         build(model_options(), classifier)
+    save_file(weights | {lost: weights[lost] / 0}, classifier / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DetectorLoadError, match=r"not finite, .*embedder\.normalization\.running_mean"):
+        build(model_options(), classifier)
     (classifier / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(DetectorLoadError, match="cannot be read"):
+    with pytest.raises(DetectorLoadError, match=f"backbone_weights '{classifier}': .*model.safetensors is damaged"):
+        build(model_options(), classifier)
+    (classifier / "model.safetensors").rename(classifier / "pytorch_model.bin")
+    with pytest.raises(DetectorLoadError, match=f"backbone_weights '{classifier}': its weights are a pickle"):
         build(model_options(), classifier)
 
 
