@@ -230,6 +230,7 @@ def read_run_file(content: bytes, folder: Path) -> None:
     (folder / "run.yaml").write_bytes(content)
     (folder / "inputs.json").write_bytes(content)
     (folder / "results.json").write_bytes(content)
+    refused = None
     for read in (
         lambda: check_output_folder(folder, "seed: 1\n", {"processes": 1}),
         lambda: read_inputs(folder, "checkpoint-1"),
@@ -237,8 +238,10 @@ def read_run_file(content: bytes, folder: Path) -> None:
     ):
         try:
             read()
-        except UserError:
-            continue
+        except UserError as error:
+            refused = error
+    if refused is not None:
+        raise refused
 
 
 Reader = Callable[[bytes, Path], None]
