@@ -167,6 +167,14 @@ class Detector(StockModel):
             ImageSizeError: the message names the size and what would do.
         """
 
+    def try_image(self, pixel_values: torch.Tensor) -> DetectorOutput:
+        """One pass over an image `(1, 3, height, width)`, as a model is tried before it is used.
+
+        Raises:
+            ValueError: a family finds that its configuration says something else than its memory shows.
+        """
+        return self(pixel_values, request=GroupRequest())
+
     @property
     def backbone_type(self) -> str:
         """What Transformers calls the backbone: its `model_type`."""

@@ -162,6 +162,24 @@ class ProposalDetector(SampledMemoryDetector):
             )
         return super().forward_groups(pixel_values, pixel_mask, request)
 
+    def try_image(self, pixel_values: torch.Tensor) -> DetectorOutput:
+        """The strides decide which images are taken, so they must be those of the memory."""
+        height, width = pixel_values.shape[-2:]
+        found: list[tuple[int, ...]] = []
+
+        def keep(decoder: nn.Module, args: tuple, arguments: dict[str, Any]) -> None:
+            found.extend(tuple(shape) for shape in arguments["spatial_shapes_list"])
+
+        with self.model.decoder.register_forward_pre_hook(keep, with_kwargs=True):
+            output = super().try_image(pixel_values)
+        expected = [(height // stride, width // stride) for stride in self.config.feat_strides]
+        if any(shape != wanted for shape, wanted in zip(found, expected, strict=False)):
+            raise ValueError(
+                f"feat_strides {list(self.config.feat_strides)} are not the backbone's: the memory of an image of "
+                f"{width} x {height} pixels has levels of {found}"
+            )
+        return output
+
     def model_arguments(self, request: GroupRequest) -> dict[str, Any]:
         """The ground truth of which denoising queries are made."""
         targets = request.targets if self.training else None

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from d3etr_hf.errors import DetectorLoadError, ImageSizeError, one_line
 from d3etr_hf.models.detector import Detector
-from d3etr_hf.outputs import OWN, GroupRequest
+from d3etr_hf.outputs import OWN
 
 # no detector comes near: the largest that are public have some thousand modules and half as many parameters
 MOST_MODULES, MOST_PARAMETERS = 10_000, 10**9
@@ -135,7 +135,7 @@ def _predictions(model: Detector) -> Any:
         pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
         try:
             model.check_image(side, side)
-            output = model(pixels.to(model.device, model.dtype), request=GroupRequest())
+            output = model.try_image(pixels.to(model.device, model.dtype))
         except ImageSizeError:
             continue
         return output.groups[OWN]

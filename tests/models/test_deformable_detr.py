@@ -391,7 +391,7 @@ def test_an_embedding_of_levels_that_no_encoder_reads_does_not_train():
     [
         ({"d_model": 48}, "d_model 48 must be a multiple of 32"),
         ({"encoder_attention_heads": 5}, "d_model 64 must be a multiple of encoder_attention_heads, which is 5"),
-        ({"decoder_attention_heads": 0}, "decoder_attention_heads, which is 0"),
+        ({"decoder_attention_heads": 0}, "decoder_attention_heads is 0"),
         ({"num_feature_levels": 1}, "num_feature_levels is 1.*out_features give 2 feature maps"),
         ({"decoder_layers": 1}, "decoder_layers is 1"),
         ({"with_box_refine": True, "tie_word_embeddings": False}, "tie_word_embeddings is false"),

@@ -71,6 +71,7 @@ BACKBONE = {
         ("detr", {"backbone_config": {"model_type": "bert"}}, "backbone_config is .*there are .*resnet"),
         ("detr", {"backbone_config": [3]}, r"backbone_config is \[3\]"),
         ("rt_detr", {"feat_strides": [4]}, "feat_strides"),
+        ("rt_detr", {"feat_strides": [8, 16]}, r"feat_strides \[8, 16\] are not the backbone's"),
         ("rt_detr", {"feat_strides": [0, 8]}, r"feat_strides is \[0, 8\]: must be 1 or more"),
         ("rt_detr", {"encoder_in_channels": [8, 16, 32]}, "encoder_in_channels"),
         ("rt_detr", {"decoder_in_channels": [32, 64]}, "decoder_in_channels .* must hold encoder_hidden_dim, 32"),
