@@ -1,6 +1,7 @@
 """Files: which may be opened, and how they are written so that neither a kill nor a full disk can spoil them."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 
 from d3etr_hf.errors import DamagedFileError, WriteError, one_line
 
+BLOCK = 2**20  # bytes that are read at once
 UNFINISHED = ".unfinished"  # ends the name of a file that was being written when its process ended
 OF_TORCH_SAVE = ("inline_container", "PytorchStreamWriter")  # in what it raises, a RuntimeError, where a write fails
 KINDS = {
@@ -75,6 +77,20 @@ def copy_whole(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
         unfinished.replace(target)
         flush_folder(target.parent)
+
+
+def sha256_of(*paths: Path) -> str:
+    """The hash of what files hold, one after the other, in hexadecimal digits; about a second a gigabyte.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def flush_folder(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """A finished run as publishing sees it: its models, its data, and what it recorded about itself."""
 
 import csv
-import hashlib
 import json
 import re
 from collections import Counter
@@ -13,7 +12,7 @@ from transformers.utils import logging
 
 from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
 from d3etr_hf.errors import OutputFolderError, PublishError
-from d3etr_hf.files import copy_whole
+from d3etr_hf.files import copy_whole, sha256_of
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
 from d3etr_hf.models.loading import load_detector, load_teacher
@@ -129,11 +128,7 @@ def hash_of_weights(folder: Path) -> str:
         paths = [folder / WEIGHTS_INDEX, *shards_of(folder)]
     if not paths[0].exists():
         raise PublishError(f"{folder} holds no {WEIGHTS}: let the run end, or call `trainer.save_model()`, first")
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)  # adds to it
-    return digest.hexdigest()
+    return sha256_of(*paths)
 
 
 def shards_of(folder: Path) -> list[Path]:

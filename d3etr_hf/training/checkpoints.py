@@ -5,7 +5,6 @@ the manifest has it, a checkpoint is not gone on from. Checkpoints of version 0.
 folder has one, they count if all that is needed is there and can be read.
 """
 
-import hashlib
 import json
 import os
 import zipfile
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from d3etr_hf.errors import CheckpointError, one_line
-from d3etr_hf.files import flush_folder, write_json
+from d3etr_hf.files import flush_folder, sha256_of, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -36,8 +35,7 @@ def seal(folder: Path) -> None:
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     write_json(folder / MANIFEST, {"files": files})
     flush_folder(folder.parent)
 
@@ -146,8 +144,7 @@ def _difference(path: Path, told: dict) -> str | None:
     if size != told.get("bytes"):
         return f"has {size} bytes instead of {told.get('bytes')}"
     try:
-        with path.open("rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == told.get("sha256")
+        same = sha256_of(path) == told.get("sha256")
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None if same else "is not as it was saved"

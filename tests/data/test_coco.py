@@ -103,7 +103,7 @@ def test_a_second_load_maps_the_first_ones_rows(tmp_path: Path, monkeypatch: pyt
     assert (second.class_names, second.category_ids) == (first.class_names, first.category_ids)
     assert second.rows.cache_files
     assert files_below(data) == before
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.glob("*.arrow"))) == 1
 
 
 DAMAGE = {
@@ -112,6 +112,7 @@ DAMAGE = {
     "zeros": lambda content: bytes(len(content)),
     "bad header": lambda content: content[:60] + b"\xff" * 8 + content[68:],
     "bad summary": lambda content: content.replace(b'"class_names"', b'"class_names{'),
+    "one other bit": lambda content: content[:-300] + bytes([content[-300] ^ 64]) + content[-299:],
     "bad offsets": lambda content: content[:-400] + b"\xff" * 200 + content[-200:],
 }
 
@@ -121,7 +122,7 @@ def test_a_damaged_cached_file_is_made_anew(tmp_path: Path, damage: Callable) ->
     """Guards against a disk that was full once: nothing that the user wrote is wrong."""
     annotations, images = write_split(tmp_path, coco())
     expected = load_coco_split(annotations, images, cache_dir=tmp_path / "cache").rows.to_list()
-    (kept,) = (tmp_path / "cache").iterdir()
+    (kept,) = (tmp_path / "cache").glob("*.arrow")
     kept.write_bytes(damage(kept.read_bytes()))
     for _ in range(2):
         assert load_coco_split(annotations, images, cache_dir=tmp_path / "cache").rows.to_list() == expected
