@@ -29,6 +29,7 @@ WITHOUT_EFFECT = {
     "dataset_workers",
     "allow_images_elsewhere",
     "disable_tqdm",
+    "probe",
     "report_to",
     "run_name",
     "save_total_limit",
