@@ -12,7 +12,6 @@ from d3etr_hf.data import Augmentation, CropSizes
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import BatchSizeError
 from d3etr_hf.training import memory_growth, step_probe
-from d3etr_hf.training.memory_growth import growing_sizes
 from d3etr_hf.training.step_probe import GIB, Forecast, StepProbe, forecast
 from tests.shapes_fixture import SIDE, load_shapes, shapes_trainer, weights_of
 from tests.tiny import tiny_model
@@ -204,13 +203,6 @@ def test_the_lines():
         "peak memory about 3.00 GiB, with images of 1333×800 pixels and 62 objects each",
         "largest per_device_train_batch_size that fits in 16.0 GiB: about 12",
     ]
-
-
-@pytest.mark.parametrize("batch_size", range(1, 40))
-def test_growing_sizes_end_with_the_batch_and_cost_little(batch_size):
-    sizes = growing_sizes(batch_size)
-    assert sizes == sorted(set(sizes)) and sizes[0] == 1 and len(sizes) >= 2
-    assert batch_size in sizes and sum(sizes) <= max(3, 2 * batch_size)
 
 
 # what does not fit
