@@ -70,6 +70,10 @@ class UnsupportedOptionError(UserError, ValueError):
     """An option of Transformers or Accelerate that this trainer cannot honour."""
 
 
+class BatchSizeError(UserError, RuntimeError):
+    """A batch of training images does not fit in memory."""
+
+
 class OutputFolderError(UserError, ValueError):
     """The output folder holds something that this run would overwrite."""
 

@@ -7,7 +7,9 @@ gradients, log and, of the first case, metrics. `run_cases(FOLDER, 1)` does the 
 import os
 import socket
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from d3etr_hf.models.loading import FAMILIES, load_detector  # noqa: E402
+from d3etr_hf.training.step_probe import StepProbe  # noqa: E402
 from tests.shapes_fixture import load_shapes, shapes_trainer  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
@@ -163,13 +166,45 @@ def run_stop(folder: Path, processes: int) -> list:
     return [*steps, *(path.name for path in run.glob("checkpoint-*"))]
 
 
+class StopAfterTwo(TrainerCallback):
+    """Ends a training after two steps."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def run_probe(folder: Path, processes: int) -> list[list]:
+    """Of every process: lines that a probe prints, and sums of what two steps make of a student with and without."""
+    found = []
+    for probe in (True, False):
+        trainer = shapes_trainer(
+            folder / "shapes",
+            folder / f"probe {probe} on {processes}",
+            student=load_detector(str(folder / "rt_detr as trained")),
+            teacher=tiny_model(1, "rt_detr"),
+            callbacks=[StopAfterTwo()],
+            max_steps=60,
+            per_device_train_batch_size=2,
+            probe=probe,
+        )
+        trainer.add_callback(StepProbe(trainer))
+        with redirect_stdout(StringIO()) as printed:
+            trainer.train()
+        lines = sum(
+            line.startswith(("a step takes", "peak memory", "largest")) for line in printed.getvalue().split("\n")
+        )
+        left = [tensor.double().sum() for tensor in (*trainer.model.parameters(), *trainer.model.buffers())]
+        found.append(trainer.accelerator.gather(torch.stack([torch.tensor(float(lines)), *left])[None]).tolist())
+    return found
+
+
 def run_cases(folder: Path, processes: int) -> dict:
-    """All cases, one after the other, and a training that is stopped."""
+    """All cases, one after the other, a training that is stopped, and one with a probe."""
     cases = CASES | AS_TRAINED
     found = {
         name: run_case(case, folder, folder / f"{name} on {processes}", processes) for name, case in cases.items()
     }
-    return found | {"stop": run_stop(folder, processes)}
+    return found | {"stop": run_stop(folder, processes), "probe": run_probe(folder, processes)}
 
 
 def one_process(rank: int, folder: Path, output: Path, port: int) -> None:

@@ -46,6 +46,7 @@ DEFORMABLE, DEFORMABLE_TESTS = f"{MODELS}/deformable_detr.py", "tests/models/tes
 DAB, DAB_TESTS = f"{MODELS}/dab_detr.py", "tests/models/test_dab_detr.py"
 OWN_ATTENTION, OWN_ATTENTION_TESTS = f"{MODELS}/own_attention.py", "tests/models/test_own_attention.py"
 
+PROBE, PROBE_TESTS = "d3etr_hf/training/step_probe.py", "tests/training/test_step_probe.py"
 MUTATIONS = [
     # HF_NOTES 1: auxiliary_loss semantics, the norm on the side
     ("note 1: norm fed onwards", DENSE, "if normed_between:\n                hidden",
@@ -509,6 +510,16 @@ MUTATIONS = [
      "Queries(position=torch.zeros(count, self.width))", f"{CONTRACT}::test_new_queries_are_drawn_apart[detr]"),
     ("schedule: the drop a step early", OPTIMIZATION, "drop = round(drop_at * steps)", "drop = int(drop_at * steps)",
      "tests/training/test_optimization.py::test_the_drop_is_at_the_nearest_step"),
+    # a probe leaves no trace
+    ("probe: random state", PROBE, "with torch.random.fork_rng([] if device.type == \"cpu\" else [device]):",
+     "with contextmanager(lambda: iter([0]))():",
+     f"{PROBE_TESTS}::test_a_training_is_the_same_with_and_without"),
+    ("probe: buffers", PROBE, "buffer.copy_(buffers[name])", "pass",
+     f"{PROBE_TESTS}::test_a_training_is_the_same_with_and_without"),
+    ("probe: log", TRAINER, "                log.sums = sums\n", "                pass\n",
+     f"{PROBE_TESTS}::test_a_training_is_the_same_with_and_without"),
+    ("probe: gradients", TRAINER, "            self.model.zero_grad()\n", "",
+     f"{PROBE_TESTS}::test_a_training_is_the_same_with_and_without"),
 ]  # fmt: skip
 
 

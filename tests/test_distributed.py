@@ -83,3 +83,10 @@ def test_all_processes_stop_after_the_same_step(both):
     """One of them is asked; alone it stops at once, and what it tells the other comes with the next step."""
     one, two = (results["stop"] for results in both)
     assert one == [1, "checkpoint-1"] and two == [2, 2, "checkpoint-2"]
+
+
+def test_a_probe_changes_nothing_on_two_processes_and_one_of_them_prints(both):
+    for processes, found in enumerate(both, 1):
+        (lines, *probed), (no_lines, *without) = (list(zip(*of_run, strict=True)) for of_run in found["probe"])
+        assert lines == (3, 0)[:processes] and no_lines == (0, 0)[:processes]
+        assert probed == without and len(probed) > 100

@@ -258,6 +258,13 @@ TABLE = [
         source=r"self\._train_batch_size = ",
     ),
     Private(
+        "accelerate.utils.memory",
+        "should_reduce_batch_size",
+        "training/memory_growth.py",
+        "which errors auto_find_batch_size takes for a batch that does not fit",
+        ("exception",),
+    ),
+    Private(
         TRAINER,
         "_load_from_checkpoint",
         "training/resumable_trainer.py",

@@ -45,6 +45,7 @@ from d3etr_hf.runs.output_folder import (
 )
 from d3etr_hf.training.checks import check_best_metric
 from d3etr_hf.training.processes import on_main_process
+from d3etr_hf.training.step_probe import StepProbe
 from d3etr_hf.training.teacher import class_index_by_name, spread_layers
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
@@ -71,7 +72,7 @@ def train_detector(
     Raises:
         OutputFolderError: the output folder holds another run, or files that are no run, or what the run reads has
             changed since it began.
-        FolderInUseError: another call is at work in it.
+        FolderInUseError, BatchSizeError: another call is at work in it; a batch does not fit in memory.
         CheckpointError: there is no whole checkpoint left to go on from, or the one that was asked for is not whole.
         DamagedFileError, WriteError: a file of the folder cannot be read, or written.
         HubError: the upload failed; the results are saved.
@@ -219,7 +220,7 @@ def build_trainer(
             class_index_by_name(teacher, train.class_names),
             spread_layers(teacher.decoder_depth, model.decoder_depth, training_arguments.layer_map),
         )
-    return D3etrTrainer(
+    trainer = D3etrTrainer(
         model=model,
         args=training_arguments,
         teacher=teacher,
@@ -228,6 +229,8 @@ def build_trainer(
         eval_dataset=val,
         processing_class=processor,
     )
+    trainer.add_callback(StepProbe(trainer))
+    return trainer
 
 
 def finish(trainer: D3etrTrainer, seconds: float, card_arguments: CardArguments) -> dict:

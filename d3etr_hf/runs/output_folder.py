@@ -32,6 +32,7 @@ WITHOUT_EFFECT = {
     "allow_images_elsewhere",
     "hash_images",
     "disable_tqdm",
+    "probe",
     "report_to",
     "run_name",
     "save_total_limit",

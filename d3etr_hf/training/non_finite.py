@@ -69,6 +69,10 @@ class NonFiniteGuard:
         of_layers = self._values.split(list(self._layers.values()))
         return {name: values.tolist() for name, values in zip(self._layers, of_layers, strict=True)}
 
+    def forget(self) -> None:
+        """Let go of what was found in a step whose gradient is not used."""
+        self._reports = []
+
     def refusal(self, error: NonFiniteCostError) -> NonFiniteLossError:
         """The error of a batch whose predictions cannot be matched."""
         return NonFiniteLossError(self._report(str(error), self._batch.image_ids[error.image : error.image + 1]))

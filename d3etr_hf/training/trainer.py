@@ -237,6 +237,21 @@ class DistillationTrainer(ResumableTrainer):
         self.guard.look_at_gradient(norm, model)
         return norm
 
+    def trial_step(self, batch: dict) -> None:
+        """Forward and backward pass of one batch as if it were a whole step; gradients and what is logged go again.
+
+        All processes must call this. They do not exchange gradients.
+        """
+        logs = self._term_log, self._norm_log
+        kept = [dict(log.sums) for log in logs]
+        try:
+            self.training_step(self.model, batch, self._get_num_items_in_batch([batch], self.args.device))
+        finally:
+            self.model.zero_grad()
+            self.guard.forget()
+            for log, sums in zip(logs, kept, strict=True):
+                log.sums = sums
+
     def _average(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, "mean")
 

@@ -144,6 +144,13 @@ class D3etrTrainingArguments(TrainingArguments):
         False, "Log the gradient norm of every loss term at each logging step (costs one backward pass a term)."
     )
 
+    probe: bool = option(
+        True,
+        "Of d3etr train and distill: before the first step, print how much memory and time the training will take, "
+        "and the largest batch that fits. Takes about five steps and changes no result; trainings of fewer than 50 "
+        "steps, those that go on from a checkpoint and compiled models go without.",
+    )
+
     # what a detector needs of Transformers' own arguments
     remove_unused_columns: bool = option(False, "The data set hands over finished examples; must stay off.")
     ddp_find_unused_parameters: bool | None = option(

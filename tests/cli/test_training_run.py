@@ -25,6 +25,7 @@ from d3etr_hf.configurations import read_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import (
+    BatchSizeError,
     CheckpointError,
     CommandLineError,
     DamagedFileError,
@@ -45,6 +46,7 @@ from d3etr_hf.runs.output_folder import (
     check_output_folder,
     refuse_split_launch,
 )
+from d3etr_hf.training import step_probe
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.tiny import tiny_config, tiny_model
 
@@ -548,6 +550,45 @@ def test_a_run_whose_inputs_have_changed_does_not_go_on(under_way, tmp_path, fil
 def test_a_run_goes_on_where_it_and_all_that_it_reads_were_copied(under_way, tmp_path):
     """Other paths, other times; the same content."""
     train_detector(*run_under_way(shutil.copytree(under_way, tmp_path / "copied", copy_function=shutil.copyfile)))
+
+
+def refuse_large_batches(monkeypatch, most: int) -> None:
+    """Make a GPU of this machine whose memory holds so many images."""
+    original = D3etrTrainer.training_step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if len(inputs["pixel_values"]) > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(D3etrTrainer, "training_step", training_step)
+    monkeypatch.setattr(step_probe, "FEWEST_STEPS", 1)
+
+
+def test_auto_find_batch_size_from_probe_to_a_run_that_goes_on(shapes, teacher, tmp_path, monkeypatch):
+    """Killed after its first checkpoint, it ends as a run that was given the size that it found."""
+    given, found = tmp_path / "given", tmp_path / "found"
+    train_detector(*arguments(shapes, given, teacher, per_device_train_batch_size=4))
+    refuse_large_batches(monkeypatch, 4)
+    with monkeypatch.context() as context:
+        stop_at_step(context, 4)
+        with pytest.raises(Interruption):
+            train_detector(*arguments(shapes, found, teacher, auto_find_batch_size=True))
+    saved = json.loads((found / "checkpoint-2" / "trainer_state.json").read_text())
+    assert saved["train_batch_size"] == 4 and saved["epoch"] == 0.5
+    assert train_detector(*arguments(shapes, found, teacher, auto_find_batch_size=True))["steps"] == 4
+    own, wanted = (load_file(place / "model.safetensors") for place in (found, given))
+    assert all(torch.equal(own[name], wanted[name]) for name in own.keys() | wanted.keys())
+
+
+def test_a_batch_that_does_not_fit_leaves_the_folder_free(shapes, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    refuse_large_batches(monkeypatch, 4)
+    with pytest.raises(BatchSizeError, match="per_device_train_batch_size=8: a batch of images of 64×64 pixels"):
+        train_detector(*arguments(shapes, output))
+    options = {"per_device_train_batch_size": 4, "max_steps": 1, "save_strategy": "no"}
+    assert train_detector(*arguments(shapes, output, **options))["steps"] == 1
+    assert "1 steps end about" in capsys.readouterr().out
 
 
 def test_call_that_fails_on_its_arguments_leaves_the_folder_free(shapes, tmp_path):

@@ -1,0 +1,270 @@
+"""The probe before the first step: it changes nothing, says what comes, and refuses what does not fit."""
+
+import re
+import time
+from datetime import datetime
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from d3etr_hf.data import Augmentation, CropSizes
+from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.errors import BatchSizeError
+from d3etr_hf.training import memory_growth, step_probe
+from d3etr_hf.training.step_probe import GIB, Forecast, StepProbe, forecast
+from tests.shapes_fixture import SIDE, load_shapes, shapes_trainer, weights_of
+from tests.tiny import tiny_model
+
+
+class StopAt(TrainerCallback):
+    """Ends a training after a step, and keeps the random state there."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+            self.random_state = torch.get_rng_state()
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("shapes"), 10, 3, image_size=SIDE, progress=False)
+
+
+def make_trainer(shapes, output, family="conditional_detr", stop=3, probe=True, **options):
+    """A trainer that stops early in a training of 60 steps, with dropout, augmentation, and a probe."""
+    data = load_shapes(shapes, "train", family=family)
+    if family == "conditional_detr":
+        data.transform.augmentation = Augmentation([48, 56, SIDE], SIDE, CropSizes((40, 50, 60), 38, 60))
+    else:
+        data.transform.augmentation = Augmentation(crop=CropSizes(), batch_sizes=[(32, 32), (SIDE, SIDE)])
+    trainer = shapes_trainer(
+        shapes,
+        output,
+        student=tiny_model(seed=2, model_type=family, dropout=0.1),
+        teacher=tiny_model(seed=1, model_type=family),
+        train=data,
+        callbacks=[StopAt(stop)],
+        **{"max_steps": 60, "per_device_train_batch_size": 2, "probe": probe, **options},
+    )
+    trainer.add_callback(StepProbe(trainer))
+    return trainer
+
+
+def what_came(trainer) -> dict:
+    """All that a training leaves, to the last bit; without what was measured."""
+    trainer.train()
+    logs = [{n: v for n, v in log.items() if "loss" in n or "norm" in n} for log in trainer.state.log_history]
+    (stopped,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, StopAt))
+    return {
+        "weights": weights_of(trainer.model),
+        "buffers": torch.cat([torch.zeros(1), *(buffer.flatten().double() for buffer in trainer.model.buffers())]),
+        "logs": logs[:-1],  # the last one is the sum of the others, by seconds
+        "random": stopped.random_state,
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("rt_detr", {"dataloader_num_workers": 2}),  # batch norm, denoising queries, sizes drawn for whole batches
+        ("conditional_detr", {"gradient_accumulation_steps": 2, "log_gradient_norms": True}),
+    ],
+)
+def test_a_training_is_the_same_with_and_without(shapes, tmp_path, capsys, family, options):
+    probed = what_came(make_trainer(shapes, tmp_path / "with", family, **options))
+    lines = capsys.readouterr().out.splitlines()
+    without = what_came(make_trainer(shapes, tmp_path / "without", family, probe=False, **options))
+    said = "a step takes about", "peak memory about", "largest per_device_train_batch_size that fits in"
+    assert all(line.startswith(begin) for line, begin in zip(lines, said, strict=False)) and len(lines) > 3
+    assert not any(begin in capsys.readouterr().out for begin in said)
+    assert probed["logs"] == without["logs"] and len(probed["logs"]) == 3
+    for name in ("weights", "buffers", "random"):
+        assert torch.equal(probed[name], without[name]), name
+
+
+@pytest.mark.parametrize("options", [{"probe": False}, {"max_steps": 49}, {"torch_compile": True}])
+def test_a_training_that_is_short_compiled_or_told_so_has_no_probe(shapes, tmp_path, capsys, monkeypatch, options):
+    monkeypatch.setattr(step_probe, "forecast", lambda trainer: pytest.fail("a probe"))
+    trainer = make_trainer(shapes, tmp_path)
+    trainer.state.max_steps = options.pop("max_steps", 60)
+    for name, value in options.items():
+        setattr(trainer.args, name, value)
+    StepProbe(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def test_a_training_that_goes_on_has_no_probe(shapes, tmp_path, monkeypatch):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(shapes, tmp_path, stop=1, probe=False, **options).train()
+    monkeypatch.setattr(step_probe, "forecast", lambda trainer: pytest.fail("a probe"))
+    make_trainer(shapes, tmp_path, stop=2, **options).train(resume_from_checkpoint=True)
+
+
+# what it says
+
+
+class Looks(TrainerCallback):
+    """Takes a forecast when a training begins."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.forecast = forecast(self.trainer)
+
+
+def forecast_of(trainer) -> Forecast:
+    looks = Looks(trainer)
+    trainer.add_callback(looks)
+    trainer.train()
+    return looks.forecast
+
+
+MEBIBYTE = 2**20
+
+
+def take(monkeypatch, trainer, bytes_of_an_image, seconds=0.03, most=1000, error="CUDA out of memory. Tried"):
+    """Instead of trial steps such that hold so much memory for so long, and fail beyond so many images."""
+    seen = []
+
+    def trial_step(batch):
+        pixels = batch["pixel_values"]
+        seen.append((*pixels.shape, [label["objects"] for label in batch["labels"]]))
+        if len(pixels) > most:
+            raise torch.OutOfMemoryError(error)
+        held = torch.ones(len(pixels) * bytes_of_an_image // 4)
+        time.sleep(seconds)
+        del held
+
+    monkeypatch.setattr(trainer, "trial_step", trial_step)
+    return seen
+
+
+def test_memory_grows_with_the_batch_as_it_was_seen_to(shapes, tmp_path, monkeypatch):
+    trainer = make_trainer(shapes, tmp_path, probe=False, stop=1, per_device_train_batch_size=4)
+    trainer.train_dataset.transform.augmentation = None  # images of one size, of which the heap does not scatter
+    trainer.train_dataset = trainer.train_dataset.select([*range(10)] * 5)
+    seen = take(monkeypatch, trainer, 40 * MEBIBYTE)
+    held: list[int] = []
+
+    def to_be_had(device, processes):
+        held.append(memory_growth.held_memory(device))
+        return held[0] + 500 * MEBIBYTE
+
+    monkeypatch.setattr(memory_growth, "memory_to_be_had", to_be_had)
+    found = forecast_of(trainer)
+    assert found.peak - held[0] == pytest.approx(4 * 40 * MEBIBYTE, rel=0.1)
+    room = 0.95 * (held[0] + 500 * MEBIBYTE) - held[0]
+    assert abs(found.largest_batch - room / (40 * MEBIBYTE)) <= 1
+    # memory: the largest images with the most objects; time: images as they come
+    most = max(len(row["class_labels"]) for row in trainer.train_dataset.rows)
+    assert [size[0] for size in seen] == [1, 2, 4, 4, 4]
+    assert all(size[2:] == (SIDE, SIDE, [most] * size[0]) for size in seen[:3])
+    assert (found.height, found.width, found.objects) == (SIDE, SIDE, most)
+
+
+@pytest.mark.parametrize(("workers", "expected"), [(0, 2 * (0.2 + 0.08)), (1, 2 * 0.2), (2, 2 * 0.2)])
+def test_seconds_are_of_whole_steps(shapes, tmp_path, monkeypatch, workers, expected):
+    """Of two batches, and what loading them takes where nobody does it meanwhile: 40 ms an image."""
+    options = {"gradient_accumulation_steps": 2, "dataloader_num_workers": workers}
+    trainer = make_trainer(shapes, tmp_path, probe=False, stop=1, **options)
+    take(monkeypatch, trainer, 4, seconds=0.2)
+    read = type(trainer.train_dataset)._read_image
+
+    def slow(self, row):
+        time.sleep(0.04)
+        return read(self, row)
+
+    monkeypatch.setattr(type(trainer.train_dataset), "_read_image", slow)
+    found = forecast_of(trainer)
+    assert found.step_seconds == pytest.approx(expected, rel=0.25) and found.steps == 60
+
+
+def test_images_that_differ_in_size_scatter_the_heap_of_a_cpu(shapes, tmp_path, monkeypatch):
+    """More is foretold than the first steps take."""
+    found = []
+    for augmentation in (None, Augmentation([32, 48, SIDE], SIDE)):
+        trainer = make_trainer(shapes, tmp_path, probe=False, stop=1)
+        trainer.train_dataset.transform.augmentation = augmentation
+        take(monkeypatch, trainer, 100 * MEBIBYTE)
+        before = memory_growth.held_memory(trainer.args.device)
+        found.append(forecast_of(trainer).peak - before)
+    assert found[0] == pytest.approx(200 * MEBIBYTE, rel=0.1) and found[1] == pytest.approx(300 * MEBIBYTE, rel=0.1)
+
+
+def test_the_lines():
+    lines = Forecast(3 * GIB, 16 * GIB, 12, 800, 1333, 62, 1.25, 0.25, 1000).lines(datetime(2026, 3, 1, 23, 50))
+    assert lines == [
+        "a step takes about 1.25 s (0.25 s of them for loading images); 1000 steps end about 2026-03-02 00:10, after "
+        "0:20:50, without evaluation",
+        "peak memory about 3.00 GiB, with images of 1333×800 pixels and 62 objects each",
+        "largest per_device_train_batch_size that fits in 16.0 GiB: about 12",
+    ]
+
+
+# what does not fit
+
+
+def test_a_batch_that_a_gpu_cannot_hold_is_refused_with_one_that_it_can(shapes, tmp_path, monkeypatch):
+    trainer = make_trainer(shapes, tmp_path, per_device_train_batch_size=8)
+    before = weights_of(trainer.model).clone()
+    take(monkeypatch, trainer, 20 * MEBIBYTE, most=5)
+    with pytest.raises(BatchSizeError, match="per_device_train_batch_size=8: .*; set .* to (5|6|7), or") as refused:
+        trainer.train()
+    assert "\n" not in str(refused.value) and torch.equal(weights_of(trainer.model), before)
+
+
+def test_a_batch_that_the_machine_cannot_hold_is_not_even_tried(shapes, tmp_path, monkeypatch):
+    trainer = make_trainer(shapes, tmp_path, per_device_train_batch_size=8)
+    trainer.train_dataset.transform.augmentation = None
+    seen = take(monkeypatch, trainer, 40 * MEBIBYTE)
+    monkeypatch.setattr(
+        memory_growth,
+        "memory_to_be_had",
+        lambda device, processes: memory_growth.held_memory(device) + 5 * 40 * MEBIBYTE,
+    )
+    with pytest.raises(BatchSizeError) as refused:
+        trainer.train()
+    (most,) = map(int, re.findall(r"per_device_train_batch_size to (\d+)", str(refused.value)))
+    assert 3 <= most <= 5 and max(size[0] for size in seen) == 4
+
+
+def test_not_even_one_image(shapes, tmp_path, monkeypatch):
+    trainer = make_trainer(shapes, tmp_path)
+    take(monkeypatch, trainer, 4, most=0)
+    with pytest.raises(BatchSizeError, match="train on smaller images"):
+        trainer.train()
+
+
+def test_other_errors_pass(shapes, tmp_path, monkeypatch):
+    trainer = make_trainer(shapes, tmp_path)
+    take(monkeypatch, trainer, 4, most=0, error="something else")
+    with pytest.raises(torch.OutOfMemoryError, match="something else"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("probe", [True, False])
+def test_auto_find_batch_size_trains_as_if_its_size_had_been_given(shapes, tmp_path, monkeypatch, probe):
+    """Found by the probe, or in the first step: sampler, counts, schedule and log are those of the smaller batch."""
+    given = make_trainer(shapes, tmp_path / "given", probe=probe, per_device_train_batch_size=4)
+    expected = what_came(given)
+    finding = make_trainer(
+        shapes, tmp_path / "found", probe=probe, per_device_train_batch_size=6, auto_find_batch_size=True
+    )
+    step, refused = finding.training_step, []
+
+    def training_step(model, inputs, *args, **kwargs):
+        if len(inputs["pixel_values"]) > 4:
+            refused.append(len(inputs["pixel_values"]))
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(finding, "training_step", training_step)
+    came = what_came(finding)
+    assert refused == [6, 5] and finding.state.train_batch_size == 4
+    assert came["logs"] == expected["logs"]
+    for name in ("weights", "buffers", "random"):
+        assert torch.equal(came[name], expected[name]), name
