@@ -7,8 +7,11 @@ gradients, log and, of the first case, metrics. `run_cases(FOLDER, 1)` does the 
 import os
 import socket
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -172,25 +175,35 @@ def run_cases(folder: Path, processes: int) -> dict:
     return found | {"stop": run_stop(folder, processes)}
 
 
-def one_process(rank: int, folder: Path, output: Path, port: int) -> None:
-    """What one of the two does; the variables are those that `accelerate launch` sets."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    results = run_cases(folder, 2)
-    if rank == 0:
-        torch.save(results, output)
-    torch.distributed.destroy_process_group()
+def in_processes(count: int, work: Callable, *arguments) -> Any:
+    """What `work(*arguments)` returns in the first of so many forks of this process, which form one process group.
 
-
-def main() -> None:
-    """Two forks of this process: what is imported is imported once."""
-    folder, output = (Path(argument) for argument in sys.argv[1:])
-    with socket.socket() as free:
+    What is imported is imported once; this process must not have computed anything by threads.
+    """
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(one_process, (folder, output, port), nprocs=2, start_method="fork")
+        free.close()
+        output = Path(folder) / "results.pt"
+        torch.multiprocessing.start_processes(
+            _one_process, (count, port, output, work, arguments), nprocs=count, start_method="fork"
+        )
+        return torch.load(output)
+
+
+def _one_process(rank: int, count: int, port: int, output: Path, work: Callable, arguments: tuple) -> None:
+    """What one of them does; the variables are those that `accelerate launch` sets."""
+    if count > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    results = work(*arguments)
+    if rank == 0:
+        torch.save(results, output)
+    if count > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    torch.save(in_processes(2, run_cases, Path(sys.argv[1]), 2), sys.argv[2])
