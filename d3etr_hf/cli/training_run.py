@@ -43,6 +43,7 @@ from d3etr_hf.runs.output_folder import (
 )
 from d3etr_hf.training.checks import check_best_metric
 from d3etr_hf.training.processes import on_main_process
+from d3etr_hf.training.stopping import launcher
 from d3etr_hf.training.teacher import class_index_by_name, spread_layers
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
@@ -74,6 +75,7 @@ def train_detector(
         HubError: the upload failed; the results are saved.
         TrainingStopped: SIGTERM or Ctrl-C came while it trained.
     """
+    launcher()
     refuse_split_launch(training_arguments)
     check_best_metric(training_arguments)
     output = Path(training_arguments.output_dir)
