@@ -4,21 +4,29 @@ Takes one training step per case, all in one process group, from the checkpoint 
 gradients, log and, of the first case, metrics. `run_cases(FOLDER, 1)` does the same in the calling process.
 """
 
+import logging
 import os
+import re
+import signal
 import socket
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from d3etr_hf.models.loading import FAMILIES, load_detector  # noqa: E402
+from d3etr_hf.training.heartbeat import watching_processes  # noqa: E402
 from tests.shapes_fixture import load_shapes, shapes_trainer  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
@@ -166,13 +174,35 @@ def run_stop(folder: Path, processes: int) -> list:
     return [*steps, *(path.name for path in run.glob("checkpoint-*"))]
 
 
+def run_silence(processes: int) -> tuple | None:
+    """What the others say while a process is stopped, one after the other; of threads, how many are left."""
+    if processes == 1:
+        return None
+    said: list[str] = []
+    handler, state, before = logging.Handler(), PartialState(), threading.active_count()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("d3etr_hf.training.heartbeat").addHandler(handler)
+    pids = gather_object([os.getpid()])
+    with watching_processes(60, interval=0.15):
+        for stopped in (1, 0):
+            state.wait_for_everyone()
+            if state.process_index != stopped:
+                os.kill(pids[stopped], signal.SIGSTOP)
+                for words in (f"rank {stopped}.* has not answered for 1 s", f"rank {stopped}.* answers again"):
+                    end = time.monotonic() + 30
+                    while not any(re.match(words, each) for each in said) and time.monotonic() < end:
+                        time.sleep(0.1)
+                    os.kill(pids[stopped], signal.SIGCONT)
+    return gather_object(said), gather_object([threading.active_count() - before])
+
+
 def run_cases(folder: Path, processes: int) -> dict:
-    """All cases, one after the other, and a training that is stopped."""
+    """All cases, one after the other, a training that is stopped, and processes that are."""
     cases = CASES | AS_TRAINED
     found = {
         name: run_case(case, folder, folder / f"{name} on {processes}", processes) for name, case in cases.items()
     }
-    return found | {"stop": run_stop(folder, processes)}
+    return found | {"stop": run_stop(folder, processes), "silence": run_silence(processes)}
 
 
 def in_processes(count: int, work: Callable, *arguments) -> Any:

@@ -83,3 +83,15 @@ def test_all_processes_stop_after_the_same_step(both):
     """One of them is asked; alone it stops at once, and what it tells the other comes with the next step."""
     one, two = (results["stop"] for results in both)
     assert one == [1, "checkpoint-1"] and two == [2, 2, "checkpoint-2"]
+
+
+def test_a_process_that_is_stopped_is_reported_by_its_rank(both):
+    """Rank 0 holds the store through which they hear of each other. No thread stays behind."""
+    said, threads = both[1]["silence"]
+    for rank in (0, 1):
+        silent, again = (
+            [i for i, words in enumerate(said) if words.startswith(f"rank {rank}") and part in words]
+            for part in ("has not answered", "answers again")
+        )
+        assert silent and again and silent[0] < again[0]
+    assert threads == [0, 0]

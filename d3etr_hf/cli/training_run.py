@@ -42,6 +42,7 @@ from d3etr_hf.runs.output_folder import (
     refuse_split_launch,
 )
 from d3etr_hf.training.checks import check_best_metric
+from d3etr_hf.training.heartbeat import watching_processes
 from d3etr_hf.training.processes import on_main_process
 from d3etr_hf.training.stopping import launcher
 from d3etr_hf.training.teacher import class_index_by_name, spread_layers
@@ -84,6 +85,7 @@ def train_detector(
     configuration = describe_run(described, teacher_arguments, data_arguments, training_arguments)
     launch = describe_launch(training_arguments)
     with ExitStack() as held:
+        held.enter_context(watching_processes(training_arguments.ddp_timeout))
         results, checkpoint = on_main_process(
             lambda: begin(held, configuration, launch, training_arguments, card_arguments)
         )
