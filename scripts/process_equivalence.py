@@ -2,6 +2,7 @@
 
     python scripts/process_equivalence.py                                   # every family: minutes
     python scripts/process_equivalence.py --families detr rf_detr --json differences.json
+    python scripts/process_equivalence.py --launchers                       # two, a process each, against one
 
 Tiny models, a teacher and the default terms; batch norm as in evaluation, denoising queries and D-FINE's
 self-distillation off, for these differ by nature; SGD, for AdamW divides the rounding of gradients that are zero (of
@@ -15,12 +16,15 @@ Ends with exit code 1 where anything else differs by more than 2e-5.
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tiny models are the tests'
 
@@ -30,8 +34,10 @@ from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.models.loading import FAMILIES
 from tests.distributed_worker import NOTHING_DRAWN, freeze_statistics, in_processes
 from tests.shapes_fixture import SIDE, keep_objects, load_shapes, shapes_trainer, weights_of
-from tests.tiny import tiny_model
+from tests.tiny import small_image_processor, tiny_model
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 IMAGES, TOLERANCE = 8, 2e-5
 OBJECTS = [4, 0, 2, 1, 3, 1, 4, 2] + [0, 0, 0, 0, 3, 0, 1, 4] + [0] * IMAGES
 # processes and accumulated batches of each; the first is what the others are compared with
@@ -122,11 +128,43 @@ def relative(found: torch.Tensor, reference: torch.Tensor) -> float:
     return float((found.double() - reference.double()).norm() / reference.double().norm())
 
 
+def compare_launchers(folder: Path) -> float:
+    """How far the student of two launchers is from that of one with two processes; 0: bit by bit the same."""
+    make_shapes(folder / "data", 16, 3, image_size=SIDE, progress=False)
+    for seed, name in ((1, "teacher"), (2, "student")):
+        tiny_model(seed).save_pretrained(folder / name)
+        small_image_processor().save_pretrained(folder / name)
+    options = f"--teacher {folder}/teacher --model {folder}/student --data_folder {folder}/data --max_steps 6 "
+    options += "--per_device_train_batch_size 2 --save_strategy no --report_to none --use_cpu true --disable_tqdm true"
+    together = "--num_machines 2 --main_process_ip 127.0.0.1 --main_process_port 29711 --machine_rank"
+    for output, launchers in (
+        ("one", ["--num_machines 1 --main_process_port 0"]),
+        ("two", [f"{together} 0", f"{together} 1"]),
+    ):
+        called = [
+            f"launch --multi_gpu --num_processes 2 --mixed_precision no --dynamo_backend no {launcher} "
+            f"scripts/distill.py {options} --output_dir {folder}/{output}"
+            for launcher in launchers
+        ]
+        program = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+        running = [subprocess.Popen([*program, *words.split()], cwd=REPOSITORY, env=ENVIRONMENT) for words in called]
+        if any([process.wait() for process in running]):
+            sys.exit(f"{output}: a launcher failed")
+    one, two = (load_file(folder / output / "model.safetensors") for output in ("one", "two"))
+    return max(float((two[name] - value).abs().max()) for name, value in one.items())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="by default all")
     parser.add_argument("--json", type=Path, help="gets all figures")
+    parser.add_argument("--launchers", action="store_true", help="compare launchers instead")
     chosen = parser.parse_args()
+    if chosen.launchers:
+        with tempfile.TemporaryDirectory() as folder:
+            difference = compare_launchers(Path(folder))
+        print(f"two launchers against one with two processes: largest difference of a weight {difference:.1e}")
+        sys.exit(int(difference > 1e-6))
     cases = [name for name, case in CASES.items() if case.family in chosen.families]
     found: dict = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from d3etr_hf.models.loading import FAMILIES, load_detector  # noqa: E402
 from d3etr_hf.training.heartbeat import watching_processes  # noqa: E402
-from tests.shapes_fixture import load_shapes, shapes_trainer  # noqa: E402
+from tests.shapes_fixture import load_shapes, shapes_trainer, weights_of  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
+from tests.training.test_resuming import train  # noqa: E402
 
 
 @dataclass
@@ -174,6 +175,16 @@ def run_stop(folder: Path, processes: int) -> list:
     return [*steps, *(path.name for path in run.glob("checkpoint-*"))]
 
 
+def run_resume(folder: Path, processes: int) -> list[bool]:
+    """Whether each process has the same weights after a run that was killed within an epoch and went on."""
+    whole, killed = (folder / f"{name} on {processes}" for name in ("whole", "killed"))
+    expected = weights_of(train(folder / "shapes", whole, 4).model)
+    train(folder / "shapes", killed, 4, stop=2)
+    resumed = train(folder / "shapes", killed, 4, resume=str(killed / "checkpoint-2"))
+    same = resumed.state.global_step == 4 and torch.equal(weights_of(resumed.model), expected)
+    return gather_object([same]) if processes > 1 else [same]
+
+
 def run_silence(processes: int) -> tuple | None:
     """What the others say while a process is stopped, one after the other; of threads, how many are left."""
     if processes == 1:
@@ -202,7 +213,8 @@ def run_cases(folder: Path, processes: int) -> dict:
     found = {
         name: run_case(case, folder, folder / f"{name} on {processes}", processes) for name, case in cases.items()
     }
-    return found | {"stop": run_stop(folder, processes), "silence": run_silence(processes)}
+    found |= {"stop": run_stop(folder, processes), "resume": run_resume(folder, processes)}
+    return found | {"silence": run_silence(processes)}
 
 
 def in_processes(count: int, work: Callable, *arguments) -> Any:

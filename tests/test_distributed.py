@@ -85,6 +85,11 @@ def test_all_processes_stop_after_the_same_step(both):
     assert one == [1, "checkpoint-1"] and two == [2, 2, "checkpoint-2"]
 
 
+def test_a_run_of_two_processes_that_is_killed_goes_on_as_if_nothing_had_been(both):
+    """Augmentation and dropout, each process with random numbers of its own; within an epoch."""
+    assert [results["resume"] for results in both] == [[True], [True, True]]
+
+
 def test_a_process_that_is_stopped_is_reported_by_its_rank(both):
     """Rank 0 holds the store through which they hear of each other. No thread stays behind."""
     said, threads = both[1]["silence"]
