@@ -84,8 +84,7 @@ def train_detector(
     described = replace(model_arguments, model_config=read_model_options(model_arguments))
     configuration = describe_run(described, teacher_arguments, data_arguments, training_arguments)
     launch = describe_launch(training_arguments)
-    with ExitStack() as held:
-        held.enter_context(watching_processes(training_arguments.ddp_timeout))
+    with ExitStack() as held, watching_processes(training_arguments.ddp_timeout):
         results, checkpoint = on_main_process(
             lambda: begin(held, configuration, launch, training_arguments, card_arguments)
         )
