@@ -54,6 +54,9 @@ def stopping_at_signals(trainer: D3etrTrainer) -> Iterator[None]:
             signal.signal(number, stop)
     try:
         yield
+        if trainer.stop.stopped:
+            # a launcher ends the others when the first of them has ended: not before the checkpoint is whole
+            trainer.accelerator.wait_for_everyone()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
