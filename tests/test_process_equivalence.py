@@ -13,12 +13,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory):
-    """Of one family that repeats its queries in training, and of one that divides by what it has assigned."""
+    """Of the family that has most that is divided by what a whole step holds."""
     output = tmp_path_factory.mktemp("equivalence") / "differences.json"
     command = [sys.executable, "-W", "ignore", "scripts/process_equivalence.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [*command, "--families", "rf_detr", "d_fine", "--json", str(output)],
+        [*command, "--families", "d_fine", "--json", str(output)],
         check=True,
         cwd=REPOSITORY,
         env=environment,
@@ -27,12 +27,11 @@ def differences(tmp_path_factory):
     return json.loads(output.read_text())
 
 
-def test_processes_and_accumulated_batches_are_one_process(differences):
+def test_processes_are_one_process(differences):
     """Three steps: ragged objects, processes without any, and none at all."""
     for layout in ("2 x 4", "4 x 2"):
         for case, row in differences.items():
             assert max(row[layout].values()) < 2e-5, (case, layout)
-    assert max(differences["rf_detr"]["1 x 2 x 4"].values()) < 2e-5
 
 
 def test_what_is_approximate_over_accumulated_batches_stays_near(differences):
