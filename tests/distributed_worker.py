@@ -4,23 +4,35 @@ Takes one training step per case, all in one process group, from the checkpoint 
 gradients, log and, of the first case, metrics. `run_cases(FOLDER, 1)` does the same in the calling process.
 """
 
+import logging
 import os
+import re
+import signal
 import socket
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from d3etr_hf.models.loading import FAMILIES, load_detector  # noqa: E402
+from d3etr_hf.training.heartbeat import watching_processes  # noqa: E402
 from d3etr_hf.training.step_probe import StepProbe  # noqa: E402
-from tests.shapes_fixture import load_shapes, shapes_trainer  # noqa: E402
+from tests.shapes_fixture import load_shapes, shapes_trainer, weights_of  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
+from tests.training.test_resuming import train  # noqa: E402
 
 
 @dataclass
@@ -198,34 +210,77 @@ def run_probe(folder: Path, processes: int) -> list[list]:
     return found
 
 
+def run_resume(folder: Path, processes: int) -> list[bool]:
+    """Whether each process has the same weights after a run that was killed within an epoch and went on."""
+    whole, killed = (folder / f"{name} on {processes}" for name in ("whole", "killed"))
+    expected = weights_of(train(folder / "shapes", whole, 4).model)
+    train(folder / "shapes", killed, 4, stop=2)
+    resumed = train(folder / "shapes", killed, 4, resume=str(killed / "checkpoint-2"))
+    same = resumed.state.global_step == 4 and torch.equal(weights_of(resumed.model), expected)
+    return gather_object([same]) if processes > 1 else [same]
+
+
+def run_silence(processes: int) -> tuple | None:
+    """What the others say while a process is stopped, one after the other; of threads, how many are left."""
+    if processes == 1:
+        return None
+    said: list[str] = []
+    handler, state, before = logging.Handler(), PartialState(), threading.active_count()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("d3etr_hf.training.heartbeat").addHandler(handler)
+    pids = gather_object([os.getpid()])
+    with watching_processes(60, interval=0.15):
+        for stopped in (1, 0):
+            state.wait_for_everyone()
+            if state.process_index != stopped:
+                os.kill(pids[stopped], signal.SIGSTOP)
+                for words in (f"rank {stopped}.* has not answered for 1 s", f"rank {stopped}.* answers again"):
+                    end = time.monotonic() + 30
+                    while not any(re.match(words, each) for each in said) and time.monotonic() < end:
+                        time.sleep(0.1)
+                    os.kill(pids[stopped], signal.SIGCONT)
+    return gather_object(said), gather_object([threading.active_count() - before])
+
+
 def run_cases(folder: Path, processes: int) -> dict:
-    """All cases, one after the other, a training that is stopped, and one with a probe."""
+    """All cases, one after the other, a training that is stopped, one with a probe, and processes that are stopped."""
     cases = CASES | AS_TRAINED
     found = {
         name: run_case(case, folder, folder / f"{name} on {processes}", processes) for name, case in cases.items()
     }
-    return found | {"stop": run_stop(folder, processes), "probe": run_probe(folder, processes)}
+    found |= {"stop": run_stop(folder, processes), "resume": run_resume(folder, processes)}
+    return found | {"probe": run_probe(folder, processes), "silence": run_silence(processes)}
 
 
-def one_process(rank: int, folder: Path, output: Path, port: int) -> None:
-    """What one of the two does; the variables are those that `accelerate launch` sets."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    results = run_cases(folder, 2)
-    if rank == 0:
-        torch.save(results, output)
-    torch.distributed.destroy_process_group()
+def in_processes(count: int, work: Callable, *arguments) -> Any:
+    """What `work(*arguments)` returns in the first of so many forks of this process, which form one process group.
 
-
-def main() -> None:
-    """Two forks of this process: what is imported is imported once."""
-    folder, output = (Path(argument) for argument in sys.argv[1:])
-    with socket.socket() as free:
+    What is imported is imported once; this process must not have computed anything by threads.
+    """
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(one_process, (folder, output, port), nprocs=2, start_method="fork")
+        free.close()
+        output = Path(folder) / "results.pt"
+        torch.multiprocessing.start_processes(
+            _one_process, (count, port, output, work, arguments), nprocs=count, start_method="fork"
+        )
+        return torch.load(output)
+
+
+def _one_process(rank: int, count: int, port: int, output: Path, work: Callable, arguments: tuple) -> None:
+    """What one of them does; the variables are those that `accelerate launch` sets."""
+    if count > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    results = work(*arguments)
+    if rank == 0:
+        torch.save(results, output)
+    if count > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    torch.save(in_processes(2, run_cases, Path(sys.argv[1]), 2), sys.argv[2])

@@ -90,3 +90,20 @@ def test_a_probe_changes_nothing_on_two_processes_and_one_of_them_prints(both):
         (lines, *probed), (no_lines, *without) = (list(zip(*of_run, strict=True)) for of_run in found["probe"])
         assert lines == (3, 0)[:processes] and no_lines == (0, 0)[:processes]
         assert probed == without and len(probed) > 100
+
+
+def test_a_run_of_two_processes_that_is_killed_goes_on_as_if_nothing_had_been(both):
+    """Augmentation and dropout, each process with random numbers of its own; within an epoch."""
+    assert [results["resume"] for results in both] == [[True], [True, True]]
+
+
+def test_a_process_that_is_stopped_is_reported_by_its_rank(both):
+    """Rank 0 holds the store through which they hear of each other. No thread stays behind."""
+    said, threads = both[1]["silence"]
+    for rank in (0, 1):
+        silent, again = (
+            [i for i, words in enumerate(said) if words.startswith(f"rank {rank}") and part in words]
+            for part in ("has not answered", "answers again")
+        )
+        assert silent and again and silent[0] < again[0]
+    assert threads == [0, 0]

@@ -44,8 +44,10 @@ from d3etr_hf.runs.output_folder import (
     refuse_split_launch,
 )
 from d3etr_hf.training.checks import check_best_metric
+from d3etr_hf.training.heartbeat import watching_processes
 from d3etr_hf.training.processes import on_main_process
 from d3etr_hf.training.step_probe import StepProbe
+from d3etr_hf.training.stopping import launcher
 from d3etr_hf.training.teacher import class_index_by_name, spread_layers
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
@@ -78,6 +80,7 @@ def train_detector(
         HubError: the upload failed; the results are saved.
         TrainingStopped: SIGTERM or Ctrl-C came while it trained.
     """
+    launcher()
     refuse_split_launch(training_arguments)
     check_best_metric(training_arguments)
     output = Path(training_arguments.output_dir)
@@ -85,7 +88,7 @@ def train_detector(
     described = replace(model_arguments, model_config=read_model_options(model_arguments))
     configuration = describe_run(described, teacher_arguments, data_arguments, training_arguments)
     launch = describe_launch(training_arguments)
-    with ExitStack() as held:
+    with ExitStack() as held, watching_processes(training_arguments.ddp_timeout):
         results, checkpoint = on_main_process(
             lambda: begin(held, configuration, launch, training_arguments, card_arguments)
         )

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
@@ -27,8 +25,6 @@ from d3etr_hf.training.option_checks import wants_best
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 logger = logging.get_logger(__name__)
-
-UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def check_models(student: Detector, teacher: Detector | OtherDetector | None, args: D3etrTrainingArguments) -> None:
@@ -104,25 +100,6 @@ def terms_in_common(options: Distillation, teacher: Detector | OtherDetector | N
         f"the teacher, a {teacher.title}, has predictions only; left out: {', '.join(missing) or 'nothing'}"
     )
     return left
-
-
-def check_launch(accelerator: Accelerator, args: D3etrTrainingArguments) -> None:
-    """Refuse ways of launching that this trainer does not know.
-
-    Raises:
-        UnsupportedOptionError: several GPUs in one process, FSDP, DeepSpeed, whoever asked for them; batches whose
-            size each of several processes would find for itself.
-    """
-    if args.auto_find_batch_size and accelerator.num_processes > 1:
-        raise UnsupportedOptionError(
-            f"auto_find_batch_size=True on {accelerator.num_processes} processes: one alone may run out of memory and "
-            "take smaller batches than the others; find the size on one process, and set per_device_train_batch_size"
-        )
-    if args.n_gpu > 1 or accelerator.distributed_type in UNSUPPORTED:
-        raise UnsupportedOptionError(
-            f"several GPUs in one process, FSDP and DeepSpeed are not supported (here: {accelerator.distributed_type}"
-            f", {args.n_gpu} GPUs in this process): start one process a GPU with `accelerate launch --multi_gpu`"
-        )
 
 
 def check_use_of_data(

@@ -42,7 +42,8 @@ class Shares:
 
     Exact for every term whose weights are known before the step. Those of prediction distillation with the "boxes"
     normaliser and of box distributions are known one batch at a time: there it is the mean over batches of each one's
-    weighted mean (exact over processes).
+    weighted mean; and of the unions of assignments, by which D-FINE and DEIMv2 divide their losses of boxes, a batch's
+    pairs an object stand for the step's (all of them exact over processes).
 
     Attributes:
         images: images of the whole step (all processes, all accumulated batches) / number of processes.
@@ -201,7 +202,7 @@ class D3etrObjective:
             of_boxes: the criterion's `box_assignments`.
         """
         terms: Terms = {}
-        pairs = _counted_pairs(of_boxes, shares)
+        pairs = _counted_pairs(of_boxes, sum(targets.counts), shares)
 
         def add(name: str, part: Supervised, weight: float, held: torch.Tensor) -> None:
             queries, repeats = shares.images * part.group.boxes.shape[2], part.repeats or 1
@@ -305,18 +306,18 @@ class D3etrObjective:
         return weights, {n: total * shares.images / images for n, total in zip(weights, of_groups, strict=True)}
 
 
-def _counted_pairs(assignments: Terms, shares: Shares) -> Terms:
+def _counted_pairs(assignments: Terms, objects: int, shares: Shares) -> Terms:
     """How many pairs each of these has in the whole step, as `Shares` counts objects; none at all count as one.
 
-    Exact over processes; with accumulated batches each one's pairs are scaled to the images of the step.
+    Exact over processes; with accumulated batches each one's pairs an object are taken for those of the step.
 
     Args:
         assignments: by name int64 `(B, N)`, on every process the same names.
+        objects: ground-truth objects of this batch.
     """
     if not assignments:
         return {}
     counts = [(of != NO_OBJECT).sum().to(shares.images) for of in assignments.values()]
-    images = len(next(iter(assignments.values()))) if shares.counted else 0
-    batch = torch.full_like(counts[0], images)
+    batch = torch.full_like(counts[0], objects if shares.counted else 0)
     *pairs, batch = shares.average(torch.stack([*counts, batch])).unbind()
-    return {n: torch.where(of > 0, of * shares.images / batch, 1) for n, of in zip(assignments, pairs, strict=True)}
+    return {n: torch.where(of > 0, of * shares.objects / batch, 1) for n, of in zip(assignments, pairs, strict=True)}

@@ -23,6 +23,7 @@ from d3etr_hf.training.checkpoints import (
     newest_whole_checkpoint,
     seal,
 )
+from d3etr_hf.training.heartbeat import watching_processes
 from d3etr_hf.training.processes import on_main_process
 from d3etr_hf.training.stopping import GracefulStop
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
@@ -56,7 +57,8 @@ class ResumableTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = on_main_process(self._newest_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with watching_processes(self.args.ddp_timeout):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _newest_checkpoint(self) -> str:
         checkpoint = newest_whole_checkpoint(Path(self.args.output_dir), self.args.load_best_model_at_end)

@@ -1,10 +1,20 @@
 """A training that is asked to stop ends after a whole step, with a checkpoint; all processes after the same one."""
 
+import functools
+import os
 import signal
+import time
 from collections.abc import Callable
 
 import torch
 from transformers import TrainerCallback
+
+# of people and their terminals, of schedulers; Windows has fewer
+STOPPING = [
+    signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if name in signal.Signals.__members__
+]
+# launchers hand on to their processes what a scheduler has sent to all of them: within so many seconds it is the same
+HANDED_ON = 2.0
 
 
 class GracefulStop(TrainerCallback):
@@ -12,6 +22,7 @@ class GracefulStop(TrainerCallback):
 
     On several processes what each was asked rides on the counts that they exchange before a step, so that all end
     after the same one. An evaluation that is due comes first: the run that goes on is the one that nothing stopped.
+    One whose launcher has ended is asked, too: nobody waits for it, or can end it.
 
     Args:
         processes: how many train together.
@@ -19,14 +30,17 @@ class GracefulStop(TrainerCallback):
     Attributes:
         asked: whether this process was asked; may be set at any time, from a signal handler too.
         stopped: whether the last training ended before its last step.
+        orphaned: whether the launcher of this process has ended.
     """
 
     def __init__(self, processes: int):
-        self.processes = processes
-        self.asked = self.stopped = self._agreed = False
+        self.processes, self.launcher = processes, launcher()
+        self.asked = self.stopped = self.orphaned = self._agreed = False
 
     def tell(self) -> float:
         """What the other processes are to be told before a step."""
+        if self.launcher not in (None, os.getppid()):
+            self.asked = self.orphaned = True
         return float(self.asked)
 
     def hear(self, mean: torch.Tensor) -> None:
@@ -59,18 +73,32 @@ class GracefulStop(TrainerCallback):
         control.should_save = control.should_training_stop = self.stopped = True
 
 
+@functools.cache
+def launcher() -> int | None:
+    """The process number of `accelerate launch` or `torchrun`, if one of them started this process.
+
+    To be called early: it is remembered, so that its end is noticed later.
+    """
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    return os.getppid() if launched else None
+
+
 def start_worker(start: Callable[[int], None] | None, worker: int) -> None:
-    """Let a data loader's worker pass over the first SIGTERM and Ctrl-C: launchers send them to all processes.
+    """Let a data loader's worker pass over the first of these signals: launchers send them to all processes.
 
     Args:
         start: what starts the worker otherwise.
         worker: its number.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _pass_over_once)
+    first: list[float] = []
+
+    def pass_over(number: int, frame) -> None:
+        first.append(time.monotonic())
+        if first[-1] - first[0] > HANDED_ON:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number in STOPPING:
+        signal.signal(number, pass_over)
     if start is not None:
         start(worker)
-
-
-def _pass_over_once(number: int, frame) -> None:
-    signal.signal(number, signal.SIG_DFL)

@@ -19,7 +19,6 @@ from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupRequest, Queri
 from d3etr_hf.training.checks import (
     check_data,
     check_images,
-    check_launch,
     check_models,
     check_use_of_data,
     named_datasets,
@@ -27,6 +26,7 @@ from d3etr_hf.training.checks import (
 )
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.half_precision import SkippedSteps
+from d3etr_hf.training.launch_checks import check_launch
 from d3etr_hf.training.non_finite import NonFiniteGuard
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.optimization import keeps_running_statistics, parameter_groups, single_drop

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from d3etr_hf.configurations import option
 from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.launch_checks import check_launcher
 from d3etr_hf.training.option_checks import check_options, wants_best
 from d3etr_hf.training.option_trials import check_what_options_build
 from d3etr_hf.training.weight_average import check_decay
@@ -171,6 +172,7 @@ class D3etrTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.metric_for_best_model is None and wants_best(self):
             self.metric_for_best_model = "AP"  # Transformers would take a loss that evaluation does not compute
+        check_launcher()
         self._check_choices()
         check_options(self)
         self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # PyTorch takes no whole 0

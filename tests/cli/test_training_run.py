@@ -47,6 +47,7 @@ from d3etr_hf.runs.output_folder import (
     refuse_split_launch,
 )
 from d3etr_hf.training import step_probe
+from d3etr_hf.training.stopping import STOPPING
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.tiny import tiny_config, tiny_model
 
@@ -442,18 +443,19 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(shapes, tmp_path, monkeyp
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize(("number", "step", "steps"), [(signal.SIGTERM, 2, 5), (signal.SIGINT, 1, 4)])
+@pytest.mark.parametrize(("number", "step", "steps"), [(signal.SIGUSR1, 2, 5), (signal.SIGINT, 1, 4)])
 def test_signal_ends_a_run_after_its_step_with_a_checkpoint(shapes, tmp_path, monkeypatch, capfd, number, step, steps):
     """At the end of an epoch after its evaluation; nothing of it shows in the run that goes on."""
     options = {"save_strategy": "no", "eval_strategy": "epoch", "max_steps": steps}
     outputs = tmp_path / "whole", tmp_path / "stopped"
     train_detector(*arguments(shapes, outputs[0], **options))
     capfd.readouterr()
-    original, handlers = D3etrTrainer.training_step, [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    original, handlers = D3etrTrainer.training_step, [signal.getsignal(n) for n in STOPPING]
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step + 1 == step:
             signal.raise_signal(number)
+            signal.raise_signal(number)  # a launcher hands it on
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(logging.getLogger("d3etr_hf"), "handlers", [])  # a command adds its own
@@ -462,7 +464,7 @@ def test_signal_ends_a_run_after_its_step_with_a_checkpoint(shapes, tmp_path, mo
         context.setattr(D3etrTrainer, "training_step", training_step)
         command_line.run(lambda: train_detector(*arguments(shapes, outputs[1], **options)))
     assert ended.value.code == 128 + number
-    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert handlers == [signal.getsignal(n) for n in STOPPING]
     said = [line for line in capfd.readouterr().err.splitlines() if line and "%|" not in line]
     checkpoint = outputs[1] / f"checkpoint-{step}"
     assert said[-1] == "d3etr train run.yaml --output_dir 'my runs'" and len(said) <= 5

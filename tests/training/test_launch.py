@@ -1,11 +1,17 @@
 """What the launcher, or an option of Transformers, asks for: done, or refused by name."""
 
+import inspect
+import re
+
+import accelerate
 import pytest
 import torch
 
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import IncompatibleDataError, UnsupportedOptionError
+from d3etr_hf.training.launch_checks import ASKED_FOR
 from d3etr_hf.training.optimization import keeps_running_statistics
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.shapes_fixture import SIDE, load_shapes, shapes_trainer
 from tests.tiny import tiny_model
 
@@ -15,7 +21,39 @@ def shapes(tmp_path_factory):
     return make_shapes(tmp_path_factory.mktemp("shapes"), 8, 3, image_size=SIDE, progress=False)
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP.*--multi_gpu"),
+        ("ACCELERATE_USE_DEEPSPEED", "1", "DeepSpeed.*--multi_gpu"),
+        ("ACCELERATE_USE_MEGATRON_LM", "True", "Megatron-LM.*--multi_gpu"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "a parallelism configuration.*--multi_gpu"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed precision 'fp8'.*no, bf16, fp16"),
+        ("ACCELERATE_USE_FSDP", "false", None),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", None),
+    ],
+)
+def test_what_the_launcher_asks_for_is_refused_before_anything_is_built(
+    tmp_path, monkeypatch, variable, value, message
+):
+    """Much of it is ignored otherwise: FSDP on a CPU, or in one process, trains as if nobody had asked."""
+    monkeypatch.setenv(variable, value)
+    if message is None:
+        assert D3etrTrainingArguments(str(tmp_path), use_cpu=True).world_size == 1
+        return
+    with pytest.raises(UnsupportedOptionError, match=f"^the launcher asks for {message}") as caught:
+        D3etrTrainingArguments(str(tmp_path), use_cpu=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_variables_are_those_that_accelerate_reads():
+    """All of its kind, but for a service that is none of weights in parts."""
+    source = inspect.getsource(accelerate.accelerator) + inspect.getsource(accelerate.state)
+    asked = set(re.findall(r"ACCELERATE_USE_\w+", source))
+    assert asked - {"ACCELERATE_USE_CPU", "ACCELERATE_USE_SAGEMAKER"} == ASKED_FOR.keys()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"])
 def test_sharding_is_refused_whoever_asked_for_it(shapes, tmp_path, monkeypatch, kind):
     """HF_NOTES 25: `accelerate launch --use_fsdp` sets the environment, not the training arguments."""
     from accelerate import Accelerator
