@@ -2,8 +2,9 @@
 
     python scripts/fuzz.py [inputs, 10000] [seed, 0]
 
-COCO files, images, configuration files and Parquet files are changed at random and read as training reads them. Prints
-how often each kind ended how, and writes what ended otherwise into the folder fuzz_failures; exits with 1 then.
+COCO files, images, configuration files, Parquet files, and the configurations, weights and image processors of
+checkpoints are changed at random and read as training reads them. Prints how often each kind ended how, and writes
+what ended otherwise into the folder fuzz_failures; exits with 1 then.
 """
 
 import json
@@ -18,17 +19,25 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 
 import datasets
+import torch
 from PIL import Image
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import logging as transformers_logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tiny models are the tests'
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.data import DataArguments, load_coco_split, load_hub_split
 from d3etr_hf.data.images import read_rgb
 from d3etr_hf.errors import UserError
 from d3etr_hf.evaluation.coco_average_precision import coco_average_precision
+from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.models.loading import load_detector
 
 SECONDS, BYTES = 20, 8 << 30  # that an input may take; the latter of addresses, libraries included
 WIDTH, HEIGHT = 12, 8
@@ -114,6 +123,27 @@ def read_configuration(content: bytes, folder: Path) -> None:
     parse_arguments((DataArguments,), [str(folder / "a.yaml")])
 
 
+@cache
+def checkpoint() -> dict[str, bytes]:
+    """The files of a tiny detector's checkpoint, by name."""
+    from tests.tiny import small_image_processor, tiny_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model().save_pretrained(folder)
+        small_image_processor().save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def read_checkpoint(name: str, content: bytes, folder: Path) -> None:
+    """A checkpoint of which one file is damaged."""
+    for other, whole in checkpoint().items():
+        (folder / other).write_bytes(content if other == name else whole)
+    if name == IMAGE_PROCESSOR_NAME:
+        load_image_processor(str(folder))(torch.ones(3, 8, 8, dtype=torch.uint8).numpy(), return_tensors="pt")
+    else:
+        load_detector(str(folder))(torch.ones(1, 3, 64, 64))
+
+
 def read_parquet(content: bytes, folder: Path) -> None:
     (folder / "data").mkdir()
     (folder / "data" / "train-0.parquet").write_bytes(content)
@@ -127,8 +157,12 @@ Reader = Callable[[bytes, Path], None]
 KINDS: dict[str, tuple[Callable[[], bytes], Reader, int]] = {
     "coco": (lambda: json.dumps(COCO).encode(), read_coco_file, 25),
     "yaml": (lambda: CONFIGURATION, read_configuration, 24),
-    **{kind: (lambda kind=kind: image_bytes(kind), read_image, 10) for kind in ("png", "jpeg", "gif", "tiff", "webp")},
+    **{kind: (lambda kind=kind: image_bytes(kind), read_image, 8) for kind in ("png", "jpeg", "gif", "tiff", "webp")},
     "parquet": (parquet_bytes, read_parquet, 1),
+    **{
+        name: (lambda name=name: checkpoint()[name], partial(read_checkpoint, name), share)
+        for name, share in ((CONFIG_NAME, 5), (SAFE_WEIGHTS_NAME, 2), (IMAGE_PROCESSOR_NAME, 3))
+    },
 }
 
 
@@ -178,12 +212,13 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     signal.signal(signal.SIGALRM, too_long)
     datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
     logging.disable(logging.ERROR)
     failures = Path("fuzz_failures")
     shutil.rmtree(failures, ignore_errors=True)
     counts = fuzz(inputs, seed, failures)
     for (kind, end), count in sorted(counts.items()):
-        print(f"{kind:<8} {end:<16} {count}")
+        print(f"{kind:<26} {end:<16} {count}")
     sys.exit(failures.exists())
 
 
