@@ -7,7 +7,8 @@ from PIL import Image
 
 from d3etr_hf.errors import DetectorLoadError, quoted
 
-MOST_PIXELS = 16_384  # of a side
+MOST_PIXELS = 4096  # of a side; of the longest, which only bounds an image, so many times as many
+LONGEST = 4
 SIDES = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
 SIZES = ("size", "pad_size")
 COLORS = ("image_mean", "image_std")
@@ -40,9 +41,12 @@ def _what_is_wrong(name: str, value: Any) -> str | None:
     if name.startswith("do_"):
         return None if isinstance(value, bool) else "must be true or false"
     if name in SIZES:
-        sides = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        known = set(value) <= set(SIDES) if isinstance(value, dict) else True
-        right = known and sides and all(side is None or _is_whole(side, 1, MOST_PIXELS) for side in sides)
+        listed = enumerate(value if isinstance(value, list) else [value])
+        sides = list(value.items() if isinstance(value, dict) else listed)
+        right = bool(sides) and (not isinstance(value, dict) or set(value) <= set(SIDES))
+        for kind, side in sides:
+            most = MOST_PIXELS * (LONGEST if kind == "longest_edge" else 1)
+            right = right and (side is None or _is_whole(side, 1, most))
         return None if right else f"must name sides ({', '.join(SIDES)}) of 1 to {MOST_PIXELS:,} pixels"
     if name == "resample":
         return None if _is_whole(value, 0, max(Image.Resampling)) else "must be one of Pillow's filters, 0 to 5"

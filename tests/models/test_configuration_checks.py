@@ -1,6 +1,7 @@
 """Broken config.json files: one line each that names the checkpoint and the field, and no code of others is run."""
 
 import json
+import os
 
 import pytest
 
@@ -53,3 +54,34 @@ def test_outputs_that_no_class_uses_may_share_a_name(tmp_path):
     names = {0: "N/A", 1: "circle", 2: "N/A"}
     tiny_model(id2label=names, label2id={"N/A": 0, "circle": 1}).save_pretrained(tmp_path)
     assert load_detector(str(tmp_path)).config.id2label == names
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"model_type": ' + b"[" * 100_000,
+        b'{"model_type": "detr", "d_model": ' + b"9" * 5000 + b"}",
+        b'{"model_type": "detr", "dropout": 1e999}',
+        b'{"model_type": "d\xff"}',
+        b"",
+        None,
+    ],
+    ids=["deep", "deep within", "long number", "infinite", "no UTF-8", "empty", "a named pipe"],
+)
+def test_files_that_are_no_configuration_are_refused(tmp_path, content):
+    if content is None:
+        os.mkfifo(tmp_path / "config.json")
+    else:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(DetectorLoadError, match="no model configuration could be read|dropout is inf") as caught:
+        load_detector(str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_setting_of_attention_within_the_backbone_is_refused(saved, tmp_path):
+    fields = json.loads((saved / "config.json").read_text())
+    fields["backbone_config"]["_attn_implementation"] = "flash_attention_2"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(DetectorLoadError, match="_attn_implementation is 'flash_attention_2'"):
+        load_detector(str(tmp_path))

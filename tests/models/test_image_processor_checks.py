@@ -20,6 +20,7 @@ FILE = "preprocessor_config.json"
         ("size", {"height": 10**6, "width": 10**6}),
         ("size", {"shortest_edge": -800, "longest_edge": 1333}),
         ("size", {"shortest_edge": "800", "longest_edge": 1333}),
+        ("size", {"shortest_edge": 10_000, "longest_edge": 10_000}),
         ("size", {"diagonal": 800}),
         ("size", {}),
         ("image_std", [0.2, 0, 0.2]),
@@ -59,7 +60,7 @@ def test_a_named_pipe_is_not_opened(tmp_path):
     "size",
     [
         800,
-        {"shortest_edge": 480, "longest_edge": 640},
+        {"shortest_edge": 480, "longest_edge": 9000},
         {"height": 64, "width": 48},
         {"max_height": 64, "max_width": 64},
     ],
