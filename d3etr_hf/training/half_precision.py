@@ -1,5 +1,7 @@
 """float16: steps that the gradient scaler passes over, counted, and a run of nothing else stopped."""
 
+from collections.abc import Callable
+
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
@@ -17,14 +19,15 @@ class SkippedSteps(TrainerCallback):
 
     Args:
         accelerator: of the trainer.
+        undo: takes back what a step that is skipped has done beside the weights.
 
     Attributes:
         count: skipped steps since the last reading.
         in_a_row: skipped steps since the last one that was taken.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, undo: Callable[[], None]):
+        self.accelerator, self.undo = accelerator, undo
         self.count = self.in_a_row = 0
         self._scale = float("inf")
 
@@ -40,6 +43,7 @@ class SkippedSteps(TrainerCallback):
         if self.accelerator.scaler.get_scale() >= self._scale:
             self.in_a_row = 0
             return
+        self.undo()
         self.count += 1
         self.in_a_row += 1
         if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:

@@ -100,16 +100,16 @@ def read_step(path: str | Path) -> tuple[KeptStep, dict[str, torch.Tensor], Batc
         with safe_open(regular_file(path), framework="pt") as file:
             kept = KeptStep(**json.loads((file.metadata() or {})[STEP]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        parts: dict[str, dict] = {STUDENT: {}, INPUTS: {"labels": kept.labels}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            if rest:
+                parts[part][rest] = value
+        random = tuple(tensors[name] for name in (RANDOM, DEVICE_RANDOM) if name in tensors)
+        return kept, parts[STUDENT], Batch(parts[INPUTS], tensors[COUNTS], random)
     except OSError as error:
         raise DamagedFileError(f"{path} cannot be read ({error.strerror}): check the path") from error
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise DamagedFileError(
             f"{path} is no step that a training kept, or damaged ({one_line(error)}): name a file of its folder"
         ) from error
-    parts: dict[str, dict] = {STUDENT: {}, INPUTS: {"labels": kept.labels}}
-    for name, value in tensors.items():
-        part, _, rest = name.partition(".")
-        if rest:
-            parts[part][rest] = value
-    random = tuple(tensors[name] for name in (RANDOM, DEVICE_RANDOM) if name in tensors)
-    return kept, parts[STUDENT], Batch(parts[INPUTS], tensors[COUNTS], random)

@@ -3,16 +3,19 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from d3etr_hf.errors import NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError, WriteError
 from d3etr_hf.training.checkpoints import checkpoints_of
 from d3etr_hf.training.kept_step import Batch, KeptStep, write_step
+from d3etr_hf.training.optimization import keeps_running_statistics
 from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS
 
 if TYPE_CHECKING:
@@ -23,79 +26,112 @@ logger = logging.get_logger(__name__)
 FOLDER = "not_finite"
 
 
-class NonFiniteGuard:
-    """Watches the loss terms of each batch, and the gradient of each step; float16's scaler does so by itself.
+@dataclass
+class _Watched:
+    """A batch of the step under way, and its terms by name, `(L,)` each, when they are known."""
 
-    On several processes a batch of one spoils the gradient of all: they stop, or skip the step, together, by the
-    gradient's norm, which is the same on each.
+    batch: Batch
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def values(self) -> dict[str, list[float]]:
+        return {name: term.tolist() for name, term in self.terms.items()}
+
+    def what_is_wrong(self) -> str | None:
+        """The terms that are not finite, with their layers; None where all are."""
+        wrong = {
+            name: [str(layer) for layer, value in enumerate(values) if not math.isfinite(value)]
+            for name, values in self.values().items()
+        }
+        bad = [f"{name} (layer {', '.join(layers)})" for name, layers in wrong.items() if layers]
+        return f"loss term {', '.join(bad)} is NaN or infinite" if bad else None
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Sees to it that no optimizer step is taken by a gradient that is not finite; float16's scaler does so by itself.
+
+    A loss term that is not finite makes the whole gradient NaN, and the gradient of one process that of all. So they
+    stop, or skip the step, together, by the gradient's norm, which is the only thing that is read in a step.
 
     Args:
         trainer: whose training is watched.
-        most_skipped: optimizer steps to skip before the training is stopped.
 
     Attributes:
-        skipped: steps since this was made.
+        skipped: steps of this training that were skipped, before it was interrupted too.
     """
 
-    def __init__(self, trainer: "DistillationTrainer", most_skipped: int):
-        self.trainer, self.most_skipped, self.skipped = trainer, most_skipped, 0
+    def __init__(self, trainer: "DistillationTrainer"):
+        self.trainer, self.skipped = trainer, 0
+        self.most_skipped = trainer.args.skip_nonfinite_steps
         self.processes = trainer.accelerator.num_processes
-        if self.scaled and most_skipped:
+        if self.scaled and self.most_skipped:
             raise UnsupportedOptionError(
-                f"skip_nonfinite_steps={most_skipped}: float16's gradient scaler passes over such steps by itself; "
-                "leave it out"
+                f"skip_nonfinite_steps={self.most_skipped}: float16's gradient scaler passes over such steps by "
+                "itself; leave it out"
             )
-        self._batch: Batch
-        self._layers: dict[str, int] = {}
-        self._values = torch.zeros(0)
-        self._reports: list[str] = []
+        self._watched: list[_Watched] = []
+        self._statistics: dict[str, torch.Tensor] | None = None
+        self._keeps_statistics = keeps_running_statistics(trainer.model)
 
     @property
     def scaled(self) -> bool:
         """Whether float16's scaler takes care of it."""
         return self.trainer.accelerator.scaler is not None
 
-    def begin(self, inputs: Mapping, counts: torch.Tensor) -> None:
-        """Remember a batch before its forward pass."""
-        self._batch = Batch.begin(inputs, counts)
+    @property
+    def folder(self) -> Path:
+        """Where steps are kept."""
+        return Path(self.trainer.args.output_dir) / FOLDER
 
-    def watch(self, terms: Mapping[str, torch.Tensor]) -> None:
-        """Terms of the batch, `(L,)` each. They are read later, so that the device need not be waited for here."""
-        self._layers = {name: len(term) for name, term in terms.items()}
-        self._values = torch.cat([term.detach() for term in terms.values()])
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A training that goes on knows by the files how many steps it has skipped."""
+        steps = {int(path.name.split("_")[1]) for path in self.folder.glob("step_*_rank_*.safetensors")}
+        self.skipped = sum(step <= state.global_step for step in steps)
+        self.forget()
+
+    def begin(self, inputs: Mapping, counts: torch.Tensor) -> None:
+        """Remember a batch before its forward pass, and before a step what batch norm has counted."""
+        if not self._watched and self._keeps_statistics and self.trainer.model.training:
+            buffers = self.trainer.model.named_buffers()
+            self._statistics = {name: buffer.clone() for name, buffer in buffers if buffer.is_floating_point()}
+        if not self.trainer.model.training:
+            self.forget()
+        self._watched.append(_Watched(Batch.begin(inputs, counts)))
+
+    def watch(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Terms of the batch, `(L,)` each. They are read later, so that the device need not be waited for here.
+
+        Returns:
+            What the loss is to be multiplied by: 1, or NaN where a term is not finite.
+        """
+        self._watched[-1].terms = {name: term.detach() for name, term in terms.items()}
+        finite = torch.cat(list(self._watched[-1].terms.values())).isfinite().all()
+        return torch.where(finite, 1.0, torch.nan)
 
     def values(self) -> dict[str, list[float]]:
         """The last batch's terms by name, the weighted value in each layer."""
-        of_layers = self._values.split(list(self._layers.values()))
-        return {name: values.tolist() for name, values in zip(self._layers, of_layers, strict=True)}
+        return self._watched[-1].values()
 
     def forget(self) -> None:
-        """Let go of what was found in a step whose gradient is not used."""
-        self._reports = []
+        """Let go of the step under way: its gradient has been looked at, or is not used."""
+        self._watched, self._statistics = [], None
+
+    def undo(self) -> None:
+        """Give batch norm the statistics back that it had before the step."""
+        for name, buffer in self.trainer.model.named_buffers() if self._statistics else ():
+            if name in self._statistics:
+                buffer.copy_(self._statistics[name])
 
     def refusal(self, error: NonFiniteCostError) -> NonFiniteLossError:
         """The error of a batch whose predictions cannot be matched."""
-        return NonFiniteLossError(self._report(str(error), self._batch.image_ids[error.image : error.image + 1]))
+        batch = self._watched[-1].batch
+        return NonFiniteLossError(self._report(str(error), batch, batch.image_ids[error.image : error.image + 1]))
 
-    def look_at_terms(self) -> bool:
-        """Whether the last batch's terms are finite; to be called when the device has been given all its work.
-
-        Raises:
-            NonFiniteLossError: they are not, on the only process, and the step may not be skipped.
-        """
-        if self.scaled or self._values.isfinite().all():
-            return True
-        wrong = {
-            name: [str(layer) for layer, value in enumerate(values) if not math.isfinite(value)]
-            for name, values in self.values().items()
-        }
-        bad = [f"{name} (layer {', '.join(layers)})" for name, layers in wrong.items() if layers]
-        report = self._report(f"loss term {', '.join(bad)} is NaN or infinite", self._batch.image_ids)
-        waits = self.trainer.model.training and (self.most_skipped > 0 or self.processes > 1)
-        if not waits:
-            raise NonFiniteLossError(report)
-        self._reports.append(report)
-        return False
+    def look_at_terms(self) -> None:
+        """Raises: NonFiniteLossError: a term of the last batch, which is not trained on, is not finite."""
+        watched = self._watched[-1]
+        self.forget()
+        if not self.scaled and (what := watched.what_is_wrong()):
+            raise NonFiniteLossError(self._report(what, watched.batch, watched.batch.image_ids))
 
     def look_at_gradient(self, norm: torch.Tensor | float, model: torch.nn.Module) -> None:
         """Stop, or take the gradient away, where it is not finite; to be called before the optimizer's step.
@@ -110,15 +146,11 @@ class NonFiniteGuard:
         if self.scaled:
             return
         if torch.as_tensor(norm).isfinite():
-            if self._reports:
-                raise NonFiniteLossError(self._reports[0])
+            self.forget()
             return
-        reports = gather_object(self._reports) if self.processes > 1 else self._reports
-        if not reports:
-            what = "every loss term is finite, but the gradient is NaN or infinite"
-            reports = [self._report(what, self._batch.image_ids)]
-        told = "; ".join(reports)
-        self._reports = []
+        self.undo()
+        told = "; ".join(self._reports())
+        self.forget()
         if self.skipped >= self.most_skipped:
             before = f"; {self.skipped} steps were skipped before it, as many as may be" if self.most_skipped else ""
             error = NonFiniteLossError(told + before)
@@ -128,35 +160,49 @@ class NonFiniteGuard:
         logger.warning(f"{told}; the step is skipped ({self.skipped} of at most {self.most_skipped})")
         model.zero_grad(set_to_none=True)  # an optimizer leaves a parameter without a gradient as it is
 
-    def _report(self, what: str, image_ids: list[int]) -> str:
+    def _reports(self) -> list[str]:
+        """What each process has to say of the step, the same on all; one report a process."""
+        found = [(watched.batch, what) for watched in self._watched if (what := watched.what_is_wrong())]
+        own = [self._report(what, batch, batch.image_ids) for batch, what in found[:1]]
+        reports = gather_object(own) if self.processes > 1 else own
+        if reports:
+            return reports
+        batch, accumulated = self._watched[-1].batch, len(self._watched)
+        what = "every loss term is finite, but the gradient is NaN or infinite"
+        if accumulated > 1:
+            what = f"{what} (of {accumulated} accumulated batches; this is the last)"
+        own = [self._report(what, batch, batch.image_ids)]
+        return gather_object(own) if self.processes > 1 else own
+
+    def _report(self, what: str, batch: Batch, image_ids: list[int]) -> str:
         trainer = self.trainer
-        step, output = trainer.state.global_step + 1, Path(trainer.args.output_dir)
+        step, rank = trainer.state.global_step + 1, trainer.args.process_index
         place = f"step {step}, image ids {image_ids}"
         if self.processes > 1:
-            place = f"rank {trainer.args.process_index}, {place}"
-        saved = checkpoints_of(output)
+            place = f"rank {rank}, {place}"
+        saved = checkpoints_of(Path(trainer.args.output_dir))
         last = f"the last checkpoint is {saved[0]}" if saved else "no checkpoint had been saved yet"
         report = f"{place}: {what}; {last}"
         if not trainer.model.training:
             return report
-        path = output / FOLDER / f"step_{step}_rank_{trainer.args.process_index}.safetensors"
+        path = self.folder / f"step_{step}_rank_{rank}.safetensors"
         try:
-            write_step(path, self._kept(what), trainer.model, self._batch)
+            write_step(path, self._kept(what, batch), trainer.model, batch)
         except WriteError as error:
             return f"{report}; the step could not be kept: {error}"
         return f"{report}; to look at the step again: d3etr reproduce {path}"
 
-    def _kept(self, what: str) -> KeptStep:
+    def _kept(self, what: str, batch: Batch) -> KeptStep:
         trainer = self.trainer
         return KeptStep(
             what=what,
             step=trainer.state.global_step + 1,
             rank=trainer.args.process_index,
             processes=self.processes,
-            labels=self._batch.inputs["labels"],
+            labels=batch.inputs["labels"],
             config=json.loads(trainer.model.config.to_json_string(use_diff=False)),
             teacher=None if trainer.teacher is None else trainer.teacher.name,
             options={name: getattr(trainer.args, name) for name in (*DISTILLATION_OPTIONS, "detection_weight")},
             mixed_precision=trainer.accelerator.mixed_precision,
-            device=self._batch.counts.device.type,
+            device=batch.counts.device.type,
         )

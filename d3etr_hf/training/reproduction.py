@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING
 
-from d3etr_hf.errors import DamagedFileError, NonFiniteLossError, one_line
+from d3etr_hf.errors import DamagedFileError, NonFiniteLossError, one_line, quoted
+from d3etr_hf.models.configuration_checks import check_fields
 from d3etr_hf.models.detector import Detector
-from d3etr_hf.models.loading import FAMILIES, load_teacher
+from d3etr_hf.models.families import FAMILIES
+from d3etr_hf.models.loading import load_teacher
+from d3etr_hf.models.trial import build_errors
 from d3etr_hf.training.kept_step import Batch, KeptStep, read_step
 from d3etr_hf.training.trainer import DistillationTrainer
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
@@ -64,8 +67,7 @@ def reproduce_step(path: str | Path, use_cpu: bool = False) -> Reproduction:
 
 
 def _trainer_of(kept: KeptStep, path: str | Path, folder: str, use_cpu: bool) -> DistillationTrainer:
-    config = CONFIG_MAPPING[kept.config["model_type"]].from_dict(kept.config)
-    student = FAMILIES[config.model_type](config)
+    student = _student_of(kept.config, str(path))
     arguments = D3etrTrainingArguments(
         output_dir=folder,
         report_to="none",
@@ -77,8 +79,19 @@ def _trainer_of(kept: KeptStep, path: str | Path, folder: str, use_cpu: bool) ->
     return DistillationTrainer(student, arguments, teacher)
 
 
+def _student_of(fields: dict, what: str) -> Detector:
+    check_fields(fields, what)
+    if fields["model_type"] not in FAMILIES:
+        raise DamagedFileError(f"{what} holds a step of a {quoted(fields['model_type'])} model, which is no student")
+    with build_errors(what):
+        config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+        return FAMILIES[config.model_type](config)
+
+
 def _take(trainer: DistillationTrainer, batch: Batch, found: Reproduction) -> None:
-    model, device = trainer.model.train(), trainer.args.device
+    # with autocast, where the training had it
+    model = trainer.accelerator.prepare_model(trainer.model.train(), evaluation_mode=True)
+    device = trainer.args.device
     inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.inputs.items()}
     batch.restore_random(device)
     with _watching(model, found.modules):

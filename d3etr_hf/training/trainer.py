@@ -102,12 +102,12 @@ class DistillationTrainer(ResumableTrainer):
         self.teacher_processing_class = teacher_processing_class
         # after Trainer has set the seed: learned queries are drawn
         attach_query_adapter(model, self.teacher, self.distillation)
-        if args.ema_decay is not None:
-            self.weight_average = WeightAverage(model, args.ema_decay, args.ema_warmup_steps, ADAPTERS)
-            self.add_callback(self.weight_average)
         self._prepare_objective()
         self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
         self._add_callbacks()
+        if args.ema_decay is not None:  # after those that undo what a skipped step has done
+            self.weight_average = WeightAverage(model, args.ema_decay, args.ema_warmup_steps, ADAPTERS)
+            self.add_callback(self.weight_average)
         self._asked_to_stop: torch.Tensor
         self._evaluated_dataset = None
 
@@ -117,11 +117,17 @@ class DistillationTrainer(ResumableTrainer):
         self.objective = D3etrObjective(self.distillation, self.criterion, teacher_criterion, self._skips_steps)
 
     def _add_callbacks(self) -> None:
-        self.guard = NonFiniteGuard(self, self.args.skip_nonfinite_steps)
-        self.skipped_steps = SkippedSteps(self.accelerator)
+        self.guard = NonFiniteGuard(self)
+        self.skipped_steps = SkippedSteps(self.accelerator, self.guard.undo)
         self._term_log, self._norm_log = TermLog(self._average, self._of_all), TermLog(self._average, self._of_all)
         self._epochs, self.stop = FollowEpochs(), GracefulStop(self.accelerator.num_processes)
-        for callback in (self.skipped_steps, StartAfresh(self._term_log, self._norm_log), self._epochs, self.stop):
+        for callback in (
+            self.guard,
+            self.skipped_steps,
+            StartAfresh(self._term_log, self._norm_log),
+            self._epochs,
+            self.stop,
+        ):
             self.add_callback(callback)
 
     # data
@@ -183,9 +189,9 @@ class DistillationTrainer(ResumableTrainer):
             student, terms, statistics = self._terms(model, inputs, targets, shares)
         except NonFiniteCostError as error:
             raise self.guard.refusal(error) from error
-        self.guard.watch(terms)
+        trust = self.guard.watch(terms)
         sums = {name: term.sum() for name, term in terms.items()}
-        loss = torch.stack(list(sums.values())).sum()
+        loss = torch.stack(list(sums.values())).sum() * trust
         if model.training:
             # this batch's part of the step: over its processes' mean and its accumulated batches it adds up to one
             part = len(labels) / shares.images
@@ -225,11 +231,10 @@ class DistillationTrainer(ResumableTrainer):
         return {AUXILIARY: queries}
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """As Trainer, and then, when the device has been given all its work, looks whether the loss was finite."""
+        """As Trainer; when the device has been given all its work, it hears whether any process was asked to stop."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        finite = self.guard.look_at_terms()
         self.stop.hear(self._asked_to_stop)
-        return loss if finite else torch.zeros_like(loss)
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # such a step stops the training, or is skipped
 
     def _get_grad_norm(self, model, grad_norm=None):
         """As Trainer; a gradient that is not finite reaches no weight."""

@@ -168,12 +168,12 @@ def near_objects(model):
 
 
 def test_pairs_are_counted_over_processes(tmp_path):
-    """Seen by one of two whose other one found ten pairs, in as many images."""
+    """Seen by one of two whose other one found ten pairs, for as many objects."""
     model = model_of()
     (output, targets), criterion = near_objects(model), model.criterion()
     options = D3etrTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **ALONE).distillation
     found = []
-    for average in (lambda tensor: tensor, lambda tensor: (tensor + torch.tensor([10.0, 3.0])) / 2):
+    for average in (lambda tensor: tensor, lambda tensor: (tensor + torch.tensor([10.0, 5.0])) / 2):
         shares = Shares(torch.tensor(4.0), torch.tensor(5.0), {OWN: torch.tensor(5.0)}, average)
         found.append(D3etrObjective(options, criterion)(output, None, targets, shares)[0])
     own = criterion.box_assignments({OWN: criterion.assign(output.groups[OWN], targets)})[OWN]
@@ -187,14 +187,14 @@ def test_pairs_are_counted_over_processes(tmp_path):
         assert torch.equal(found[0][f"student/{term}"], found[1][f"student/{term}"])
 
 
-def test_pairs_are_scaled_to_the_images_of_the_step(tmp_path):
-    """Of a step of twice as many images a batch counts half as much, whatever the number of objects."""
-    model, five = model_of(), torch.tensor(5.0)
+def test_pairs_are_scaled_to_the_objects_of_the_step(tmp_path):
+    """Of a step of twice as many objects a batch counts half as much, whatever the number of images."""
+    model, images = model_of(), torch.tensor(7.0)
     output, targets = near_objects(model)
     run = D3etrObjective(Distillation(**ALONE), model.criterion())
     once, twice = (
-        run(output, None, targets, Shares(torch.tensor(count), five, {OWN: five}, average=lambda tensor: tensor))[0]
-        for count in (3.0, 6.0)
+        run(output, None, targets, Shares(images, count, {OWN: count}, average=lambda tensor: tensor))[0]
+        for count in torch.tensor([5.0, 10.0])
     )
     own = run.criterion.box_assignments({OWN: run.criterion.assign(output.groups[OWN], targets)})[OWN]
     sums = run.criterion.losses(output.groups[OWN], targets, own.expand(3, -1, -1))

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from d3etr_hf.cli import reproduce
 from d3etr_hf.data.shapes import make_shapes
@@ -41,7 +42,7 @@ def trainer_of(shapes, output, teacher, **options):
 
 
 def spoil_term(trainer, step, name="student/class", layer=1):
-    """Have one layer's value of a loss term be NaN in a step."""
+    """Have one layer's value of a loss term be NaN in a step, with no gradient of its own."""
     original = trainer.objective.__class__.__call__
 
     class Spoilt(trainer.objective.__class__):
@@ -114,6 +115,49 @@ def test_a_step_is_skipped_as_if_its_rate_had_been_zero(shapes, tmp_path, teache
     assert all(value == value for entry in (logs[0], logs[2]) for value in entry.values())
 
 
+def test_nothing_of_a_skipped_step_stays_in_statistics_or_average(shapes, tmp_path):
+    """Batch norm counts in the forward pass, before anybody knows."""
+    student = tiny_model(seed=2, model_type="rt_detr")
+    options = {"skip_nonfinite_steps": 1, "ema_decay": 0.5, "ema_warmup_steps": 0, "logging_steps": 1}
+    trainer = shapes_trainer(shapes, tmp_path, student=student, teacher=None, max_steps=3, **options)
+
+    original, seen = trainer._prepare_inputs, {}
+
+    def prepare(inputs):
+        inputs = original(inputs)
+        if trainer.state.global_step == 1:
+            inputs["pixel_values"] = inputs["pixel_values"] * torch.nan
+        return inputs
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen[state.global_step] = {name: b.clone() for name, b in trainer.model.named_buffers()}
+
+    trainer._prepare_inputs = prepare
+    trainer.add_callback(Keep())
+    trainer.train()
+    statistics = [name for name in seen[1] if name.endswith(("running_mean", "running_var"))]
+    assert statistics and any(not torch.equal(seen[2][name], seen[3][name]) for name in statistics)
+    assert all(torch.equal(seen[1][name], seen[2][name]) for name in statistics)
+    assert all(value.isfinite().all() for value in trainer.weight_average.values.values())
+    _, state, _ = read_step(next((tmp_path / "not_finite").iterdir()))
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_a_run_that_goes_on_has_skipped_what_it_had(shapes, tmp_path, teacher):
+    options = {"skip_nonfinite_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(shapes, tmp_path, teacher, **(options | {"max_steps": 2}))
+    spoil_term(trainer, 2)
+    trainer.train()
+    again = trainer_of(shapes, tmp_path, teacher, **options)
+    spoil_term(again, 3)
+    with pytest.raises(NonFiniteLossError, match="1 steps were skipped before it"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    earlier = trainer_of(shapes, tmp_path, teacher, **(options | {"max_steps": 2}))
+    spoil_term(earlier, 2)
+    earlier.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_no_more_steps_are_skipped_than_may_be(shapes, tmp_path, teacher):
     trainer = trainer_of(shapes, tmp_path, teacher, skip_nonfinite_steps=1)
     spoil_term(trainer, 2)
@@ -123,21 +167,22 @@ def test_no_more_steps_are_skipped_than_may_be(shapes, tmp_path, teacher):
     assert len(list((tmp_path / "not_finite").iterdir())) == 2
 
 
-@pytest.mark.parametrize("model_type", ["conditional_detr", "rt_detr"])
-def test_a_kept_step_is_taken_again_bit_by_bit(shapes, tmp_path, teacher, model_type, monkeypatch, capsys):
+@pytest.mark.parametrize(("model_type", "bf16"), [("conditional_detr", True), ("rt_detr", False)])
+def test_a_kept_step_is_taken_again_bit_by_bit(shapes, tmp_path, teacher, model_type, bf16, monkeypatch, capsys):
     """Dropout, denoising queries and a teacher's queries of the image: every term is what it was."""
     folder = tmp_path / "teacher"
     tiny_model(seed=1, model_type=model_type).save_pretrained(folder)
     student = tiny_model(seed=2, model_type=model_type, dropout=0.1)
     trainer = shapes_trainer(
-        shapes, tmp_path, student=student, teacher=type(student).from_pretrained(folder), max_steps=4
+        shapes, tmp_path, student=student, teacher=type(student).from_pretrained(folder), max_steps=4, bf16=bf16
     )
     values = {}
     watch = trainer.guard.watch
 
     def keep(terms):
-        watch(terms)
+        trust = watch(terms)
         values[trainer.state.global_step + 1] = trainer.guard.values()
+        return trust
 
     monkeypatch.setattr(trainer.guard, "watch", keep)
     parameter = next(p for n, p in student.named_parameters() if "bbox" in n and p.requires_grad)

@@ -42,7 +42,7 @@ def training_step(trainer):
     def step():
         counts = trainer._get_num_items_in_batch([batch], trainer.args.device)
         trainer.training_step(trainer.model_wrapped, batch, counts)
-        trainer.accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), trainer.args.max_grad_norm)
+        trainer._get_grad_norm(trainer.model_wrapped, trainer._clip_grad_norm(trainer.model_wrapped))
         trainer.optimizer.step()
 
     return step
