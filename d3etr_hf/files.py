@@ -51,6 +51,8 @@ def write_json(path: Path, content: Any) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all: a run may be stopped, and a machine switched off, at any moment.
 
+    By one process at a time, which a lock or the place must see to.
+
     Raises:
         WriteError: it cannot be written; what stood there stands there still.
     """

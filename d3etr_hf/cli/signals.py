@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from d3etr_hf.errors import TrainingStopped
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
-from d3etr_hf.training.stopping import HANDED_ON, STOPPING, launcher
+from d3etr_hf.training.stopping import HANDED_ON, STOPPING, command_line_of, launcher
 
 logger = logging.get_logger(__name__)
 
@@ -74,9 +74,8 @@ def _command() -> list[str] | None:
         return None
     if launcher() is None:
         program = Path(sys.argv[0]).name.split()
-        return [*program, *sys.argv[1:]] if program[0] == "d3etr" else None
-    arguments = Path(f"/proc/{launcher()}/cmdline")  # of Linux
-    words = arguments.read_text().split("\0")[:-1] if arguments.exists() else []
+        return [*program, *sys.argv[1:]] if program[:1] == ["d3etr"] else None
+    words = command_line_of(launcher())
     if words[1:] and Path(words[1]).name in ("accelerate", "torchrun"):  # after the interpreter
         words = [Path(words[1]).name, *words[2:]]
     return words or None

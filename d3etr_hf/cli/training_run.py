@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from d3etr_hf.cli.signals import stopping_at_signals
 from d3etr_hf.data import DataArguments, load_splits, with_side_divisor
+from d3etr_hf.errors import DatasetError
 from d3etr_hf.files import write_json, write_whole
 from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
 from d3etr_hf.models.loading import (
@@ -98,10 +99,9 @@ def train_detector(
         trainer = build_trainer(model_arguments, teacher_arguments, data_arguments, training_arguments)
         trainer.add_callback(stopwatch)
         inputs = inputs_compared(trainer, checkpoint, model_arguments, teacher_arguments, data_arguments)
-        if trainer.is_world_process_zero():
-            # only now: a call that failed on its data or its teacher leaves the folder free for the next
-            write_description(output, configuration, launch, inputs)
-            write_environment(output, model_arguments, teacher_arguments, data_arguments)
+        # only now: a call that failed on its data or its teacher leaves the folder free for the next
+        on_main_process(lambda: write_description(output, configuration, launch, inputs))
+        on_main_process(lambda: write_environment(output, model_arguments, teacher_arguments, data_arguments))
         with stopping_at_signals(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
         return finish(trainer, stopwatch.seconds, card_arguments)
@@ -144,8 +144,12 @@ def inputs_compared(
     """
 
     def compare() -> dict:
-        read = inputs_of(model_arguments, teacher_arguments, trainer.train_dataset, trainer.eval_dataset)
-        return check_inputs(read, read_inputs(Path(trainer.args.output_dir), checkpoint), data_arguments.hash_images)
+        known = read_inputs(Path(trainer.args.output_dir), checkpoint)
+        try:
+            read = inputs_of(model_arguments, teacher_arguments, trainer.train_dataset, trainer.eval_dataset)
+            return check_inputs(read, known, data_arguments.hash_images)
+        except OSError as error:
+            raise DatasetError(f"{error.filename}: cannot be read ({error.strerror}): check the path.") from error
 
     return on_main_process(compare)
 

@@ -23,7 +23,7 @@ from d3etr_hf.data.coco_fields import without_nulls
 from d3etr_hf.data.dataset import BOX_FEATURES, DetectionDataset
 from d3etr_hf.data.image_files import caches, check_image_files
 from d3etr_hf.errors import DatasetError, one_line
-from d3etr_hf.files import regular_file, sha256_of, write_whole
+from d3etr_hf.files import regular_file, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,9 @@ def _write_rows(checked: CheckedSplit, image_paths: list[str], rows_file: Path) 
             unfinished = os.path.join(folder, rows_file.name)
             with pa.OSFile(unfinished, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
                 writer.write_table(table)
-            write_whole(_digest_file(rows_file), sha256_of(Path(unfinished)))
+            digest = Path(folder) / "digest"
+            digest.write_text(sha256_of(Path(unfinished)), encoding="utf-8")
+            os.replace(digest, _digest_file(rows_file))
             os.replace(unfinished, rows_file)
     except OSError as error:
         raise DatasetError(

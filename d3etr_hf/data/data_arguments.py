@@ -97,8 +97,8 @@ class DataArguments:
         default=False,
         metadata={
             "help": "Have a run that goes on compare the content of all images with what it was, and not only their "
-            "names and sizes: reads them all when it starts, and again those of changed time (up to 256 MB that is "
-            "done anyway)."
+            "names and sizes: the main process reads them all when it starts, and again those of changed time, while "
+            "others wait (up to 256 MB that is done anyway)."
         },
     )
 

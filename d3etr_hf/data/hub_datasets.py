@@ -80,7 +80,7 @@ def load_hub_split(
         category_ids=checked.category_ids,
         rows=datasets.concatenate_datasets([images, columns], axis=1),
         load_ground_truth=partial(_ground_truth, described, names, name),
-        annotations_digest=hashlib.sha256(json.dumps(coco, default=str).encode()).hexdigest(),
+        annotations_digest=_digest_of(coco),
     )
 
 
@@ -140,6 +140,14 @@ def _check_images(rows: datasets.Dataset, roots: list[str | Path] | None, name: 
     if without_image:
         raise DatasetError(f"{name}: {without_image} rows have no image: add the images, or take the rows out.")
     check_image_files([os.path.abspath(path) for path in paths.filter(alone).to_pylist()], roots, name)
+
+
+def _digest_of(coco: dict) -> str:
+    digest = hashlib.sha256()
+    for part in ("images", "annotations", "categories"):
+        for entry in coco[part]:
+            digest.update(json.dumps(entry, default=str).encode())
+    return digest.hexdigest()
 
 
 def _check_splits(splits: datasets.DatasetDict, split: str, path_or_name: str | Path) -> None:

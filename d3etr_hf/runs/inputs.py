@@ -21,11 +21,11 @@ logger = logging.get_logger(__name__)
 
 # what of a checkpoint decides about a run: its weights, its configuration, how it takes images
 OF_CHECKPOINT = (
-    "*.safetensors",
-    "*.safetensors.index.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
     "config.json",
     "preprocessor_config.json",
-    "pytorch_model*.bin",
 )
 # contents of up to so many bytes are hashed anyway: it takes a moment
 BYTES_HASHED_ANYWAY = 2**28

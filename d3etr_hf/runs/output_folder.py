@@ -45,7 +45,7 @@ WITHOUT_EFFECT = {
     "use_cpu",
     "resume_from_checkpoint",
 }
-# where a run reads from; what it reads is known by content, so that a copy elsewhere is the same
+# where a run reads from; while it is under way what it reads is known by content, and a copy elsewhere is the same
 PLACES = {
     "data_folder",
     "train_annotations",

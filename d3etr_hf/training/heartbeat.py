@@ -2,7 +2,8 @@
 
 PyTorch's own watchdogs end a run whose collective operations take too long, half an hour by default, and do not know
 whose fault it is. Here a thread beats in the store by which the processes found each other, whatever training does:
-it keeps still only with the whole process, so that long evaluations, saving and loading are no alarms.
+it keeps still with the whole process (or in a call that lets no thread of Python run), so that long evaluations,
+saving and loading are no alarms.
 """
 
 import os
@@ -14,6 +15,8 @@ from datetime import timedelta
 
 import torch.distributed
 from transformers.utils import logging
+
+from d3etr_hf.errors import one_line
 
 logger = logging.get_logger(__name__)
 
@@ -43,13 +46,24 @@ def watching_processes(patience: float, interval: float = INTERVAL) -> Iterator[
         yield
         return
     try:
-        heartbeat = _Heartbeat(patience, interval)
+        heartbeat = _begin(patience, interval)
         try:
             yield
         finally:
-            heartbeat.end()
+            if heartbeat is not None:
+                heartbeat.end()
     finally:
         _watching.release()
+
+
+def _begin(patience: float, interval: float) -> "_Heartbeat | None":
+    try:
+        return _Heartbeat(patience, interval)
+    except (torch.distributed.DistError, ValueError) as error:
+        logger.warning(
+            f"a process that is stopped will not be noticed: no store is at MASTER_ADDR ({one_line(error)})"
+        )
+        return None
 
 
 class _Heartbeat:

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 STOPPING = [
     signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if name in signal.Signals.__members__
 ]
+LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
 # launchers hand on to their processes what a scheduler has sent to all of them: within so many seconds it is the same
 HANDED_ON = 2.0
 
@@ -79,8 +81,19 @@ def launcher() -> int | None:
 
     To be called early: it is remembered, so that its end is noticed later.
     """
-    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    return os.getppid() if launched else None
+    parent = os.getppid()
+    words = [Path(word).name for word in command_line_of(parent)]
+    by_variables = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    # a shell may export such a variable and be no launcher
+    return parent if by_variables and (not words or any(word in LAUNCHERS for word in words)) else None
+
+
+def command_line_of(process: int | None) -> list[str]:
+    """The words by which a process was started; none where the system does not say."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")[:-1]  # of Linux
+    except OSError:
+        return []
 
 
 def start_worker(start: Callable[[int], None] | None, worker: int) -> None:
