@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.training.checkpoints import newest_whole_checkpoint
+from d3etr_hf.training.stopping import launcher
 from tests.shapes_fixture import SIDE, shapes_trainer
 
 OPTIONS = {"per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 100}
@@ -80,3 +81,11 @@ def test_workers_pass_over_a_signal_to_all_processes(shapes, tmp_path, number):
     trainer.training_step = training_step
     trainer.train()
     assert told and trainer.state.global_step == 4
+
+
+def test_a_shell_that_exports_such_a_variable_is_no_launcher(monkeypatch):
+    """A run that outlives it must not take its end for that of a launcher."""
+    launcher.cache_clear()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert launcher() is None
+    launcher.cache_clear()
