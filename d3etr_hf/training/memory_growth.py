@@ -41,13 +41,16 @@ class MemoryGrowth:
         self._input_bytes = 0
 
     def measure(self) -> None:
-        """Try ever larger batches up to the training's own, each about twice the one before.
+        """Try ever larger batches up to the training's own, each about twice the one before; all must call this.
+
+        A process that runs out of memory must end, for the others wait for it within the forward pass: several
+        processes try nothing beyond their batch.
 
         Raises:
             BatchSizeError: the training's batch does not fit.
             RuntimeError: the same, where `auto_find_batch_size` is on; Trainer then tries smaller ones.
         """
-        for size in growing_sizes(self.batch_size):
+        for size in growing_sizes(self.batch_size, self.trainer.args.world_size):
             try:
                 self._try_batch(size)
             except RuntimeError as error:
@@ -102,8 +105,8 @@ class MemoryGrowth:
         )
 
 
-def growing_sizes(batch_size: int) -> list[int]:
-    """Numbers of images to try, ascending: the batch's, halves of it, and at least two."""
-    if batch_size == 1:
+def growing_sizes(batch_size: int, processes: int = 1) -> list[int]:
+    """Numbers of images to try, ascending: the batch's, halves of it, and, by one process alone, at least two."""
+    if batch_size == 1 and processes == 1:
         return [1, 2]
     return [batch_size >> halved for halved in reversed(range(batch_size.bit_length()))]
