@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 GIB = 2**30
 SECONDS_BETWEEN_LOOKS = 0.001
@@ -68,6 +69,11 @@ def memory_to_be_had(device: torch.device, processes: int = 1) -> int:
         return free + torch.cuda.memory_reserved(device)
     free = min([psutil.virtual_memory().available, *rooms_in_control_groups()])
     return held_memory(device) + free // processes
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether this is what a library raises where memory does not suffice."""
+    return should_reduce_batch_size(error)
 
 
 def rooms_in_control_groups(

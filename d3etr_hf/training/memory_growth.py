@@ -1,11 +1,10 @@
 """How much memory a training takes by the number of images in its batch, found out by steps of ever larger ones."""
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from d3etr_hf.data.largest import LargestImages
 from d3etr_hf.errors import BatchSizeError
-from d3etr_hf.training.memory import GIB, PeakMemory, held_memory, memory_to_be_had
+from d3etr_hf.training.memory import GIB, PeakMemory, held_memory, memory_to_be_had, ran_out_of_memory
 from d3etr_hf.training.processes import on_main_process
 from d3etr_hf.training.trainer import DistillationTrainer
 
@@ -54,7 +53,7 @@ class MemoryGrowth:
             try:
                 self._try_batch(size)
             except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                if not ran_out_of_memory(error):
                     raise
                 if size > self.batch_size:  # it was only to be known how memory grows
                     return
