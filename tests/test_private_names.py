@@ -260,7 +260,7 @@ TABLE = [
     Private(
         "accelerate.utils.memory",
         "should_reduce_batch_size",
-        "training/memory_growth.py",
+        "training/memory.py",
         "which errors auto_find_batch_size takes for a batch that does not fit",
         ("exception",),
     ),

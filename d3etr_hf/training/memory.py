@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 GIB = 2**30
 SECONDS_BETWEEN_LOOKS = 0.001
@@ -66,8 +67,13 @@ def memory_to_be_had(device: torch.device, processes: int = 1) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    free = min(psutil.virtual_memory().available, *rooms_in_control_groups())
+    free = min([psutil.virtual_memory().available, *rooms_in_control_groups()])
     return held_memory(device) + free // processes
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether this is what a library raises where memory does not suffice."""
+    return should_reduce_batch_size(error)
 
 
 def rooms_in_control_groups(
@@ -75,14 +81,18 @@ def rooms_in_control_groups(
 ) -> list[int]:
     """Bytes that are left below each memory limit that Linux sets this process; a group's cached files count as left.
 
+    Other systems set none, and a group that cannot be read counts as one without a limit.
+
     Args:
         mounted: where the groups are.
         of_process: which of them are this process's.
     """
-    if not of_process.exists():
+    try:
+        lines = of_process.read_text().splitlines()
+    except OSError:  # another system than Linux, or one that does not tell
         return []
     rooms = []
-    for line in of_process.read_text().splitlines():
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2
             top, names = mounted, ("memory.max", "memory.current", "inactive_file")
@@ -100,8 +110,11 @@ def rooms_in_control_groups(
 
 
 def _room(folder: Path, limit: str, usage: str, cached: str) -> list[int]:
-    """The room in one group; none where it has no limit, or is not to be seen from within a container."""
-    if not (folder / limit).exists() or (most := (folder / limit).read_text().strip()) == "max":
+    """The room in one group; none where it has no limit, or cannot be seen, as from within a container."""
+    try:
+        if (most := (folder / limit).read_text().strip()) == "max":
+            return []
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return [int(most) - int((folder / usage).read_text()) + int(statistics.get(cached, 0))]
+    except OSError:
         return []
-    statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return [int(most) - int((folder / usage).read_text()) + int(statistics.get(cached, 0))]

@@ -1,11 +1,10 @@
 """How much memory a training takes by the number of images in its batch, found out by steps of ever larger ones."""
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from d3etr_hf.data.largest import LargestImages
 from d3etr_hf.errors import BatchSizeError
-from d3etr_hf.training.memory import GIB, PeakMemory, held_memory, memory_to_be_had
+from d3etr_hf.training.memory import GIB, PeakMemory, held_memory, memory_to_be_had, ran_out_of_memory
 from d3etr_hf.training.processes import on_main_process
 from d3etr_hf.training.trainer import DistillationTrainer
 
@@ -41,17 +40,20 @@ class MemoryGrowth:
         self._input_bytes = 0
 
     def measure(self) -> None:
-        """Try ever larger batches up to the training's own, each about twice the one before.
+        """Try ever larger batches up to the training's own, each about twice the one before; all must call this.
+
+        A process that runs out of memory must end, for the others wait for it within the forward pass: several
+        processes try nothing beyond their batch.
 
         Raises:
             BatchSizeError: the training's batch does not fit.
             RuntimeError: the same, where `auto_find_batch_size` is on; Trainer then tries smaller ones.
         """
-        for size in growing_sizes(self.batch_size):
+        for size in growing_sizes(self.batch_size, self.trainer.args.world_size):
             try:
                 self._try_batch(size)
             except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                if not ran_out_of_memory(error):
                     raise
                 if size > self.batch_size:  # it was only to be known how memory grows
                     return
@@ -102,8 +104,8 @@ class MemoryGrowth:
         )
 
 
-def growing_sizes(batch_size: int) -> list[int]:
-    """Numbers of images to try, ascending: the batch's, halves of it, and at least two."""
-    if batch_size == 1:
+def growing_sizes(batch_size: int, processes: int = 1) -> list[int]:
+    """Numbers of images to try, ascending: the batch's, halves of it, and, by one process alone, at least two."""
+    if batch_size == 1 and processes == 1:
         return [1, 2]
     return [batch_size >> halved for halved in reversed(range(batch_size.bit_length()))]

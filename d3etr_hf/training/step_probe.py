@@ -1,6 +1,5 @@
 """Memory and time of a training in advance, from a few steps that leave no trace."""
 
-import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from d3etr_hf.data.largest import LargestImages
 from d3etr_hf.evaluation.timing import seconds_of
 from d3etr_hf.training.memory import GIB
 from d3etr_hf.training.memory_growth import MemoryGrowth
+from d3etr_hf.training.optimizer_trial import try_optimizer
 from d3etr_hf.training.sampling import training_sampler
 from d3etr_hf.training.trainer import DistillationTrainer
 
@@ -42,6 +42,7 @@ class Forecast:
         loading_seconds: for how long of these it waits for images.
         steps: of the training.
         processes: that train together.
+        without_optimizer: why the optimizer's share is in none of these, in one line; None if it is.
     """
 
     peak: int
@@ -54,12 +55,13 @@ class Forecast:
     loading_seconds: float
     steps: int
     processes: int = 1
+    without_optimizer: str | None = None
 
     def lines(self, now: datetime) -> list[str]:
         """As a user reads it."""
         duration = timedelta(seconds=round(self.steps * self.step_seconds))
         left_out = "evaluation" if self.processes == 1 else "evaluation and what processes send each other"
-        return [
+        lines = [
             f"a step takes about {self.step_seconds:.3g} s ({self.loading_seconds:.2g} s of them for loading images); "
             f"{self.steps} steps end about {now + duration:%Y-%m-%d %H:%M}, after {duration}, without {left_out}",
             f"peak memory about {self.peak / GIB:.2f} GiB{' a process' if self.processes > 1 else ''}, with images of "
@@ -67,6 +69,12 @@ class Forecast:
             f"largest per_device_train_batch_size that fits in {self.to_be_had / GIB:.1f} GiB: about "
             f"{self.largest_batch}",
         ]
+        if self.without_optimizer is not None:
+            lines.append(
+                "these figures are without the optimizer's share: a copy of it could not be tried "
+                f"({self.without_optimizer})"
+            )
+        return lines
 
 
 class StepProbe(TrainerCallback):
@@ -100,17 +108,17 @@ def forecast(trainer: DistillationTrainer) -> Forecast:
     """Try out some steps of a training that is about to begin; all processes must call this.
 
     Raises:
-        BatchSizeError: a batch does not fit in memory.
+        BatchSizeError: a batch, or what the optimizer keeps, does not fit in memory.
         RuntimeError: the same, where `auto_find_batch_size` is on; Trainer then tries smaller ones.
     """
     args, state = trainer.args, trainer.state
     largest = LargestImages(trainer.train_dataset)  # type: ignore[arg-type]
     with leaving_no_trace(trainer):
-        seconds_of_optimizer, optimizer_state = try_optimizer(trainer)
+        optimizer = try_optimizer(trainer)
         loaded = load_batches(trainer)
         growth = MemoryGrowth(trainer, largest, loaded.example, loaded.varied)
         growth.measure()
-        del optimizer_state  # it was there to take its memory
+        optimizer.kept.clear()  # it was there to take its memory
         seconds = [seconds_of(partial(trainer.trial_step, batch)) for batch in loaded.typical]
     batch_seconds, loading_seconds = float(np.mean(seconds)), loaded.seconds
     if args.dataloader_num_workers > 0:  # they load while the step before is taken
@@ -124,10 +132,11 @@ def forecast(trainer: DistillationTrainer) -> Forecast:
         height=height,
         width=width,
         objects=largest.objects,
-        step_seconds=accumulated * (batch_seconds + loading_seconds) + seconds_of_optimizer,
+        step_seconds=accumulated * (batch_seconds + loading_seconds) + optimizer.seconds,
         loading_seconds=accumulated * loading_seconds,
         steps=state.max_steps,
         processes=args.world_size,
+        without_optimizer=optimizer.failure,
     )
 
 
@@ -162,29 +171,6 @@ def load_batches(trainer: DistillationTrainer) -> _Loaded:
     mean = float(np.mean([batch["pixel_values"].numel() for batch in batches]))
     batches.sort(key=lambda batch: abs(batch["pixel_values"].numel() - mean))
     return _Loaded(batches[:BATCHES_TIMED], examples[0], float(np.mean(seconds)), varied)
-
-
-def try_optimizer(trainer: DistillationTrainer) -> tuple[float, list[torch.Tensor]]:
-    """Clip and step copies of the parameters, as the training's optimizer would.
-
-    Returns:
-        Seconds of the second time, and what the optimizer keeps between steps.
-    """
-    prepared = trainer.optimizer.optimizer  # type: ignore[attr-defined]  # of Accelerate's wrapper
-    twin, most = copy.deepcopy(prepared), trainer.args.max_grad_norm
-    parameters = [parameter for group in twin.param_groups for parameter in group["params"]]
-
-    def step() -> None:
-        if most > 0:
-            torch.nn.utils.clip_grad_norm_(parameters, most)
-        twin.step()
-
-    for parameter in parameters:
-        parameter.grad = torch.full_like(parameter, 1e-3)
-    step()
-    seconds = seconds_of(step)
-    kept = [value for values in twin.state.values() for value in values.values() if isinstance(value, torch.Tensor)]
-    return seconds, kept
 
 
 @contextmanager

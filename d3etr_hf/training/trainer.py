@@ -63,6 +63,8 @@ class DistillationTrainer(ResumableTrainer):
     eval_dataset: DetectionDataset
     teacher: Teacher | None
     objective: D3etrObjective
+    # what the optimizer was built with beside its groups; None of one that was given
+    optimizer_options: dict | None = None
 
     def __init__(
         self,
@@ -325,7 +327,7 @@ class DistillationTrainer(ResumableTrainer):
             if {"params", "model", "optimizer_dict"} & set(options):
                 raise UnsupportedOptionError(f"optim={args.optim!r} makes its own parameter groups: choose another")
             groups = parameter_groups(self.model, args.learning_rate, args.backbone_learning_rate, args.weight_decay)
-            self.optimizer = optimizer_class(groups, **options)
+            self.optimizer, self.optimizer_options = optimizer_class(groups, **options), options
         self._refuse_left_out_parameters()
         return super().create_optimizer(model)
 

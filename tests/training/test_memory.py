@@ -55,6 +55,30 @@ def test_a_container_sees_its_own_group_as_the_top(tmp_path):
     assert rooms_in_control_groups(tmp_path / "groups", tmp_path / "absent") == []
 
 
+def test_a_group_that_cannot_be_read_sets_no_limit(tmp_path):
+    """What is a folder in place of a file fails as one without permission does, which root has everywhere."""
+    names = VERSIONS[2][1]
+    make_group(tmp_path / "groups", names, 1000, 400, 0)
+    make_group(tmp_path / "groups" / "job", names, 500, 100, 0)
+    (tmp_path / "cgroup").write_text("0::/job\n")
+    for name in names[:2]:
+        (tmp_path / "groups" / "job" / name).unlink()
+        (tmp_path / "groups" / "job" / name).mkdir()
+        assert rooms_in_control_groups(tmp_path / "groups", tmp_path / "cgroup") == [600]
+        (tmp_path / "groups" / "job" / name).rmdir()
+        (tmp_path / "groups" / "job" / name).write_text("500")
+    (tmp_path / "groups" / "job" / "memory.stat").unlink()
+    assert rooms_in_control_groups(tmp_path / "groups", tmp_path / "cgroup") == [600]
+    assert rooms_in_control_groups(tmp_path / "groups", tmp_path / "groups") == []
+
+
+def test_without_limits_what_the_machine_has_available_counts(monkeypatch):
+    """As on macOS and Windows, and in a group whose limit is "max"."""
+    monkeypatch.setattr(memory, "rooms_in_control_groups", lambda: [])
+    available = psutil.virtual_memory().available
+    assert memory_to_be_had(CPU) - held_memory(CPU) == pytest.approx(available, rel=0.1)
+
+
 def test_processes_share_what_is_free(monkeypatch):
     monkeypatch.setattr(memory, "rooms_in_control_groups", lambda: [1000 * MEBIBYTE])
     held = psutil.Process().memory_info().rss
