@@ -247,6 +247,8 @@ MUTATIONS = [
     ("ONNX: an upright image does not fit", "d3etr_hf/publishing/onnx_export.py",
      "size.longest_edge / detector.side_divisor", "size.shortest_edge / detector.side_divisor",
      "tests/publishing/test_onnx_export.py::test_size_of_the_file"),
+    ("ONNX: height for width", "d3etr_hf/publishing/onnx_export.py", "    return height, width\n",
+     "    return width, height\n", "tests/publishing/test_onnx_export.py::test_size_of_the_file_is_height_and_width"),
     ("ONNX: a batch of one number", "d3etr_hf/publishing/onnx_export.py",
      "strict=not detector.exports_any_size", "strict=False",
      "tests/publishing/test_onnx_export.py::test_same_outputs_at_one_size"),

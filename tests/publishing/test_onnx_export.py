@@ -281,6 +281,13 @@ def test_size_of_the_file(family):
             assert made["pixel_mask"].sum() < size[0] * size[1]
 
 
+def test_size_of_the_file_is_height_and_width():
+    """Of an image processor whose images are wider than high."""
+    processor = small_image_processor("rf_detr", 64, 64)
+    processor.size = SizeDict(height=64, width=96)
+    assert size_for_export(tiny_model(model_type="rf_detr"), processor) == (64, 96)
+
+
 def test_sizes_that_cannot_be_are_refused(tmp_path, packages_found):
     """A long side without bounds, sides that are split into no whole windows, none at all."""
     lw_detr = tiny_model(model_type="lw_detr")
