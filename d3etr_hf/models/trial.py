@@ -12,15 +12,21 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from d3etr_hf.errors import DetectorLoadError, ImageSizeError, one_line
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.outputs import OWN
 
+logger = logging.get_logger(__name__)
+
 # no detector comes near: the largest that are public have some thousand modules and half as many parameters
 MOST_MODULES, MOST_PARAMETERS = 10_000, 10**9
 # of images that are tried, in pixels, until one has a token for each query that is chosen from them
 SIDES = (64, 128, 256, 512, 1024)
+# the least of them at which a failure is no fault of the image: of 64 pixels a coarse level has a single token, which
+# a norm of the stock model may refuse
+LARGE_ENOUGH = 256
 # what Transformers and PyTorch raise of values that make no model
 BUILD_ERRORS = (
     ArithmeticError,
@@ -102,7 +108,8 @@ def _size_limit(what: str) -> Iterator[None]:
 def try_detector(model: Detector, what: str) -> None:
     """Give a detector one small image: values that fit nothing but build are found before anything long.
 
-    The model and the random numbers are left as they are.
+    The model and the random numbers are left as they are. What takes no image of up to 1024 pixels a side stays
+    untried, with a warning.
 
     Args:
         model: a detector with its weights.
@@ -115,7 +122,7 @@ def try_detector(model: Detector, what: str) -> None:
     try:
         with build_errors(what), torch.random.fork_rng(devices=[]), torch.no_grad():
             model.criterion()
-            own = _predictions(model.eval())
+            own = _predictions(model.eval(), what)
     finally:
         model.train(training)
     if own is not None and not own.logits.shape[2]:
@@ -127,16 +134,31 @@ def try_detector(model: Detector, what: str) -> None:
         )
 
 
-def _predictions(model: Detector) -> Any:
+def _predictions(model: Detector, what: str) -> Any:
     """Of the smallest image that the model takes; None of one that takes none of these sizes."""
-    divisor = model.side_divisor
-    for least in SIDES:
-        side = int(-(-least // divisor) * divisor)
-        pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    for height, width in _sizes(model):
+        pixels = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
         try:
-            model.check_image(side, side)
-            output = model.try_image(pixels.to(model.device, model.dtype))
+            model.check_image(height, width)
+            return model.try_image(pixels.to(model.device, model.dtype)).groups[OWN]
         except ImageSizeError:
             continue
-        return output.groups[OWN]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError):
+            if max(height, width) >= LARGE_ENOUGH or model.only_size is not None:
+                raise
+    logger.warning(
+        f"{what}: not tried before it is used, since it takes no image of up to {SIDES[-1]} pixels a side: its "
+        "configuration may be wrong"
+    )
     return None
+
+
+def _sizes(model: Detector) -> list[tuple[int, int]]:
+    """Heights and widths, pixels, that it may take."""
+    if model.only_size is not None:
+        return [model.only_size] if max(model.only_size) <= SIDES[-1] else []
+    divisor = model.side_divisor
+    sides = [int(-(-least // divisor) * divisor) for least in SIDES]
+    return list(zip(sides, sides, strict=True))

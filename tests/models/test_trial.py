@@ -4,9 +4,15 @@ import time
 
 import pytest
 import torch
-from transformers import ConditionalDetrConfig, ConvNextConfig
+from transformers import (
+    ConditionalDetrConfig,
+    ConvNextConfig,
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    ResNetConfig,
+)
 
-from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.errors import DetectorLoadError, ImageSizeError
 from d3etr_hf.models.loading import FAMILIES
 from d3etr_hf.models.trial import MOST_MODULES, build_on_meta, try_detector
 from tests.tiny import tiny_config, tiny_model
@@ -63,3 +69,55 @@ def test_predictions_that_are_not_finite_are_refused():
     model.class_labels_classifier.weight.data.fill_(3e38)
     with pytest.raises(DetectorLoadError, match="here: what it predicts of an image of noise is not finite"):
         try_detector(model, "here")
+
+
+def test_an_image_that_is_too_small_is_no_fault_of_the_values(caplog):
+    """Group norm of one channel a group takes no level of a single pixel, of 64 pixels at a stride of 64."""
+    config = DeformableDetrConfig(
+        backbone_config=ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, out_features=["stage2", "stage3", "stage4"]
+        ),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        num_queries=7,
+    )
+    stock = DeformableDetrForObjectDetection(config).eval()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        stock(torch.rand(1, 3, 64, 64))
+    try_detector(FAMILIES["deformable_detr"](config), "here")
+    assert not caplog.text
+
+
+def test_what_fails_at_every_size_is_told_of_the_largest(monkeypatch):
+    model, sides = tiny_model(), []
+
+    def fail(pixels):
+        sides.append(pixels.shape[-1])
+        raise ValueError(f"nothing of {sides[-1]} pixels")
+
+    monkeypatch.setattr(model, "try_image", fail)
+    with pytest.raises(DetectorLoadError, match=r"here: .*\(ValueError: nothing of 256 pixels\)"):
+        try_detector(model, "here")
+    assert sides == [64, 128, 256]
+
+
+def test_a_model_for_larger_images_is_said_to_be_untried(monkeypatch, caplog):
+    model = tiny_model()
+
+    def refuse(height, width):
+        raise ImageSizeError(f"{height} x {width}")
+
+    monkeypatch.setattr(model, "check_image", refuse)
+    try_detector(model, "here")
+    assert "here: not tried before it is used, since it takes no image of up to 1024 pixels a side" in caplog.text
+
+
+def test_a_model_of_one_size_is_tried_at_that(monkeypatch, caplog):
+    model, sizes = tiny_model(1, "rt_detr", anchor_image_size=[96, 64]), []
+    forward = type(model).try_image
+    monkeypatch.setattr(model, "try_image", lambda pixels: sizes.append(pixels.shape[2:]) or forward(model, pixels))
+    try_detector(model, "here")
+    assert sizes == [(96, 64)] and not caplog.text
