@@ -100,6 +100,9 @@ class ProposalDetector(SampledMemoryDetector):
     @classmethod
     def check_config(cls, config) -> None:
         width, levels = config.encoder_hidden_dim, cls.levels_of(config)
+        method = getattr(config, "decoder_method", "default")  # of its heirs
+        if method not in ("default", "discrete"):
+            raise ValueError(f"decoder_method is {method!r}: there are default and discrete")
         if width % 4 or (config.encoder_layers and width % config.encoder_attention_heads):
             raise ValueError(
                 f"encoder_hidden_dim {width} must be a multiple of 4, for its sine embeddings, and of "

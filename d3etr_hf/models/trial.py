@@ -1,11 +1,13 @@
 """A model of a configuration, tried before it is used: built of nothing, and given one small image."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -14,7 +16,7 @@ from torch.nn.modules.module import (
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from d3etr_hf.errors import DetectorLoadError, ImageSizeError, one_line
+from d3etr_hf.errors import DetectorLoadError, ImageSizeError, UserError, one_line
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.outputs import OWN
 
@@ -27,41 +29,54 @@ SIDES = (64, 128, 256, 512, 1024)
 # the least of them at which a failure is no fault of the image: of 64 pixels a coarse level has a single token, which
 # a norm of the stock model may refuse
 LARGE_ENOUGH = 256
-# what Transformers and PyTorch raise of values that make no model
+# what Transformers and PyTorch raise of values that make no model, or of a package that a backbone needs
 BUILD_ERRORS = (
     ArithmeticError,
     AssertionError,
-    AttributeError,
     ImportError,
     LookupError,
-    NameError,
-    OSError,
-    RecursionError,
     RuntimeError,
     StrictDataclassError,
     TypeError,
     ValueError,
 )
+# and of a configuration's fields, which it takes for what they are not
+FIELD_ERRORS = (*BUILD_ERRORS, AttributeError)
+# and of files that cannot be read, or are not there
+READ_ERRORS = (*FIELD_ERRORS, EOFError, OSError, SafetensorError, UnpicklingError)
 
 
 @contextmanager
-def build_errors(what: str) -> Iterator[None]:
-    """Within this context, what a library says of a configuration that makes no model becomes one error.
+def library_errors(problem: str, remedy: str = "", kinds: tuple[type[Exception], ...] = READ_ERRORS) -> Iterator[None]:
+    """Within this context, what a library says becomes one error.
+
+    Errors that say what to do, and a lack of memory, stay as they are.
 
     Args:
-        what: where the configuration is from, as the error calls it.
+        problem: what it could not do, and with what.
+        remedy: what to do, as the error says it after the library's words.
+        kinds: what is expected of the library.
 
     Raises:
         DetectorLoadError: see above.
     """
     try:
         yield
-    except DetectorLoadError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except BUILD_ERRORS as error:
-        raise DetectorLoadError(
-            f"{what}: no model can be built from these values ({type(error).__name__}: {one_line(error, 300)})"
-        ) from error
+    except kinds as error:
+        said = f"{problem} ({type(error).__name__}: {one_line(error, 300)})"
+        raise DetectorLoadError(f"{said}; {remedy}" if remedy else said) from error
+
+
+def build_errors(what: str, kinds: tuple[type[Exception], ...] = BUILD_ERRORS) -> AbstractContextManager[None]:
+    """`library_errors` of a configuration that makes no model.
+
+    Args:
+        what: where the configuration is from, as the error calls it.
+        kinds: what is expected of the library, or of a family's own check.
+    """
+    return library_errors(f"{what}: no model can be built from these values", kinds=kinds)
 
 
 def build_on_meta(build: Callable[[PreTrainedConfig], nn.Module], config: PreTrainedConfig, what: str) -> Any:
@@ -120,8 +135,8 @@ def try_detector(model: Detector, what: str) -> None:
     """
     training = model.training
     try:
-        with build_errors(what), torch.random.fork_rng(devices=[]), torch.no_grad():
-            model.criterion()
+        model.criterion()  # made of fields that were checked: what fails there is a bug
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), build_errors(what, FIELD_ERRORS):
             own = _predictions(model.eval(), what)
     finally:
         model.train(training)

@@ -12,7 +12,7 @@ from transformers import (
     ResNetConfig,
 )
 
-from d3etr_hf.errors import DetectorLoadError, ImageSizeError
+from d3etr_hf.errors import DatasetError, DetectorLoadError, ImageSizeError
 from d3etr_hf.models.loading import FAMILIES
 from d3etr_hf.models.trial import MOST_MODULES, build_on_meta, try_detector
 from tests.tiny import tiny_config, tiny_model
@@ -121,3 +121,54 @@ def test_a_model_of_one_size_is_tried_at_that(monkeypatch, caplog):
     monkeypatch.setattr(model, "try_image", lambda pixels: sizes.append(pixels.shape[2:]) or forward(model, pixels))
     try_detector(model, "here")
     assert sizes == [(96, 64)] and not caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        NameError("name 'nonsense' is not defined"),
+        ConnectionResetError("the network is down"),
+    ],
+)
+def test_neither_bugs_nor_machines_are_blamed_on_the_values(monkeypatch, error):
+    model = tiny_model()
+
+    def fail(*_):
+        raise error
+
+    with pytest.raises(type(error)):
+        build_on_meta(fail, model.config, "here")
+    monkeypatch.setattr(model, "try_image", fail)
+    with pytest.raises(type(error)):
+        try_detector(model, "here")
+
+
+def test_only_a_forward_pass_may_lack_an_attribute(monkeypatch):
+    """Of fields like `return_dict` other kinds of output come; what builds has checked fields."""
+    model = tiny_model()
+
+    def fail(*_):
+        raise AttributeError("'tuple' object has no attribute 'items'")
+
+    with pytest.raises(AttributeError):
+        build_on_meta(fail, model.config, "here")
+    monkeypatch.setattr(model, "try_image", fail)
+    with pytest.raises(DetectorLoadError, match="here: no model can be built .*AttributeError"):
+        try_detector(model, "here")
+
+
+def test_errors_that_say_what_to_do_stay_as_they_are():
+    def fail(config):
+        raise DatasetError("another remedy")
+
+    with pytest.raises(DatasetError, match="^another remedy$"):
+        build_on_meta(fail, tiny_config(), "here")
+
+
+def test_what_is_wrong_in_the_package_itself_is_no_refusal(monkeypatch):
+    """A criterion is made of fields that were checked: what fails there would be a bug."""
+    model = tiny_model()
+    monkeypatch.setattr(model, "criterion", lambda: [][0])
+    with pytest.raises(IndexError):
+        try_detector(model, "here")
