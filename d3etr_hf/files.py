@@ -75,7 +75,7 @@ def copy_whole(source: Path, target: Path) -> None:
     unfinished = target.with_name(f"{target.name}{UNFINISHED}")
     with write_errors(target):
         shutil.copyfile(source, unfinished)
-        with unfinished.open("rb") as file:
+        with unfinished.open("rb+") as file:  # Windows flushes nothing opened for reading alone
             os.fsync(file.fileno())
         unfinished.replace(target)
         flush_folder(target.parent)

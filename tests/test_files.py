@@ -1,13 +1,16 @@
 """Files are written whole or not at all, and damaged ones are refused by name."""
 
+import errno
 import json
 import os
+import stat
 
 import pytest
 from safetensors import SafetensorError
 
 from d3etr_hf.errors import DamagedFileError, WriteError
 from d3etr_hf.files import copy_whole, read_json, write_errors, write_json, write_whole
+from d3etr_hf.training.checkpoints import seal
 
 
 class Interruption(BaseException):
@@ -80,3 +83,27 @@ def test_a_damaged_file_is_refused_with_the_remedy(tmp_path, content):
     with pytest.raises(DamagedFileError, match="results.json is damaged, since it is no JSON .*: remove it") as caught:
         read_json(path, "remove it")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def flushed_as_windows_does(monkeypatch):
+    """There a file that was opened for reading alone cannot be flushed; which files were, in their order."""
+    fcntl, fsync, flushed = pytest.importorskip("fcntl"), os.fsync, []
+
+    def strict(descriptor):
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                raise OSError(errno.EBADF, "Bad file descriptor")
+            flushed.append(descriptor)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", strict)
+    return flushed
+
+
+def test_what_is_flushed_was_opened_for_writing(tmp_path, flushed_as_windows_does):
+    (tmp_path / "a").write_bytes(b"content")
+    copy_whole(tmp_path / "a", tmp_path / "b")
+    seal(tmp_path)
+    assert len(flushed_as_windows_does) == 4  # the copy, and two files and a manifest
+    assert [(tmp_path / name).read_bytes() for name in "ab"] == [b"content"] * 2

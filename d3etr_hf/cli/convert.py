@@ -12,15 +12,17 @@ on from. A dilated backbone (DC5) teaches and is evaluated, and cannot be traine
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
-from d3etr_hf.errors import CommandLineError, OutputFolderError
+from d3etr_hf.errors import CommandLineError, DetectorLoadError, OutputFolderError
+from d3etr_hf.files import UNFINISHED, write_errors
 from d3etr_hf.models.coco_classes import COCO_CLASSES
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.models.official_names import convert_official
-from d3etr_hf.models.pickled_weights import convert_stock_pickle, is_stock_pickle
+from d3etr_hf.models.pickled_weights import convert_stock_pickle, is_of_authors, read_pickle
 
 
 @dataclass
@@ -47,7 +49,9 @@ def main() -> None:
 
 
 def convert_checkpoint(checkpoint: str, output: str, classes: str = "coco", dilated: bool | None = None) -> str:
-    """Convert a published checkpoint, and load what was written.
+    """Convert a published checkpoint, and load what was written; what cannot be loaded leaves nothing behind.
+
+    What the file holds decides whose it is, and not its name or what lies beside it.
 
     Args:
         checkpoint: the authors' `.pth` file, or a pickle beside the `config.json` that Transformers saved with it.
@@ -59,17 +63,36 @@ def convert_checkpoint(checkpoint: str, output: str, classes: str = "coco", dila
         What it has become, in words.
 
     Raises:
-        DetectorLoadError, OutputFolderError, CommandLineError: the message says what to do.
+        DetectorLoadError, OutputFolderError, CommandLineError, WriteError: the message says what to do.
     """
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputFolderError(f"{output} is not empty: give a new folder")
-    if is_stock_pickle(checkpoint):
-        convert_stock_pickle(checkpoint, folder)
-    else:
-        config = convert_official(checkpoint, folder, _class_names(classes), dilated)
-        load_image_processor(None, model_type=config.model_type).save_pretrained(folder)
-    detector = load_detector(output)
+    content = read_pickle(checkpoint)
+    with write_errors(folder):
+        place = folder.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f"{place.name}{UNFINISHED}", dir=place.parent) as beside:
+            unfinished = Path(beside) / place.name
+            if is_of_authors(content):
+                config = convert_official(checkpoint, content, unfinished, _class_names(classes), dilated)
+                load_image_processor(None, model_type=config.model_type).save_pretrained(unfinished)
+            else:
+                convert_stock_pickle(checkpoint, content, unfinished)
+            said = _loaded(checkpoint, unfinished, output)
+            if place.exists():
+                place.rmdir()  # which is empty: not every system lets a folder take its place
+            unfinished.rename(place)
+    return said
+
+
+def _loaded(checkpoint: str, unfinished: Path, output: str) -> str:
+    """What was written, in words, by its last name."""
+    try:
+        detector = load_detector(str(unfinished))
+    except DetectorLoadError as error:
+        reason = str(error).replace(str(unfinished), output)
+        raise DetectorLoadError(f"{checkpoint} became no detector: {reason}") from error
     parameters = sum(parameter.numel() for parameter in detector.parameters())
     note = "" if detector.unsaveable is None else f"; {detector.unsaveable}"
     return f"{output}: {detector.title}, {parameters:,} parameters, {len(detector.class_names)} classes{note}"

@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
-from d3etr_hf.errors import DetectorLoadError, one_line, quoted
+from d3etr_hf.errors import DetectorLoadError, quoted
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.field_values import check_field_values
-from d3etr_hf.models.trial import BUILD_ERRORS, build_on_meta
+from d3etr_hf.models.trial import build_on_meta, library_errors
 from d3etr_hf.models.weight_files import check_finite, check_weight_files
 
 
@@ -51,14 +50,15 @@ def load_backbone_weights(model: Detector, path: str) -> None:
 
 def _read(path: str, backbone_class: Any, config: PreTrainedConfig, what: str) -> tuple[Any, dict]:
     """The backbone of a checkpoint of the same type, and what Transformers says of its loading."""
-    try:
+    with library_errors(f"{what} cannot be read"):
         fields, _ = PreTrainedConfig.get_config_dict(path)
-        if fields.get("model_type") != config.model_type:
-            raise DetectorLoadError(
-                f"{what} are of a {quoted(fields.get('model_type'))} model, model_config has a {config.model_type!r} "
-                "backbone: make the two agree"
-            )
-        check_field_values(fields, type(config), f"{what}: config.json")
+    if fields.get("model_type") != config.model_type:
+        raise DetectorLoadError(
+            f"{what} are of a {quoted(fields.get('model_type'))} model, model_config has a {config.model_type!r} "
+            "backbone: make the two agree"
+        )
+    check_field_values(fields, type(config), f"{what}: config.json")
+    with library_errors(f"{what} cannot be read"):
         check_weight_files(path, what, build_on_meta(backbone_class, type(config).from_dict(fields), what))
         # not AutoBackbone.from_pretrained, which asks the Hub first and refuses folders
         return backbone_class.from_pretrained(
@@ -68,10 +68,6 @@ def _read(path: str, backbone_class: Any, config: PreTrainedConfig, what: str) -
             output_loading_info=True,
             use_safetensors=True,
         )
-    except DetectorLoadError:
-        raise
-    except (SafetensorError, *BUILD_ERRORS) as error:
-        raise DetectorLoadError(f"{what} cannot be read: {one_line(error, 300)}") from error
 
 
 def _refuse_other_computation(backbone, loaded, path: str, config: PreTrainedConfig) -> None:

@@ -160,6 +160,11 @@ class Detector(StockModel):
         """What both sides of every image must be multiples of, pixels; 1 where any will do."""
         return 1
 
+    @property
+    def only_size(self) -> tuple[int, int] | None:
+        """The only height and width of images, pixels, that its configuration lets it take; None of nearly all."""
+        return None
+
     def check_image(self, height: int, width: int) -> None:
         """Refuse a size of images, padding included, that the model cannot take; by default none. Pixels.
 

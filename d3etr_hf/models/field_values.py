@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -56,9 +57,19 @@ def check_field_values(fields: dict[str, Any], config_class: type[PreTrainedConf
             raise DetectorLoadError(
                 f"{place}: {name} is {quoted(value)}, which is no activation; there are {', '.join(sorted(ACT2FN))}"
             )
+        if name in ("dtype", "torch_dtype") and not _is_precision(value):
+            raise DetectorLoadError(
+                f"{place}: {name} is {quoted(value)}, which is no precision of weights: float32, float16 or bfloat16"
+            )
         for single in _flat(value, f"{place}: {name}"):
             if wrong := _what_is_wrong(name, single, default):
                 raise DetectorLoadError(f"{place}: {name} is {quoted(value)}: {wrong}")
+
+
+def _is_precision(value: Any) -> bool:
+    """Whether it names floating-point numbers of PyTorch, or none."""
+    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    return value is None or (isinstance(found, torch.dtype) and found.is_floating_point)
 
 
 def _names(known: Any) -> list[str]:

@@ -24,7 +24,7 @@ from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processor_checks import CHANNELS, check_settings
 from d3etr_hf.models.loading import DEFAULT_FAMILY, FAMILIES
 from d3etr_hf.models.other_detector import OtherDetector
-from d3etr_hf.models.trial import BUILD_ERRORS
+from d3etr_hf.models.trial import library_errors
 
 logger = logging.get_logger(__name__)
 
@@ -202,15 +202,10 @@ def _saved_image_processor(path: str) -> BaseImageProcessor | None:
         logger.warning(f"{path} holds no image processor, so its pixel scaling cannot be checked")
         return None
     check_settings(settings, what)
-    try:
+    with library_errors(f"{what} could not be read, or makes no pixels of an image", "copy or download it again"):
         if settings.get("image_processor_type") == RF_DETR:
             processor = RfDetrImageProcessorPil.from_pretrained(path)
         else:
             processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
         processor(TRIED, return_tensors="pt")
-    except BUILD_ERRORS as error:
-        raise DetectorLoadError(
-            f"{what} could not be read, or makes no pixels of an image ({type(error).__name__}: "
-            f"{one_line(error, 300)}); copy or download it again"
-        ) from error
     return processor

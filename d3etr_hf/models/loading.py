@@ -3,17 +3,15 @@
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import logging
 
 from d3etr_hf.configurations import option
-from d3etr_hf.errors import DetectorLoadError, one_line, quoted
+from d3etr_hf.errors import DetectorLoadError, quoted
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
 from d3etr_hf.models.families import DEFAULT_FAMILY, FAMILIES, family_of_type
@@ -32,7 +30,7 @@ from d3etr_hf.models.timm_names import (
     timm_backbone,
     why_not_native,
 )
-from d3etr_hf.models.trial import BUILD_ERRORS, build_errors, build_on_meta, try_detector
+from d3etr_hf.models.trial import build_errors, build_on_meta, library_errors, try_detector
 from d3etr_hf.models.weight_files import AGAIN, check_loaded, check_weight_files, quiet_loading
 
 logger = logging.get_logger(__name__)
@@ -103,20 +101,18 @@ def load_detector(path: str, role: str = "model") -> Detector:
     family, config, timm = _check_checkpoint(path, what)
     check_weight_files(path, what, build_on_meta(family, config, what))
     names = None if timm is None else TIMM_NAMES
-    try:
-        with quiet_loading():
-            model, info = family.from_pretrained(
-                path,
-                config=config,
-                key_mapping=names,
-                output_loading_info=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # which are told by name below
-            )
-    except (EOFError, UnpicklingError, SafetensorError, *BUILD_ERRORS) as error:
-        raise DetectorLoadError(
-            f"{what}: the weights could not be read, or do not fit its config.json ({one_line(error, 300)}); {AGAIN}"
-        ) from error
+    with (
+        quiet_loading(),
+        library_errors(f"{what}: the weights could not be read, or do not fit its config.json", AGAIN),
+    ):
+        model, info = family.from_pretrained(
+            path,
+            config=config,
+            key_mapping=names,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # which are told by name below
+        )
     check_loaded(model, info, what)
     if timm is not None and timm.output_stride == DILATED_STRIDE:
         dilate_last_stage(model.backbone_module)
@@ -169,13 +165,13 @@ def _check_checkpoint(path: str, what: str) -> tuple[type[Detector], PreTrainedC
             f"{what} is no detector: its architectures are {quoted(config.architectures)}, and "
             f"{family.stock_class.__name__} is needed"
         )
-    with build_errors(what):
-        refuse_missing_timm(config, what)
-        timm = timm_backbone(config)
-        if timm is not None and why_not_native(timm) is None:
-            config.backbone_config = native_resnet(timm)
-        else:
-            timm = None
+    refuse_missing_timm(config, what)
+    timm = timm_backbone(config)
+    if timm is not None and why_not_native(timm) is None:
+        config.backbone_config = native_resnet(timm)
+    else:
+        timm = None
+    with build_errors(what, (ValueError,)):
         family.check_config(config)
     return family, config, timm
 
@@ -188,15 +184,11 @@ def _read_config(path: str, what: str) -> PreTrainedConfig:
         )
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise DetectorLoadError(f"{what}: there is no such folder, and it is no Hub id (owner/name)")
-    try:
+    with library_errors(
+        f"{what}: no model configuration could be read from there",
+        "give a folder with a config.json, or the id of a model on the Hub",
+    ):
         return read_config(path, what)
-    except DetectorLoadError:
-        raise
-    except BUILD_ERRORS as error:
-        raise DetectorLoadError(
-            f"{what}: no model configuration could be read from there ({one_line(error, 300)}); give a folder with a "
-            "config.json, or the id of a model on the Hub"
-        ) from error
 
 
 def read_model_options(arguments: ModelArguments) -> dict | None:

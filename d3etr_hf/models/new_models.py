@@ -11,7 +11,7 @@ from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.families import DEFAULT_FAMILY, family_of_type
 from d3etr_hf.models.field_values import check_field_values
 from d3etr_hf.models.timm_names import refuse_missing_timm
-from d3etr_hf.models.trial import build_errors, build_on_meta, try_detector
+from d3etr_hf.models.trial import FIELD_ERRORS, build_errors, build_on_meta, try_detector
 
 
 def read_model_config(path: str) -> dict:
@@ -41,11 +41,12 @@ def new_model(options: Any, class_names: list[str], place: str) -> Detector:
     options = dict(options)
     model_type = options.pop("model_type", DEFAULT_FAMILY)
     family, id2label = family_of_type(model_type, place), dict(enumerate(class_names))
-    with build_errors(place):
+    with build_errors(place, FIELD_ERRORS):
         config = CONFIG_MAPPING[model_type](
             **options, id2label=id2label, label2id={name: index for index, name in id2label.items()}
         )
-        refuse_missing_timm(config, place, "a new model builds it by timm itself")
+    refuse_missing_timm(config, place, "a new model builds it by timm itself")
+    with build_errors(place, (ValueError,)):
         family.check_config(config)
     build_on_meta(family, config, place)
     with build_errors(place):

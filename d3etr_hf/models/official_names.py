@@ -1,6 +1,6 @@
 """Checkpoints as the authors of DETR and of Conditional DETR publish them (`.pth`), as stock checkpoints.
 
-They are pickles, which `pickled_weights` alone opens.
+They are pickles, which `pickled_weights` alone opens: here is what they hold.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from transformers import ConditionalDetrForObjectDetection, DetrForObjectDetecti
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from d3etr_hf.errors import DetectorLoadError
-from d3etr_hf.models.pickled_weights import are_tensors, read_pickle
 from d3etr_hf.models.timm_names import DILATED_STRIDE, RESNETS, TIMM_NAMES, WIDTHS
 
 # heads show in no tensor; all that the authors published have so many
@@ -48,21 +47,25 @@ OFFICIAL_NAMES = {
 }
 
 
-def convert_official(path: str, folder: Path, class_names: list[str], dilated: bool | None = None) -> PreTrainedConfig:
+def convert_official(
+    path: str, content: dict, folder: Path, class_names: list[str], dilated: bool | None = None
+) -> PreTrainedConfig:
     """Write a folder with `config.json` and `model.safetensors` that holds what a published checkpoint holds.
 
     A dilated backbone (DC5) stays one of timm's in the folder, since Transformers' own ResNet cannot be dilated.
 
     Args:
-        path: the `.pth` file.
+        path: the `.pth` file, as the errors call it.
+        content: what it holds: see `is_of_authors`.
         folder: where to write; it is made.
         class_names: in the order of the class head's outputs.
         dilated: whether the backbone is dilated, which shows in no tensor; None: as the file's options say.
 
     Raises:
-        DetectorLoadError: the file cannot be read safely, or is of another model or of other classes.
+        DetectorLoadError: it is of another model or of other classes.
     """
-    tensors, options = read_official(path)
+    tensors, saved_options = content["model"], content.get("args")
+    options = vars(saved_options) if isinstance(saved_options, argparse.Namespace) else {}
     dilated = options.get("dilation") if dilated is None else dilated
     if dilated is None:
         raise DetectorLoadError(
@@ -83,20 +86,6 @@ def convert_official(path: str, folder: Path, class_names: list[str], dilated: b
     model.config.save_pretrained(folder)
     save_file(_renamed(tensors, OFFICIAL_NAMES), folder / SAFE_WEIGHTS_NAME, {"format": "pt"})
     return model.config
-
-
-def read_official(path: str) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a published file by the authors' names, and the options that it was trained with, if it has them.
-
-    Raises:
-        DetectorLoadError: it cannot be read, or holds anything but tensors, plain values and options.
-    """
-    checkpoint = read_pickle(path)
-    tensors = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not are_tensors(tensors):
-        raise DetectorLoadError(f"{path} holds no 'model' with tensors by name, as the authors' checkpoints do")
-    options = checkpoint.get("args")
-    return tensors, vars(options) if isinstance(options, argparse.Namespace) else {}
 
 
 def _stock_class(

@@ -3,15 +3,14 @@
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForObjectDetection, PreTrainedModel
 
-from d3etr_hf.errors import DetectorLoadError, one_line
+from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.losses import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
 from d3etr_hf.models.detector import class_names_of
 from d3etr_hf.models.timm_names import read_config
-from d3etr_hf.models.trial import BUILD_ERRORS, build_on_meta
+from d3etr_hf.models.trial import build_on_meta, library_errors
 from d3etr_hf.models.weight_files import check_loaded, check_weight_files, quiet_loading
 from d3etr_hf.outputs import OWN, DetectorOutput, GroupOutput, GroupRequest, Scores, SelectedScores, wide
 from d3etr_hf.outputs.attention_maps import valid_sizes
@@ -142,21 +141,18 @@ def load_other_detector(path: str, model_type: str) -> OtherDetector:
     what = f"teacher {path!r}"
     config = read_config(path, what)
     check_weight_files(path, what, build_on_meta(AutoModelForObjectDetection.from_config, config, what))
-    try:
-        with quiet_loading():
-            model, info = AutoModelForObjectDetection.from_pretrained(
-                path,
-                config=config,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                output_loading_info=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # which are told by name below
-            )
-    except (SafetensorError, *BUILD_ERRORS) as error:
-        raise DetectorLoadError(
-            f"{what} is a {model_type!r} model, which Transformers does not load as a detector "
-            f"({one_line(error, 300)})"
-        ) from error
+    with (
+        quiet_loading(),
+        library_errors(f"{what} is a {model_type!r} model, which Transformers does not load as a detector"),
+    ):
+        model, info = AutoModelForObjectDetection.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # which are told by name below
+        )
     check_loaded(model, info, what)
     return OtherDetector(model)

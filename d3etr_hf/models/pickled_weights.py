@@ -43,26 +43,35 @@ def are_tensors(content: Any) -> bool:
     return isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
 
 
-def is_stock_pickle(path: str) -> bool:
-    """Whether a file lies as Transformers saved its weights once: beside a config.json."""
-    return Path(path).with_name(CONFIG_NAME).is_file()
+def is_of_authors(content: Any) -> bool:
+    """Whether a pickle is laid out as the authors' code saves it: with tensors by name under "model"."""
+    tensors = content.get("model") if isinstance(content, dict) else None
+    return bool(tensors) and are_tensors(tensors)
 
 
-def convert_stock_pickle(path: str, folder: Path) -> None:
+def convert_stock_pickle(path: str, tensors: Any, folder: Path) -> None:
     """Write the folder again in which Transformers saved a pickle, with `model.safetensors` in its place.
 
     Args:
         path: the pickle, beside its `config.json`.
+        tensors: what it holds.
         folder: where to write; it is made.
 
     Raises:
-        DetectorLoadError: the file cannot be read safely, or holds not a model's tensors.
+        DetectorLoadError: it holds not a model's tensors, or there is no configuration beside it.
     """
     if "-of-" in Path(path).name:
         raise DetectorLoadError(f"{path} is one of several parts of a checkpoint: save it in one, or as safetensors")
-    tensors = read_pickle(path)
     if not are_tensors(tensors) or not tensors:
-        raise DetectorLoadError(f"{path} holds no tensors by name, as Transformers' pytorch_model.bin does")
+        raise DetectorLoadError(
+            f"{path} holds no tensors by name, neither as Transformers' pytorch_model.bin does nor under 'model', as "
+            "the authors' checkpoints do"
+        )
+    if not Path(path).with_name(CONFIG_NAME).is_file():
+        raise DetectorLoadError(
+            f"{path} holds tensors as Transformers' pytorch_model.bin does: put the {CONFIG_NAME} that was saved with "
+            "it beside it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     # tied tensors are one in a pickle, and may be none in safetensors
     own = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}

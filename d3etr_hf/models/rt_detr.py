@@ -100,6 +100,9 @@ class ProposalDetector(SampledMemoryDetector):
     @classmethod
     def check_config(cls, config) -> None:
         width, levels = config.encoder_hidden_dim, cls.levels_of(config)
+        method = getattr(config, "decoder_method", "default")  # of its heirs
+        if method not in ("default", "discrete"):
+            raise ValueError(f"decoder_method is {method!r}: there are default and discrete")
         if width % 4 or (config.encoder_layers and width % config.encoder_attention_heads):
             raise ValueError(
                 f"encoder_hidden_dim {width} must be a multiple of 4, for its sine embeddings, and of "
@@ -142,6 +145,11 @@ class ProposalDetector(SampledMemoryDetector):
         levels = self.levels_of(self.config)
         return self.config.feat_strides[levels - 1] if levels > 1 else 1
 
+    @property
+    def only_size(self) -> tuple[int, int] | None:
+        height, width = self.config.anchor_image_size or (0, 0)
+        return (height, width) if height and width else None
+
     def check_image(self, height: int, width: int) -> None:
         if height % self.side_divisor or width % self.side_divisor:
             raise ImageSizeError(
@@ -154,11 +162,11 @@ class ProposalDetector(SampledMemoryDetector):
     def forward_groups(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, request: GroupRequest
     ) -> DetectorOutput:
-        (height, width), anchored = pixel_values.shape[-2:], self.config.anchor_image_size
-        if anchored and not self.training and (height, width) != tuple(anchored):
+        size, only = tuple(pixel_values.shape[-2:]), self.only_size
+        if only is not None and not self.training and size != only:
             raise ImageSizeError(
-                f"an image of {width} x {height} pixels: anchor_image_size in its config.json holds it to "
-                f"{anchored[1]} x {anchored[0]} pixels; resize images to that, or set it to null there"
+                f"an image of {size[1]} x {size[0]} pixels: anchor_image_size in its config.json holds it to "
+                f"{only[1]} x {only[0]} pixels; resize images to that, or set it to null there"
             )
         return super().forward_groups(pixel_values, pixel_mask, request)
 

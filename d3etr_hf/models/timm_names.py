@@ -77,6 +77,9 @@ def read_config(path: str, what: str) -> PreTrainedConfig:
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     for name, value in options.items():
         setattr(config.backbone_config, "num_channels" if name == "in_chans" else name, value)
+    if getattr(config, "num_feature_levels", None) == 1:
+        # encoders of one scale took the last stage, whatever the options that were saved with them say
+        config.backbone_config.out_indices = [-1]
     return config
 
 

@@ -1,61 +1,82 @@
 """A model of a configuration, tried before it is used: built of nothing, and given one small image."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
-from d3etr_hf.errors import DetectorLoadError, ImageSizeError, one_line
+from d3etr_hf.errors import DetectorLoadError, ImageSizeError, UserError, one_line
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.outputs import OWN
+
+logger = logging.get_logger(__name__)
 
 # no detector comes near: the largest that are public have some thousand modules and half as many parameters
 MOST_MODULES, MOST_PARAMETERS = 10_000, 10**9
 # of images that are tried, in pixels, until one has a token for each query that is chosen from them
 SIDES = (64, 128, 256, 512, 1024)
-# what Transformers and PyTorch raise of values that make no model
+# the least of them at which a failure is no fault of the image: of 64 pixels a coarse level has a single token, which
+# a norm of the stock model may refuse
+LARGE_ENOUGH = 256
+# what Transformers and PyTorch raise of values that make no model, or of a package that a backbone needs
 BUILD_ERRORS = (
     ArithmeticError,
     AssertionError,
-    AttributeError,
     ImportError,
     LookupError,
-    NameError,
-    OSError,
-    RecursionError,
     RuntimeError,
     StrictDataclassError,
     TypeError,
     ValueError,
 )
+# and of a configuration's fields, which it takes for what they are not
+FIELD_ERRORS = (*BUILD_ERRORS, AttributeError)
+# and of files that cannot be read, or are not there
+READ_ERRORS = (*FIELD_ERRORS, EOFError, OSError, SafetensorError, UnpicklingError)
 
 
 @contextmanager
-def build_errors(what: str) -> Iterator[None]:
-    """Within this context, what a library says of a configuration that makes no model becomes one error.
+def library_errors(problem: str, remedy: str = "", kinds: tuple[type[Exception], ...] = READ_ERRORS) -> Iterator[None]:
+    """Within this context, what a library says becomes one error.
+
+    Errors that say what to do, and a lack of memory, stay as they are.
 
     Args:
-        what: where the configuration is from, as the error calls it.
+        problem: what it could not do, and with what.
+        remedy: what to do, as the error says it after the library's words.
+        kinds: what is expected of the library.
 
     Raises:
         DetectorLoadError: see above.
     """
     try:
         yield
-    except DetectorLoadError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except BUILD_ERRORS as error:
-        raise DetectorLoadError(
-            f"{what}: no model can be built from these values ({type(error).__name__}: {one_line(error, 300)})"
-        ) from error
+    except kinds as error:
+        said = f"{problem} ({type(error).__name__}: {one_line(error, 300)})"
+        raise DetectorLoadError(f"{said}; {remedy}" if remedy else said) from error
+
+
+def build_errors(what: str, kinds: tuple[type[Exception], ...] = BUILD_ERRORS) -> AbstractContextManager[None]:
+    """`library_errors` of a configuration that makes no model.
+
+    Args:
+        what: where the configuration is from, as the error calls it.
+        kinds: what is expected of the library, or of a family's own check.
+    """
+    return library_errors(f"{what}: no model can be built from these values", kinds=kinds)
 
 
 def build_on_meta(build: Callable[[PreTrainedConfig], nn.Module], config: PreTrainedConfig, what: str) -> Any:
@@ -102,7 +123,8 @@ def _size_limit(what: str) -> Iterator[None]:
 def try_detector(model: Detector, what: str) -> None:
     """Give a detector one small image: values that fit nothing but build are found before anything long.
 
-    The model and the random numbers are left as they are.
+    The model and the random numbers are left as they are. What takes no image of up to 1024 pixels a side stays
+    untried, with a warning.
 
     Args:
         model: a detector with its weights.
@@ -113,9 +135,9 @@ def try_detector(model: Detector, what: str) -> None:
     """
     training = model.training
     try:
-        with build_errors(what), torch.random.fork_rng(devices=[]), torch.no_grad():
-            model.criterion()
-            own = _predictions(model.eval())
+        model.criterion()  # made of fields that were checked: what fails there is a bug
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), build_errors(what, FIELD_ERRORS):
+            own = _predictions(model.eval(), what)
     finally:
         model.train(training)
     if own is not None and not own.logits.shape[2]:
@@ -127,16 +149,31 @@ def try_detector(model: Detector, what: str) -> None:
         )
 
 
-def _predictions(model: Detector) -> Any:
+def _predictions(model: Detector, what: str) -> Any:
     """Of the smallest image that the model takes; None of one that takes none of these sizes."""
-    divisor = model.side_divisor
-    for least in SIDES:
-        side = int(-(-least // divisor) * divisor)
-        pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    for height, width in _sizes(model):
+        pixels = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
         try:
-            model.check_image(side, side)
-            output = model.try_image(pixels.to(model.device, model.dtype))
+            model.check_image(height, width)
+            return model.try_image(pixels.to(model.device, model.dtype)).groups[OWN]
         except ImageSizeError:
             continue
-        return output.groups[OWN]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError):
+            if max(height, width) >= LARGE_ENOUGH or model.only_size is not None:
+                raise
+    logger.warning(
+        f"{what}: not tried before it is used, since it takes no image of up to {SIDES[-1]} pixels a side: its "
+        "configuration may be wrong"
+    )
     return None
+
+
+def _sizes(model: Detector) -> list[tuple[int, int]]:
+    """Heights and widths, pixels, that it may take."""
+    if model.only_size is not None:
+        return [model.only_size] if max(model.only_size) <= SIDES[-1] else []
+    divisor = model.side_divisor
+    sides = [int(-(-least // divisor) * divisor) for least in SIDES]
+    return list(zip(sides, sides, strict=True))

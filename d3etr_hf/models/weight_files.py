@@ -1,8 +1,9 @@
 """The weights of a checkpoint: which files are read, and what their tensors must be."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from logging import Filter, LogRecord
 from pathlib import Path
 
 import torch
@@ -19,17 +20,31 @@ AGAIN = "copy or download the checkpoint again"
 FLOATING = re.compile(r"B?F\d")
 COUNTER = "num_batches_tracked"  # a frozen batch norm counts nothing, and files have it all the same
 SHOWN = 3
+# who reports tensors that do not fit, and words of the report
+REPORTS = {"transformers.modeling_utils": "LOAD REPORT", "d3etr_hf.models.detector": "start afresh"}
+
+logger = logging.get_logger(__name__)
+
+
+class _WithoutReports(Filter):
+    def filter(self, record: LogRecord) -> bool:
+        return not any(words in record.getMessage() for words in REPORTS.values())
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Transformers does not list the tensors that do not fit, by the table: `check_loaded` names them in one line."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    """Tensors that do not fit are not listed, by Transformers' table or otherwise: `check_loaded` names them.
+
+    All other warnings are heard.
+    """
+    reporting, quiet = [logging.get_logger(name) for name in REPORTS], _WithoutReports()
+    for each in reporting:
+        each.addFilter(quiet)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        for each in reporting:
+            each.removeFilter(quiet)
 
 
 def check_weight_files(path: str, what: str, model: nn.Module) -> None:
@@ -115,11 +130,11 @@ def _shard(path: str, index: Path, name: str, what: str) -> Path:
 
 
 def check_loaded(model: nn.Module, info: dict, what: str) -> None:
-    """Refuse a model that its checkpoint does not fill, or fills with what no model has.
+    """Refuse a model that its checkpoint does not fill, or whose layers have more in it than in the model.
 
-    A tensor more than the model has is refused, too: it would be of another architecture, or of layers that the
-    configuration leaves out. Batch norm's counters and buffers that a model computes itself, as older files have
-    them, are none, and neither is what the model's class says may be there.
+    A layer that the configuration leaves out, or a part that a layer does not have, is of another architecture. Other
+    tensors besides, outside of the model's layers, as of another head, are left out with one warning; batch norm's
+    counters, buffers that a model computes itself, and what the model's class says may be there, without.
 
     Args:
         model: the model, loaded.
@@ -130,15 +145,28 @@ def check_loaded(model: nn.Module, info: dict, what: str) -> None:
         DetectorLoadError: the message has the first three tensors.
     """
     own = {name for name, _ in model.named_buffers()}
+    modules = {name for name, _ in model.named_modules()}
     unexpected = [key for key in info["unexpected_keys"] if key not in own and key.rpartition(".")[2] != COUNTER]
+    of_layers = [key for key in unexpected if _is_of_a_layer(key, modules)]
     shapes = [f"{key} {list(there)} for {list(here)}" for key, there, here in info["mismatched_keys"]]
     for tensors, problem in (
         (info["missing_keys"], "missing"),
         (shapes, "of another shape than config.json says"),
-        (unexpected, "of no part of the model that config.json says"),
+        (of_layers, "of layers of another architecture than config.json says"),
     ):
         _refuse(what, "the weights", tensors, problem)
     check_finite(model, what)
+    if unexpected:
+        logger.warning(
+            f"{what}: the weights: {len(unexpected)} tensors are of no part of the model and left out, the first "
+            f"{_first(unexpected)}"
+        )
+
+
+def _is_of_a_layer(tensor: str, modules: set[str]) -> bool:
+    """Whether a tensor is named as of an entry of one of the model's lists of layers, be it there or not."""
+    parts = tensor.split(".")
+    return any(part.isdigit() and ".".join(parts[:place]) in modules for place, part in enumerate(parts) if place)
 
 
 def check_finite(model: nn.Module, what: str) -> None:
@@ -149,12 +177,21 @@ def check_finite(model: nn.Module, what: str) -> None:
     """
     values = model.state_dict().items()
     broken = [name for name, value in values if value.is_floating_point() and not torch.isfinite(value).all()]
-    _refuse(what, "the weights", broken, "not finite, as after a training that diverged: take an earlier one, or")
+    _refuse(
+        what,
+        "the weights",
+        broken,
+        "not finite",
+        f"as after a training that diverged: take an earlier one, or {AGAIN}",
+    )
 
 
-def _refuse(what: str, file: str, tensors, problem: str) -> None:
+def _refuse(what: str, file: str, tensors: Collection[str], problem: str, remedy: str = AGAIN) -> None:
     if tensors:
         raise DetectorLoadError(
-            f"{what}: {file}: {len(tensors)} tensors are {problem}, the first "
-            f"{', '.join(one_line(name) for name in sorted(tensors)[:SHOWN])}; {AGAIN}"
+            f"{what}: {file}: {len(tensors)} tensors are {problem}, the first {_first(tensors)}; {remedy}"
         )
+
+
+def _first(tensors: Collection[str]) -> str:
+    return ", ".join(one_line(name) for name in sorted(tensors)[:SHOWN])

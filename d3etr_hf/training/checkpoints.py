@@ -33,7 +33,7 @@ def seal(folder: Path) -> None:
     """Have all files of a checkpoint on the disk, and then write its manifest: from now on it counts."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
-        with path.open("rb") as file:
+        with path.open("rb+") as file:  # Windows flushes nothing that was opened for reading alone
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     write_json(folder / MANIFEST, {"files": files})

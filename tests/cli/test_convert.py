@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForObjectDetection, ConditionalDetrConfig, DetrConfig, ResNetConfig
 
 from d3etr_hf.cli import convert
-from d3etr_hf.errors import CommandLineError, DetectorLoadError, OutputFolderError
+from d3etr_hf.errors import CommandLineError, DetectorLoadError, OutputFolderError, WriteError
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import FAMILIES, load_detector
 from tests.tiny import perturb, tiny_model
@@ -188,7 +188,7 @@ def test_only_tensors_and_options_are_let_in(tmp_path, kind, monkeypatch):
         message = "there is no such file"
     else:
         torch.save({"state_dict": {}}, path)
-        message = "holds no 'model' with tensors by name"
+        message = "holds no tensors by name, neither .* nor under 'model', as the authors' checkpoints do"
     with pytest.raises(DetectorLoadError, match=f"official.pth.*{message}"):
         convert.convert_checkpoint("official.pth", "converted")
     assert not (tmp_path / "it_ran").exists() and not (tmp_path / "converted").exists()
@@ -245,3 +245,55 @@ def test_folder_in_use_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(OutputFolderError, match="is not empty"):
         convert.convert_checkpoint("official.pth", str(tmp_path))
+
+
+def test_an_authors_file_in_a_models_folder_is_one_of_the_authors(tmp_path):
+    """Whatever lies beside it: what the file holds decides."""
+    model, names = detector(classes=2), tmp_path / "names.txt"
+    names.write_text("cell\nplatelet\n")
+    tiny_model().save_pretrained(tmp_path / "other")
+    path = write(tmp_path / "other/official.pth", authors_tensors(model))
+    assert "2 classes" in convert.convert_checkpoint(path, str(tmp_path / "new"), str(names))
+    torch.testing.assert_close(load_detector(str(tmp_path / "new")).state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_a_stock_pickle_without_its_configuration_is_named(tmp_path):
+    torch.save(tiny_model().to_stock().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(DetectorLoadError, match=r"pytorch_model.bin .*put the config.json .* beside it"):
+        convert.convert_checkpoint(str(tmp_path / "pytorch_model.bin"), str(tmp_path / "new"))
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A folder of Transformers' with a pickle."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "old")
+    torch.save(model.to_stock().state_dict(), tmp_path / "old/pytorch_model.bin")
+    return tmp_path / "old/pytorch_model.bin"
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_what_cannot_be_loaded_leaves_no_folder(tmp_path, old, made):
+    """So that the next try, with the file that was mended, finds the place as it was."""
+    new, config = tmp_path / "deep/new", old.with_name("config.json")
+    whole = config.read_text()
+    config.write_text(json.dumps(json.loads(whole) | {"decoder_layers": 2}))
+    if made:
+        new.mkdir(parents=True)
+    with pytest.raises(DetectorLoadError, match=rf"^{old} became no detector: model '{new}': .* another architecture"):
+        convert.convert_checkpoint(str(old), str(new))
+    assert [*new.parent.iterdir()] == [new] * made
+    config.write_text(whole)
+    assert "3 classes" in convert.convert_checkpoint(str(old), str(new))
+    assert load_detector(str(new)) and [*new.parent.iterdir()] == [new]
+
+
+@pytest.mark.parametrize("place", ["d3etr_hf.models.pickled_weights.save_file", "shutil.copyfile"])
+def test_a_full_disk_is_one_error(tmp_path, old, monkeypatch, place):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(place, full)
+    with pytest.raises(WriteError, match=rf"{tmp_path / 'new'} cannot be written \(No space left on device\)"):
+        convert.convert_checkpoint(str(old), str(tmp_path / "new"))
+    assert [*tmp_path.iterdir()] == [old.parent]

@@ -13,7 +13,7 @@ from transformers import AutoModelForObjectDetection
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.loading import ModelArguments, build_model, load_detector
 from d3etr_hf.outputs import OWN, GroupRequest
-from tests.tiny import tiny_model
+from tests.tiny import tiny_config, tiny_model
 
 # as microsoft/conditional-detr-resnet-50 has them, field by field; its transformer made small
 CONDITIONAL_DETR = {
@@ -273,6 +273,27 @@ def test_other_timm_backbones_need_timm(tmp_path, changes, reason, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(DETR | changes))
     with pytest.raises(DetectorLoadError, match=rf"timm backbone .*{reason}.*d3etr_hf\[timm\]"):
         load_detector(str(tmp_path), "teacher")
+
+
+def test_a_single_scale_detector_takes_the_last_stage_whatever_is_written(tmp_path):
+    """As SenseTime/deformable-detr-single-scale has its fields: its convolution encoder never read `out_indices`."""
+    backbone = {"backbone_config": None, "backbone": "resnet18", "use_timm_backbone": True}
+    options = {"num_feature_levels": 1, "with_box_refine": False, "num_queries": 7}
+    whole = {"backbone_config": tiny_config().backbone_config}
+    tiny_model(model_type="deformable_detr", **options, **whole).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(fields | backbone | {"backbone_kwargs": {"in_chans": 3, "out_indices": [2, 3, 4]}})
+    )
+    rest, weights = load_file(tmp_path / "model.safetensors"), timm_weights("resnet18")
+    kept = {name: value for name, value in rest.items() if ".backbone." not in name}
+    kept["model.input_proj.0.0.weight"] = 0.05 * torch.randn(32, 512, 1, 1)
+    renamed = {f"model.backbone.conv_encoder.model.{name}": value for name, value in weights.items()}
+    save_file(kept | renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        levels = load_detector(str(tmp_path)).backbone_module(pixels_of()).feature_maps
+    assert len(levels) == 1
+    close(levels[0], slow_resnet(weights, pixels_of(), "resnet18")[-1])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")

@@ -4,9 +4,15 @@ import time
 
 import pytest
 import torch
-from transformers import ConditionalDetrConfig, ConvNextConfig
+from transformers import (
+    ConditionalDetrConfig,
+    ConvNextConfig,
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    ResNetConfig,
+)
 
-from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.errors import DatasetError, DetectorLoadError, ImageSizeError
 from d3etr_hf.models.loading import FAMILIES
 from d3etr_hf.models.trial import MOST_MODULES, build_on_meta, try_detector
 from tests.tiny import tiny_config, tiny_model
@@ -62,4 +68,107 @@ def test_predictions_that_are_not_finite_are_refused():
     model = tiny_model()
     model.class_labels_classifier.weight.data.fill_(3e38)
     with pytest.raises(DetectorLoadError, match="here: what it predicts of an image of noise is not finite"):
+        try_detector(model, "here")
+
+
+def test_an_image_that_is_too_small_is_no_fault_of_the_values(caplog):
+    """Group norm of one channel a group takes no level of a single pixel, of 64 pixels at a stride of 64."""
+    config = DeformableDetrConfig(
+        backbone_config=ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, out_features=["stage2", "stage3", "stage4"]
+        ),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        num_queries=7,
+    )
+    stock = DeformableDetrForObjectDetection(config).eval()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        stock(torch.rand(1, 3, 64, 64))
+    try_detector(FAMILIES["deformable_detr"](config), "here")
+    assert not caplog.text
+
+
+def test_what_fails_at_every_size_is_told_of_the_largest(monkeypatch):
+    model, sides = tiny_model(), []
+
+    def fail(pixels):
+        sides.append(pixels.shape[-1])
+        raise ValueError(f"nothing of {sides[-1]} pixels")
+
+    monkeypatch.setattr(model, "try_image", fail)
+    with pytest.raises(DetectorLoadError, match=r"here: .*\(ValueError: nothing of 256 pixels\)"):
+        try_detector(model, "here")
+    assert sides == [64, 128, 256]
+
+
+def test_a_model_for_larger_images_is_said_to_be_untried(monkeypatch, caplog):
+    model = tiny_model()
+
+    def refuse(height, width):
+        raise ImageSizeError(f"{height} x {width}")
+
+    monkeypatch.setattr(model, "check_image", refuse)
+    try_detector(model, "here")
+    assert "here: not tried before it is used, since it takes no image of up to 1024 pixels a side" in caplog.text
+
+
+def test_a_model_of_one_size_is_tried_at_that(monkeypatch, caplog):
+    model, sizes = tiny_model(1, "rt_detr", anchor_image_size=[96, 64]), []
+    forward = type(model).try_image
+    monkeypatch.setattr(model, "try_image", lambda pixels: sizes.append(pixels.shape[2:]) or forward(model, pixels))
+    try_detector(model, "here")
+    assert sizes == [(96, 64)] and not caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        NameError("name 'nonsense' is not defined"),
+        ConnectionResetError("the network is down"),
+    ],
+)
+def test_neither_bugs_nor_machines_are_blamed_on_the_values(monkeypatch, error):
+    model = tiny_model()
+
+    def fail(*_):
+        raise error
+
+    with pytest.raises(type(error)):
+        build_on_meta(fail, model.config, "here")
+    monkeypatch.setattr(model, "try_image", fail)
+    with pytest.raises(type(error)):
+        try_detector(model, "here")
+
+
+def test_only_a_forward_pass_may_lack_an_attribute(monkeypatch):
+    """Of fields like `return_dict` other kinds of output come; what builds has checked fields."""
+    model = tiny_model()
+
+    def fail(*_):
+        raise AttributeError("'tuple' object has no attribute 'items'")
+
+    with pytest.raises(AttributeError):
+        build_on_meta(fail, model.config, "here")
+    monkeypatch.setattr(model, "try_image", fail)
+    with pytest.raises(DetectorLoadError, match="here: no model can be built .*AttributeError"):
+        try_detector(model, "here")
+
+
+def test_errors_that_say_what_to_do_stay_as_they_are():
+    def fail(config):
+        raise DatasetError("another remedy")
+
+    with pytest.raises(DatasetError, match="^another remedy$"):
+        build_on_meta(fail, tiny_config(), "here")
+
+
+def test_what_is_wrong_in_the_package_itself_is_no_refusal(monkeypatch):
+    """A criterion is made of fields that were checked: what fails there would be a bug."""
+    model = tiny_model()
+    monkeypatch.setattr(model, "criterion", lambda: [][0])
+    with pytest.raises(IndexError):
         try_detector(model, "here")

@@ -1,12 +1,14 @@
 """Weights of a checkpoint: no pickle, nothing from elsewhere, and just the tensors that the model has."""
 
 import json
+import logging
 import pickle
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import SwinConfig
+from transformers.utils import logging as transformers_logging
 
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.loading import FAMILIES, load_detector, load_teacher
@@ -49,25 +51,63 @@ def refused(folder, message, load=load_detector) -> None:
         ({HEAD: torch.zeros(3, 32)}, rf"1 tensors are of another shape .*{HEAD} \[3, 32\] for \[32, 32\]"),
         ({HEAD: torch.ones(32, 32, dtype=torch.int64)}, rf"{FILE}: 1 tensors are no floating point.* {HEAD} \(I64\)"),
         ({HEAD: torch.ones(32, 32, dtype=torch.bool)}, rf"{FILE}: 1 tensors are no floating point.*BOOL"),
-        ({HEAD: torch.ones(32, 32) * torch.nan}, rf"1 tensors are not finite, .*{HEAD}"),
-        ({HEAD: torch.ones(32, 32) / 0}, rf"1 tensors are not finite, .*{HEAD}"),
         (
-            {f"bert.layer.{layer}.weight": torch.ones(2) for layer in range(5)},
-            r"5 tensors are of no part .* bert.layer.0.weight, bert.layer.1.weight, bert.layer.2.weight; ",
+            {HEAD: torch.ones(32, 32) * torch.nan},
+            rf"1 tensors are not finite, the first {HEAD}; as after .* diverged: take an earlier one, or copy",
         ),
+        ({HEAD: torch.ones(32, 32) / 0}, rf"1 tensors are not finite, .*{HEAD}"),
+        # of its last layer, or of a part that its layers do not have: another architecture
+        (
+            {f"model.decoder.layers.3.{name}.weight": torch.ones(2) for name in "abcde"},
+            r"5 tensors are of layers of another architecture than config.json says, the first "
+            r"model.decoder.layers.3.a.weight, model.decoder.layers.3.b.weight, model.decoder.layers.3.c.weight; copy",
+        ),
+        ({"model.encoder.layers.0.gate.weight": torch.ones(2)}, r"1 tensors are of layers of another arch.*0\.gate"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(folder, load, changes, message, caplog, capfd):
     edit(folder, changes)
     refused(folder, message, load)
-    assert "LOAD REPORT" not in caplog.text + "".join(capfd.readouterr())
+    shown = caplog.text + "".join(capfd.readouterr())
+    assert "LOAD REPORT" not in shown and "start afresh" not in shown
 
 
-def test_layers_that_the_configuration_leaves_out_are_refused(folder):
+@pytest.mark.parametrize(("layers", "left"), [("decoder_layers", 2), ("encoder_layers", 0)])
+def test_layers_that_the_configuration_leaves_out_are_refused(folder, layers, left):
     """Transformers loads such a model with a warning: it would be another one than was trained."""
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"decoder_layers": 2}))
-    refused(folder, r"tensors are of no part of the model .*model\.decoder\.layers\.2")
+    (folder / "config.json").write_text(json.dumps(config | {layers: left}))
+    refused(folder, rf"tensors are of layers of another architecture .*model\.{layers[:7]}\.layers\.{left}")
+
+
+@pytest.mark.parametrize("load", [load_detector, load_teacher])
+def test_stray_tensors_beside_a_whole_model_are_told_once(folder, load, caplog):
+    """As old files have a loss's buffer, a backbone's classifier, or another head."""
+    expected = load_detector(str(folder)).state_dict()
+    names = ["criterion.empty_weight", "mask_head.layers.0.weight", "model.backbone.fc.weight", "z.bias"]
+    edit(folder, {name: torch.ones(3) for name in names})
+    caplog.clear()
+    torch.testing.assert_close(load(str(folder)).state_dict(), expected, atol=0, rtol=0)
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert f"{str(folder)!r}: the weights: 4 tensors are of no part of the model and left out" in told
+    assert f"the first {', '.join(names[:3])}" in told and "z.bias" not in told
+
+
+def test_other_warnings_of_loading_are_heard(folder, monkeypatch, caplog):
+    """Of Transformers and of this package; its report of the tensors alone is left to the errors."""
+    family = FAMILIES["conditional_detr"]
+    edit(folder, {"stray.weight": torch.ones(3)})
+    stock_settle = family.settle
+
+    def settle(model):
+        for name in ("transformers.modeling_utils", "d3etr_hf.models.detector"):
+            transformers_logging.get_logger(name).warning(f"something else of {name}")
+        stock_settle(model)
+
+    monkeypatch.setattr(family, "settle", settle)
+    load_detector(str(folder))
+    assert "something else of transformers.modeling_utils" in caplog.text
+    assert "something else of d3etr_hf.models.detector" in caplog.text and "LOAD REPORT" not in caplog.text
 
 
 def test_what_old_files_have_besides_is_taken(tmp_path):
