@@ -283,9 +283,9 @@ def test_size_of_the_file(family):
 
 def test_size_of_the_file_is_height_and_width():
     """Of an image processor whose images are wider than high."""
-    processor = small_image_processor("rf_detr", 64, 64)
+    processor = small_image_processor("deformable_detr", 64, 64)
     processor.size = SizeDict(height=64, width=96)
-    assert size_for_export(tiny_model(model_type="rf_detr"), processor) == (64, 96)
+    assert size_for_export(tiny_model(model_type="deformable_detr"), processor) == (64, 96)
 
 
 def test_sizes_that_cannot_be_are_refused(tmp_path, packages_found):
