@@ -135,7 +135,7 @@ def read_run_options(path: Path) -> dict:
         reason = "it holds no options"
     except ValueError as error:
         values, reason = None, str(error)
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise DamagedFileError(
             f"{path} is damaged ({reason}), and without it nobody can tell which run the folder holds: choose another "
             "output_dir, or empty this one"
@@ -195,4 +195,9 @@ def read_record(path: Path) -> Any:
         FileNotFoundError: it is not there.
         DamagedFileError: it cannot be read; the message says how to do without.
     """
-    return read_json(path, REMEDIES.get(path.name, "remove it, and the same call makes it anew"))
+    remedy = REMEDIES.get(path.name, "remove it, and the same call makes it anew")
+    content = read_json(path, remedy)
+    kind = list if path.name == HISTORY else dict
+    if path.name in REMEDIES and not isinstance(content, kind):
+        raise DamagedFileError(f"{path} is damaged, since it holds a {type(content).__name__}: {remedy}")
+    return content

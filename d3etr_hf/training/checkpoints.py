@@ -173,7 +173,10 @@ def checkpoint_beside(folder: Path, recorded: str) -> Path:
 
 
 def _why_best_is_not_whole(folder: Path) -> str | None:
-    recorded = json.loads((folder / STATE).read_bytes()).get("best_model_checkpoint")
+    state = json.loads((folder / STATE).read_bytes())
+    if not isinstance(state, dict):
+        return f"its {STATE} holds no state"
+    recorded = state.get("best_model_checkpoint")
     if recorded is None or Path(recorded).name == folder.name:
         return None
     best = checkpoint_beside(folder.parent, recorded)

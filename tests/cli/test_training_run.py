@@ -255,6 +255,9 @@ def test_what_a_kill_left_of_the_first_file_is_no_content(shapes, tmp_path):
     [
         ("run.yaml", "", "choose another output_dir, or empty this one"),
         ("run.yaml", "seed: [1,", "choose another output_dir, or empty this one"),
+        ("run.yaml", "seed: 1\n: 1\n", "choose another output_dir, or empty this one"),
+        ("launch.json", "[]", "remove it, and start the run on as many processes"),
+        ("results.json", "3", "remove it and call the run again"),
         ("launch.json", '{"proc', "remove it, and start the run on as many processes"),
         ("results.json", "", "remove it and call the run again"),
     ],
