@@ -153,5 +153,5 @@ def read_json(path: Path, remedy: str) -> Any:
         raise
     except OSError as error:
         raise DamagedFileError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
-    except ValueError as error:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8; of lists in lists without end
         raise DamagedFileError(f"{path} is damaged, since it is no JSON ({error}): {remedy}") from None

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from d3etr_hf.cli.signals import stopping_at_signals
 from d3etr_hf.data import DataArguments, load_splits, with_side_divisor
-from d3etr_hf.errors import DatasetError
+from d3etr_hf.errors import DamagedFileError, DatasetError
 from d3etr_hf.files import write_json, write_whole
 from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
 from d3etr_hf.models.loading import (
@@ -36,6 +36,7 @@ from d3etr_hf.runs.output_folder import (
     ENVIRONMENT,
     INPUTS,
     LAUNCH,
+    REMEDIES,
     RESULTS,
     SECONDS,
     check_output_folder,
@@ -269,7 +270,11 @@ class Stopwatch(TrainerCallback):
 
     def __init__(self, output: Path):
         self.file = output / SECONDS
-        self.seconds = read_record(self.file)["seconds"] if self.file.exists() else 0.0
+        self.seconds = 0.0
+        if self.file.exists():
+            self.seconds = read_record(self.file).get("seconds")
+            if not isinstance(self.seconds, (int, float)):
+                raise DamagedFileError(f"{self.file} is damaged, since it holds no seconds: {REMEDIES[SECONDS]}")
         self.mark = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -107,7 +107,7 @@ def _shards(index: Path, what: str) -> list[str]:
     """The files that an index names: plain names, so that nothing outside the checkpoint is read."""
     try:
         content = read_json(index, AGAIN)
-    except (DamagedFileError, OSError, RecursionError) as error:
+    except (DamagedFileError, OSError) as error:
         raise DetectorLoadError(f"{what}: {index.name} cannot be read ({one_line(error)}); {AGAIN}") from error
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):

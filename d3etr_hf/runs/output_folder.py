@@ -5,10 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from d3etr_hf.configurations import read_yaml, read_yaml_file
-from d3etr_hf.errors import CheckpointError, DamagedFileError, OutputFolderError
+from d3etr_hf.errors import CheckpointError, DamagedFileError, OutputFolderError, quoted
 from d3etr_hf.files import UNFINISHED, read_json
 from d3etr_hf.runs.folder_lock import LOCK
-from d3etr_hf.training.checkpoints import check_whole, checkpoints_of, newest_whole_checkpoint, was_saved
+from d3etr_hf.training.checkpoints import (
+    check_whole,
+    checkpoints_of,
+    newest_whole_checkpoint,
+    put_aside,
+    was_saved,
+)
 from d3etr_hf.training.training_arguments import RENAMED_OPTIONS, D3etrTrainingArguments
 
 CONFIGURATION, LAUNCH, ENVIRONMENT = "run.yaml", "launch.json", "environment.json"
@@ -107,7 +113,7 @@ def check_output_folder(output: Path, configuration: str, launch: dict) -> None:
         raise OutputFolderError(
             f"{output} is not empty and holds no {CONFIGURATION} of a run: choose another output_dir, or empty it"
         )
-    if RESULTS not in names and not any(map(was_saved, checkpoints_of(output))):
+    if RESULTS not in names and not any(map(was_saved, [*checkpoints_of(output), *put_aside(output)])):
         return  # it stopped before it had saved anything: nothing is lost by another configuration
     old, new = read_run_options(output / CONFIGURATION), read_yaml(configuration) or {}
     if RESULTS not in names and INPUTS in names:
@@ -197,7 +203,6 @@ def read_record(path: Path) -> Any:
     """
     remedy = REMEDIES.get(path.name, "remove it, and the same call makes it anew")
     content = read_json(path, remedy)
-    kind = list if path.name == HISTORY else dict
-    if path.name in REMEDIES and not isinstance(content, kind):
-        raise DamagedFileError(f"{path} is damaged, since it holds a {type(content).__name__}: {remedy}")
+    if path.name in REMEDIES and not isinstance(content, list if path.name == HISTORY else dict):
+        raise DamagedFileError(f"{path} is damaged, since it holds {quoted(content)}: {remedy}")
     return content

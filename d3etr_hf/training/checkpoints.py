@@ -7,6 +7,7 @@ folder has one, they count if all that is needed is there and can be read.
 
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -23,6 +24,7 @@ logger = logging.get_logger(__name__)
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
+ASIDE = ".before"  # ends the name of a checkpoint while another of the same step is written
 # of a checkpoint whose model alone is loaded
 MODEL = ("config.json", "model*.safetensors")
 # without one of these a run would go on otherwise than it stopped; `save_only_model` leaves the optimizer's out
@@ -44,6 +46,11 @@ def checkpoints_of(output: Path) -> list[Path]:
     """The checkpoints in an output folder, whole or not, the newest first."""
     found = [path for path in output.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
+
+
+def put_aside(output: Path) -> list[Path]:
+    """Checkpoints that a kill left aside, see `ResumableTrainer`."""
+    return list(output.glob(f"{PREFIX}*{ASIDE}"))
 
 
 def was_saved(folder: Path) -> bool:
@@ -72,6 +79,7 @@ def newest_whole_checkpoint(output: Path, with_best: bool = False) -> Path | Non
     Raises:
         CheckpointError: there were whole checkpoints, and none is left.
     """
+    _take_back(output)
     passed_over: dict[Path, str] = {}
     for folder in checkpoints_of(output):
         reason = why_not_whole(folder, with_best=with_best)
@@ -90,6 +98,17 @@ def newest_whole_checkpoint(output: Path, with_best: bool = False) -> Path | Non
         goes_on = "the run starts from the beginning" if folder is None else f"the run goes on from {folder}"
         logger.warning(f"{told}; {goes_on}")
     return folder
+
+
+def _take_back(output: Path) -> None:
+    """A kill while a step was saved once more left its first checkpoint aside: it counts until the other is whole."""
+    for aside in put_aside(output):
+        folder = aside.with_name(aside.name.removesuffix(ASIDE))
+        if (folder / MANIFEST).exists():
+            shutil.rmtree(aside)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
 
 
 def check_whole(folder: Path, needed: Sequence[str] = NEEDED, with_best: bool = False) -> None:
@@ -115,7 +134,7 @@ def why_not_whole(folder: Path, needed: Sequence[str] = NEEDED, with_best: bool 
     sealed = (folder / MANIFEST).exists()
     try:
         listed = _read_manifest(folder) if sealed else {path.name: {} for path in folder.iterdir()}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({one_line(error)})"
     for pattern in needed:
         if not any(fnmatch(name, pattern) for name in listed):

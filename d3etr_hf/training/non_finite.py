@@ -88,6 +88,10 @@ class NonFiniteGuard(TrainerCallback):
         self.skipped = sum(step <= state.global_step for step in steps)
         self.forget()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        """A step that was left to float16's scaler ends here: `undo` has come before, if it was skipped."""
+        self.forget()
+
     def begin(self, inputs: Mapping, counts: torch.Tensor) -> None:
         """Remember a batch before its forward pass, and before a step what batch norm has counted."""
         if not self._watched and self._keeps_statistics and self.trainer.model.training:

@@ -68,13 +68,18 @@ def reproduce_step(path: str | Path, use_cpu: bool = False) -> Reproduction:
 
 def _trainer_of(kept: KeptStep, path: str | Path, folder: str, use_cpu: bool) -> DistillationTrainer:
     student = _student_of(kept.config, str(path))
-    arguments = D3etrTrainingArguments(
-        output_dir=folder,
-        report_to="none",
-        bf16=kept.mixed_precision == "bf16",
-        use_cpu=use_cpu,
-        **kept.options,
-    )
+    try:
+        arguments = D3etrTrainingArguments(
+            output_dir=folder,
+            report_to="none",
+            bf16=kept.mixed_precision == "bf16",
+            use_cpu=use_cpu,
+            **kept.options,
+        )
+    except (TypeError, ValueError) as error:
+        raise DamagedFileError(
+            f"{path} holds options that are none of this version ({one_line(error)}): let the training keep another"
+        ) from error
     teacher = None if kept.teacher is None else load_teacher(kept.teacher)
     return DistillationTrainer(student, arguments, teacher)
 

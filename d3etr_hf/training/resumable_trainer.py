@@ -15,6 +15,7 @@ from d3etr_hf.errors import CheckpointError, DetectorLoadError
 from d3etr_hf.files import write_errors
 from d3etr_hf.models.detector import ADAPTERS, Detector
 from d3etr_hf.training.checkpoints import (
+    ASIDE,
     MANIFEST,
     MODEL,
     PREFIX,
@@ -32,7 +33,6 @@ from d3etr_hf.training.weight_average import TRAINED_WEIGHTS, WeightAverage
 logger = logging.get_logger(__name__)
 
 ARGUMENTS = "training_args.bin"  # as Trainer calls them
-ASIDE = ".before"  # ends the name of a checkpoint while another of the same step is written
 ADAPTER_WEIGHTS = f"{ADAPTERS}.safetensors"
 
 
@@ -85,8 +85,9 @@ class ResumableTrainer(Trainer):
                 torch.save(self.args, folder / ARGUMENTS)  # as they are
                 seal(folder)
         if self.args.should_save:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(output), limit, best, use_mtime=True)
+            best = self.state.best_model_checkpoint
+            best = best and str(checkpoint_beside(output, best))
+            rotate_checkpoints(str(output), self.args.save_total_limit, best, use_mtime=True)
 
     def _finalize_training(self, trial, *args, **kwargs) -> TrainOutput:
         """As Trainer; a training that was asked to stop has and keeps the checkpoint from which it goes on."""

@@ -272,6 +272,13 @@ def old(tmp_path):
     return tmp_path / "old/pytorch_model.bin"
 
 
+def test_one_part_of_several_is_refused(tmp_path, old):
+    """It would make a checkpoint that lacks half of its tensors."""
+    part = old.rename(old.with_name("pytorch_model-00001-of-00002.bin"))
+    with pytest.raises(DetectorLoadError, match=f"{part} is one of several parts of a checkpoint"):
+        convert.convert_checkpoint(str(part), str(tmp_path / "new"))
+
+
 @pytest.mark.parametrize("made", [False, True])
 def test_what_cannot_be_loaded_leaves_no_folder(tmp_path, old, made):
     """So that the next try, with the file that was mended, finds the place as it was."""

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from d3etr_hf.cli import signals
 from d3etr_hf.data.shapes import make_shapes
 from tests.shapes_fixture import SIDE
 from tests.tiny import small_image_processor, tiny_model
@@ -83,3 +85,57 @@ def wait_until(is_so, seconds: float = 120) -> None:
     while not is_so():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.1)
+
+
+def trainer_that_stops() -> SimpleNamespace:
+    stop = SimpleNamespace(asked=False, stopped=False, orphaned=False)
+    return SimpleNamespace(stop=stop, is_world_process_zero=lambda: True)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_second_signal_ends_it_at_once_unless_it_was_handed_on(monkeypatch, capfd, later):
+    ended = []
+    trainer, number = trainer_that_stops(), signal.SIGUSR1
+    monkeypatch.setattr(signals, "HANDED_ON", -1.0 if later else 60.0)
+    monkeypatch.setattr(signal, "raise_signal", lambda n: ended.append((n, signal.getsignal(n))))
+    with signals.stopping_at_signals(trainer):
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+            wait_until(lambda: trainer.stop.asked)
+    assert ended == ([(number, signal.SIG_DFL)] if later else [])
+    assert capfd.readouterr().err.count("SIGUSR1: stopping after this step") == 1
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.stopping_at_signals(trainer_that_stops()):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_fork_of_the_process_ends_as_any_other():
+    """A data loader's, before it has handlers of its own."""
+    with signals.stopping_at_signals(trainer := trainer_that_stops()):
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM and not trainer.stop.asked
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"), [(None, ["d3etr", "train", "a b"]), (2, ["d3etr", "train", "a b"]), (4, None)]
+)
+def test_no_command_is_told_of_several_machines(monkeypatch, processes, expected):
+    """Each has another one."""
+    monkeypatch.setattr("sys.argv", ["/bin/d3etr train", "a b"])
+    for name, value in (("WORLD_SIZE", processes), ("LOCAL_WORLD_SIZE", processes and 2)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
+    assert signals._command() == expected

@@ -259,7 +259,10 @@ def test_what_a_kill_left_of_the_first_file_is_no_content(shapes, tmp_path):
         ("launch.json", "[]", "remove it, and start the run on as many processes"),
         ("results.json", "3", "remove it and call the run again"),
         ("launch.json", '{"proc', "remove it, and start the run on as many processes"),
+        ("launch.json", "[1]", "remove it, and start the run on as many processes"),
         ("results.json", "", "remove it and call the run again"),
+        ("results.json", "[" * 100_000, "remove it and call the run again"),
+        ("results.json", "3", "remove it and call the run again"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named_with_the_remedy(shapes, finished, tmp_path, name, content, remedy):
@@ -392,6 +395,15 @@ def test_stopwatch_counts_steps_only_and_across_interruptions(tmp_path, monkeypa
     after(1000, again.on_train_begin)
     after(4, again.on_step_end)
     assert again.seconds == 9
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"steps": 3}', '{"seconds": "many"}'])
+def test_damaged_seconds_are_named_with_the_remedy(tmp_path, content):
+    (tmp_path / "seconds.json").write_text(content)
+    with pytest.raises(
+        DamagedFileError, match="seconds.json is damaged.*the seconds of training are counted from zero"
+    ):
+        Stopwatch(tmp_path)
 
 
 # whole runs

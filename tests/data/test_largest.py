@@ -79,6 +79,19 @@ def test_the_largest_crops_are_drawn_some_day(files):
         assert torch.tensor(largest.sides(1)).prod() == pytest.approx(area, rel=0.04)
 
 
+def test_a_teacher_sees_the_largest_crops_too(files):
+    data = load_coco_split(*files).with_transform(TRANSFORMS["a teacher of short sides"])
+    example = {"pixel_values": torch.zeros(3, 8, 8), "teacher_pixel_values": torch.zeros(3, 8, 8), "labels": {}}
+    for index, shape in enumerate(SHAPES[:2]):
+        sizes = [resized_size(shape, 32, 80)]
+        for _ in range(4000):
+            left, top, right, bottom = random_region(shape, CROP)
+            sizes.append(resized_size((right - left, bottom - top), 32, 80))
+        (large, _) = LargestImages(data.select([index])).batch(example, 2)
+        expected = max(height for _, height in sizes), max(width for width, _ in sizes)
+        assert tuple(large["teacher_pixel_values"].shape[1:]) == pytest.approx(expected, rel=0.04)
+
+
 def test_rows_that_were_not_chosen_do_not_count(files):
     data = load_coco_split(*files).with_transform(TRANSFORMS["plain"])
     assert LargestImages(data.select([2])).objects == 0 and LargestImages(data.select([2])).sides(2) == (32, 32)

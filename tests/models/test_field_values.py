@@ -4,8 +4,10 @@ import json
 import math
 
 import pytest
+from transformers import DetrConfig
 
 from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.models.field_values import check_field_values
 from d3etr_hf.models.loading import FAMILIES, ModelArguments, build_model, load_detector
 from scripts.walk_configurations import as_model_config, walk
 from tests.tiny import tiny_config, tiny_model
@@ -98,6 +100,21 @@ def test_value_is_named(saved, tmp_path, source, family, change, message):
             load_detector(str(tmp_path))
     assert ("model_config" if source == "model_config" else str(tmp_path)) in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size is 0: must be 1 or more"),  # by its other name, d_model
+        ({"unknown": 10**7}, "unknown is 10000000: must be at most 1,000,000"),
+        ({"hidden_dropout": 7}, "hidden_dropout is 7: must be from 0 to 1"),
+        ({"unknown": [[[[[[[[[[3]]]]]]]]]]}, "unknown has 1 entries, 9 deep: at most 1,000 and 8 deep"),
+        ({"unknown": {"within": [10**7]}}, "unknown is .*must be at most"),
+    ],
+)
+def test_fields_of_other_names_have_bounds_too(fields, message):
+    with pytest.raises(DetectorLoadError, match=f"^here: {message}"):
+        check_field_values(fields, DetrConfig, "here")
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

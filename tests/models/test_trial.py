@@ -2,6 +2,7 @@
 
 import logging
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from transformers import (
 )
 
 from d3etr_hf.errors import DatasetError, DetectorLoadError, ImageSizeError
+from d3etr_hf.models import trial
 from d3etr_hf.models.loading import FAMILIES
+from d3etr_hf.models.new_models import new_model
 from d3etr_hf.models.trial import MOST_MODULES, build_on_meta, try_detector
+from d3etr_hf.outputs import OWN
 from tests.tiny import tiny_config, tiny_model
 
 
@@ -65,9 +69,11 @@ def test_what_fails_in_its_first_forward_pass_is_named():
         try_detector(model, "here")
 
 
-def test_predictions_that_are_not_finite_are_refused():
+@pytest.mark.parametrize("of", ["scores", "boxes"])
+def test_predictions_that_are_not_finite_are_refused(of):
     model = tiny_model()
-    model.class_labels_classifier.weight.data.fill_(3e38)
+    head = model.class_labels_classifier if of == "scores" else model.bbox_predictor.layers[-1]
+    head.weight.data.fill_(3e38 if of == "scores" else torch.nan)
     with pytest.raises(DetectorLoadError, match="here: what it predicts of an image of noise is not finite"):
         try_detector(model, "here")
 
@@ -75,6 +81,23 @@ def test_predictions_that_are_not_finite_are_refused():
 def warnings_in(caplog) -> list:
     """News may be shown, too, where another test has asked for them."""
     return [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_model_without_queries_is_refused(monkeypatch):
+    """Whichever field says so: they are not always as many as `num_queries`."""
+    model = tiny_model()
+    nothing = SimpleNamespace(logits=torch.zeros(3, 1, 0, 3), boxes=torch.zeros(3, 1, 0, 4))
+    monkeypatch.setattr(model, "try_image", lambda pixels: SimpleNamespace(groups={OWN: nothing}))
+    with pytest.raises(DetectorLoadError, match="here: its values make a model without queries"):
+        try_detector(model, "here")
+
+
+def test_a_new_model_is_built_of_nothing_first(monkeypatch):
+    """One that is too large is refused before it takes memory."""
+    monkeypatch.setattr(trial, "MOST_PARAMETERS", 1000)
+    options = {"backbone_config": {"model_type": "resnet"}}
+    with pytest.raises(DetectorLoadError, match="here: its values make a model of more than 1,000 parameters"):
+        new_model(options, ["circle"], "here")
 
 
 def test_an_image_that_is_too_small_is_no_fault_of_the_values(caplog):

@@ -1,6 +1,7 @@
 """What a run reads is known by its content: a change is seen, a copy is the same."""
 
 import hashlib
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -9,8 +10,19 @@ import datasets
 import pytest
 
 from d3etr_hf.data.hub_datasets import load_hub_split
+from d3etr_hf.errors import DamagedFileError, OutputFolderError
+from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.runs import inputs
-from d3etr_hf.runs.inputs import annotations_of, files, images_of, same
+from d3etr_hf.runs.inputs import (
+    annotations_of,
+    check_inputs,
+    checkpoint_at,
+    files,
+    images_of,
+    inputs_of,
+    read_inputs,
+    same,
+)
 from tests.data.test_hub_datasets import ROWS, png, write_parquet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*boxes partly outside their image clipped")
@@ -88,3 +100,90 @@ def test_an_image_that_lies_beside_the_table_counts_by_its_file(tmp_path):
     assert found.bytes == sum(len(row["image"]["bytes"]) for row in ROWS[:2])
     assert found.content == hashlib.sha256(b"".join(ROWS[n]["image"]["bytes"] for n in (1, 0))).hexdigest()
     assert isinstance(dataset.rows, datasets.Dataset)
+
+
+def test_classes_by_other_names_are_other_annotations(tmp_path):
+    """The boxes and their numbers are the same; what they mean is not."""
+    names = (["aeroplane", "bicycle", "cat"], ["aeroplane", "bicycle", "dog"])
+    splits = [
+        load_hub_split(write_parquet(tmp_path / of[-1], ROWS, category=datasets.ClassLabel(names=of)), "train")
+        for of in names
+    ]
+    assert not same(*(annotations_of(split).fingerprint() for split in splits))
+
+
+OF_CHECKPOINT = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.mark.parametrize("name", [*OF_CHECKPOINT, *SHARDS])
+def test_every_file_of_a_checkpoint_counts(tmp_path, name):
+    for each in (*OF_CHECKPOINT, *SHARDS, "optimizer.pt"):
+        (tmp_path / each).write_bytes(b"1234")
+    before = checkpoint_at(str(tmp_path)).fingerprint()
+    assert before.count == 5
+    (tmp_path / name).write_bytes(b"1235")
+    assert not same(before, checkpoint_at(str(tmp_path)).fingerprint(before))
+
+
+def test_everything_that_is_read_is_compared(tmp_path):
+    places = {"teacher": b"1", "model to start from": b"22", "backbone's weights": b"333"}
+    for name, content in places.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes(content)
+    teacher, model, backbone = (str(tmp_path / name) for name in places)
+    options = ModelArguments(model=model)
+    options.backbone_weights = backbone  # never both; here to see each
+    train, val = (load_hub_split(write_parquet(tmp_path / str(n), ROWS[n:]), "train") for n in (0, 1))
+    found = inputs_of(options, TeacherArguments(teacher=teacher), train, val)
+    expected = {name: hashlib.sha256(content).hexdigest() for name, content in places.items()}
+    for name, rows in (("training", ROWS), ("validation", ROWS[1:])):
+        images = b"".join(row["image"]["bytes"] for row in rows)
+        expected[f"{name} images"] = hashlib.sha256(images).hexdigest()
+    for name, split in (("training", train), ("validation", val)):
+        expected[f"{name} annotations"] = hashlib.sha256(split.annotations_digest.encode()).hexdigest()
+    assert {name: each.fingerprint().content for name, each in found.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "seen"),
+    [("training images", False, False), ("training images", True, True), ("teacher", False, True)],
+)
+def test_images_alone_may_be_too_many_to_be_hashed(folder, tmp_path, monkeypatch, name, whole, seen):
+    monkeypatch.setattr(inputs, "BYTES_HASHED_ANYWAY", 0)
+    written = check_inputs({name: of(folder)}, {}, whole)
+    (tmp_path / "inputs.json").write_text(json.dumps(written))
+    known = read_inputs(tmp_path, "checkpoint-1")
+    assert check_inputs({name: of(folder)}, known, whole) == written
+    (folder / "a").write_bytes(b"124")
+    os.utime(folder / "a", (1, 1))
+    if not seen:
+        check_inputs({name: of(folder)}, known, whole)
+        return
+    with pytest.raises(OutputFolderError, match=rf"the {name} \(other content\); put back .*another output_dir"):
+        check_inputs({name: of(folder)}, known, whole)
+
+
+def test_what_is_read_no_more_or_only_now_is_a_change(folder):
+    known = {"teacher": of(folder).fingerprint()}
+    with pytest.raises(
+        OutputFolderError, match=r"the teacher \(read before, not now\), the model \(not read before\)"
+    ):
+        check_inputs({"model": of(folder)}, known)
+    check_inputs({"model": of(folder)}, {})
+
+
+@pytest.mark.parametrize("content", ["[]", '{"teacher": 3}', '{"teacher": {"count": 1}}', "{", "[" * 100_000])
+def test_damaged_fingerprints_are_refused_with_the_remedy(tmp_path, content):
+    (tmp_path / "inputs.json").write_text(content)
+    assert read_inputs(tmp_path, None) == {}  # of a run that begins
+    with pytest.raises(
+        DamagedFileError, match="inputs.json is damaged.*: remove it, and what the run reads"
+    ) as caught:
+        read_inputs(tmp_path, "checkpoint-1")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_run_of_which_nobody_wrote_down_what_it_read_goes_on_with_a_warning(tmp_path, caplog):
+    assert read_inputs(tmp_path, "checkpoint-1") == {}
+    assert "holds no inputs.json" in caplog.text

@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import CheckpointError, WriteError
 from d3etr_hf.training import resumable_trainer
-from d3etr_hf.training.checkpoints import MANIFEST, newest_whole_checkpoint, seal, why_not_whole
+from d3etr_hf.training.checkpoints import (
+    ASIDE,
+    MANIFEST,
+    checkpoint_beside,
+    newest_whole_checkpoint,
+    seal,
+    why_not_whole,
+)
 from d3etr_hf.training.weight_average import WeightAverage
 from tests.shapes_fixture import SIDE, shapes_trainer, weights_of
 
@@ -88,7 +95,9 @@ def test_a_damaged_checkpoint_is_passed_over(output, caplog, file, damage):
     assert f"goes on from {output / 'checkpoint-250'}" in text
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"files": {"config.json": 3}}', '{"files": {"config.json":'])
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "[" * 100_000, '{"files": {"config.json": 3}}', '{"files": {"config.json":']
+)
 def test_without_its_manifest_it_is_passed_over(output, content):
     (output / "checkpoint-1000" / MANIFEST).unlink()
     if content is not None:
@@ -96,11 +105,39 @@ def test_without_its_manifest_it_is_passed_over(output, content):
     assert newest_whole_checkpoint(output) == output / "checkpoint-250"
 
 
-def test_a_checkpoint_that_lists_no_optimizer_is_none(output):
+@pytest.mark.parametrize(
+    "pattern",
+    ["config.json", "model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json"],
+)
+def test_a_checkpoint_that_lists_no_optimizer_or_the_like_is_none(output, pattern):
     """As with save_only_model, which a fresh optimizer would go on from in silence."""
-    (output / "checkpoint-1000" / "optimizer.pt").unlink()
+    for path in (output / "checkpoint-1000").glob(pattern):
+        path.unlink()
     seal(output / "checkpoint-1000")
-    assert why_not_whole(output / "checkpoint-1000") == "it holds no optimizer.pt"
+    assert why_not_whole(output / "checkpoint-1000") == f"it holds no {pattern}"
+
+
+def test_what_a_kill_left_put_aside_comes_back(output):
+    """While a step was saved once more, and that was its only checkpoint."""
+    folder = output / "checkpoint-1000"
+    folder.rename(output / f"checkpoint-1000{ASIDE}")
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    assert newest_whole_checkpoint(output) == folder and why_not_whole(folder) is None
+    assert not (output / f"checkpoint-1000{ASIDE}").exists()
+    # killed when the second was whole already
+    (output / f"checkpoint-250{ASIDE}").mkdir()
+    assert newest_whole_checkpoint(output) == folder and why_not_whole(output / "checkpoint-250") is None
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-1000", "checkpoint-250", "checkpoint-best"]
+
+
+def test_a_checkpoint_of_a_folder_that_was_moved_is_the_one_beside(output, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("before")
+    write_checkpoint(elsewhere / "checkpoint-250")
+    write_checkpoint(elsewhere / "checkpoint-3")
+    beside = checkpoint_beside(output, str(elsewhere / "checkpoint-250"))
+    assert beside == output / "checkpoint-250"
+    assert checkpoint_beside(output, str(elsewhere / "checkpoint-3")) == elsewhere / "checkpoint-3"
 
 
 def test_one_error_where_none_is_left(output):
@@ -183,6 +220,17 @@ def test_old_checkpoints_go_only_when_the_new_one_is_sealed(shapes, tmp_path, mo
     assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
+def test_the_best_checkpoint_stays_where_the_folder_was_moved(shapes, tmp_path):
+    """Its path of before is what the trainer's state has."""
+    trainer = shapes_trainer(shapes, tmp_path, save_total_limit=1, max_steps=1, **SAVING)
+    trainer.train()
+    trainer.state.best_model_checkpoint = "before/checkpoint-1"
+    for step in (2, 3):
+        trainer.state.global_step = step
+        trainer._save_checkpoint(trainer.model, None)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+
+
 FULL = {
     "torch": (torch, RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")),
     "safetensors": (WeightAverage, OSError(28, "No space left on device")),
@@ -237,13 +285,18 @@ def test_a_run_that_has_taken_its_last_step_takes_no_other(shapes, tmp_path):
 
 
 TWO_PROCESSES = """
-import json, shutil, sys
+import json, shutil, sys, time
 from pathlib import Path
 from d3etr_hf.training.checkpoints import MANIFEST
 from tests.shapes_fixture import shapes_trainer
 shapes, output = map(Path, sys.argv[1:])
 options = {"teacher": None, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
 trainer = shapes_trainer(shapes, output, max_steps=3, ddp_backend="gloo", **options)
+save_random_state = trainer._save_rng_state
+def save_late(folder):
+    time.sleep(0.3 * trainer.args.process_index)
+    save_random_state(folder)
+trainer._save_rng_state = save_late
 trainer.train()
 trainer.accelerator.wait_for_everyone()
 if trainer.is_world_process_zero():
@@ -258,7 +311,7 @@ print("from", trainer._initial_global_step, "to", trainer.state.global_step, flu
 
 
 def test_two_processes_seal_one_checkpoint_and_choose_the_same(shapes, tmp_path):
-    """The manifest holds the random state of both, and both go on before the checkpoint that lacks one."""
+    """The manifest holds the random state of both, however slow, and both go on before the one that lacks one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

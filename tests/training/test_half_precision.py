@@ -10,6 +10,7 @@ from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import NonFiniteLossError
 from d3etr_hf.training import half_precision
 from tests.shapes_fixture import SIDE, shapes_trainer, weights_of
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,25 @@ def test_a_step_that_overflows_is_skipped_and_counted(shapes, tmp_path, with_sca
     assert torch.equal(seen[1], seen[2])  # the second step left every weight as it was
     assert not torch.equal(seen[2], seen[3]) and seen[3].isfinite().all()
     assert trainer.accelerator.scaler.get_scale() == 2.0**9
+
+
+def test_batch_norm_keeps_nothing_of_a_step_that_was_skipped(shapes, tmp_path, with_scaler):
+    """And nothing else is kept of any step: the guard would hold every batch of a training."""
+    student, seen = tiny_model(seed=2, model_type="rt_detr"), []
+    overflow = Overflow({1}, next(name for name, _ in student.named_modules() if name.endswith("fc1")))
+    trainer = with_scaler(shapes_trainer(shapes, tmp_path, student, teacher=None, max_steps=3, callbacks=[overflow]))
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            buffers = {n: b.clone() for n, b in student.named_buffers() if n.endswith(("running_mean", "running_var"))}
+            seen.append((buffers, len(trainer.guard._watched)))
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    (first, _), (second, _), (third, _) = seen
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(second[name], third[name]) for name in second)
+    assert [watched for _, watched in seen] == [0, 0, 0]
 
 
 def test_a_run_that_skips_without_end_stops_with_the_reason(shapes, tmp_path, monkeypatch, with_scaler):

@@ -2,14 +2,17 @@
 
 import inspect
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import IncompatibleDataError, UnsupportedOptionError
-from d3etr_hf.training.launch_checks import ASKED_FOR
+from d3etr_hf.training.launch_checks import ASKED_FOR, check_launch
 from d3etr_hf.training.optimization import keeps_running_statistics
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.shapes_fixture import SIDE, load_shapes, shapes_trainer
@@ -57,12 +60,27 @@ def test_variables_are_those_that_accelerate_reads():
 def test_sharding_is_refused_whoever_asked_for_it(shapes, tmp_path, monkeypatch, kind):
     """HF_NOTES 25: `accelerate launch --use_fsdp` sets the environment, not the training arguments."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType
 
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType[kind]))
     monkeypatch.setattr("transformers.Trainer.__init__", _only_accelerator)
     with pytest.raises(UnsupportedOptionError, match=f"{kind}.*--multi_gpu"):
         shapes_trainer(shapes, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("processes", "finds", "gpus", "message"),
+    [
+        (2, True, 1, "auto_find_batch_size=True on 2 processes"),
+        (1, False, 2, "2 GPUs in this process"),
+        (1, True, 1, None),
+        (2, False, 1, None),
+    ],
+)
+def test_launches_are_refused_by_what_they_are(processes, finds, gpus, message):
+    accelerator = SimpleNamespace(num_processes=processes, distributed_type=DistributedType.NO)
+    args = SimpleNamespace(auto_find_batch_size=finds, n_gpu=gpus)
+    with nullcontext() if message is None else pytest.raises(UnsupportedOptionError, match=message):
+        check_launch(accelerator, args)
 
 
 def _only_accelerator(self, model=None, args=None, **options):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from d3etr_hf.training import memory_growth
 from d3etr_hf.training.memory_growth import MemoryGrowth, growing_sizes
 
 
@@ -16,9 +17,12 @@ def test_growing_sizes_end_with_the_batch_and_cost_little(batch_size):
 
 
 @pytest.mark.parametrize(("processes", "largest"), [(1, 2), (2, 1)])
-def test_several_processes_try_nothing_that_one_alone_may_run_out_of_memory_in_and_go_on(processes, largest):
+def test_several_processes_try_nothing_that_one_alone_may_run_out_of_memory_in_and_go_on(
+    monkeypatch, processes, largest
+):
     """Losses average over the processes within the forward pass: one that is a size ahead would hang or mix them."""
-    tried = []
+    tried, sharing = [], []
+    monkeypatch.setattr(memory_growth, "memory_to_be_had", lambda _, processes: sharing.append(processes) or 2**40)
 
     def trial_step(batch):
         tried.append(len(batch["pixel_values"]))
@@ -35,4 +39,7 @@ def test_several_processes_try_nothing_that_one_alone_may_run_out_of_memory_in_a
     images = SimpleNamespace(images=100, batch=lambda example, size: [example] * size)
     growth = MemoryGrowth(trainer, images, torch.zeros(3, 32, 32), varied=False)
     growth.measure()
-    assert max(tried) == largest and list(growth.peaks) == [0, 1] and growth.largest_batch >= 1
+    assert max(tried) == largest and list(growth.peaks) == [0, 1] and sharing == [processes]
+    assert growth.largest_batch == 100  # of the data set, though memory has room for more
+    images.images = 10**9  # of a model that takes next to nothing, the pixels themselves still count
+    assert growth.largest_batch <= 2**40 / (3 * 32 * 32 * 4) + 1

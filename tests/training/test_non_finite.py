@@ -1,5 +1,6 @@
 """A NaN stops a training, or costs it a step, and leaves a file from which the step is taken again."""
 
+import json
 import os
 import re
 import socket
@@ -8,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from d3etr_hf.cli import reproduce
@@ -16,6 +19,7 @@ from d3etr_hf.errors import DamagedFileError, NonFiniteLossError, UnsupportedOpt
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.training.kept_step import read_step
 from d3etr_hf.training.reproduction import reproduce_step
+from d3etr_hf.training.trainer import DistillationTrainer
 from tests.fresh_process import REPOSITORY
 from tests.shapes_fixture import SIDE, shapes_trainer, weights_of
 from tests.tiny import tiny_model
@@ -115,11 +119,13 @@ def test_a_step_is_skipped_as_if_its_rate_had_been_zero(shapes, tmp_path, teache
     assert all(value == value for entry in (logs[0], logs[2]) for value in entry.values())
 
 
-def test_nothing_of_a_skipped_step_stays_in_statistics_or_average(shapes, tmp_path):
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_nothing_of_a_skipped_step_stays_in_statistics_or_average(shapes, tmp_path, accumulated):
     """Batch norm counts in the forward pass, before anybody knows."""
     student = tiny_model(seed=2, model_type="rt_detr")
+    batches = {"gradient_accumulation_steps": accumulated, "per_device_train_batch_size": 2}
     options = {"skip_nonfinite_steps": 1, "ema_decay": 0.5, "ema_warmup_steps": 0, "logging_steps": 1}
-    trainer = shapes_trainer(shapes, tmp_path, student=student, teacher=None, max_steps=3, **options)
+    trainer = shapes_trainer(shapes, tmp_path, student=student, teacher=None, max_steps=3, **batches, **options)
 
     original, seen = trainer._prepare_inputs, {}
 
@@ -158,6 +164,16 @@ def test_a_run_that_goes_on_has_skipped_what_it_had(shapes, tmp_path, teacher):
     earlier.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+def test_a_step_that_two_processes_kept_is_one(shapes, tmp_path, teacher):
+    trainer = trainer_of(shapes, tmp_path, teacher, skip_nonfinite_steps=3)
+    trainer.guard.folder.mkdir()
+    for step, rank in ((2, 0), (2, 1), (3, 1), (5, 0)):
+        (trainer.guard.folder / f"step_{step}_rank_{rank}.safetensors").touch()
+    trainer.state.global_step = 4
+    trainer.guard.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert trainer.guard.skipped == 2
+
+
 def test_no_more_steps_are_skipped_than_may_be(shapes, tmp_path, teacher):
     trainer = trainer_of(shapes, tmp_path, teacher, skip_nonfinite_steps=1)
     spoil_term(trainer, 2)
@@ -173,8 +189,9 @@ def test_a_kept_step_is_taken_again_bit_by_bit(shapes, tmp_path, teacher, model_
     folder = tmp_path / "teacher"
     tiny_model(seed=1, model_type=model_type).save_pretrained(folder)
     student = tiny_model(seed=2, model_type=model_type, dropout=0.1)
+    options = {"detection_weight": 2.0, "prediction_weight": 0.5, "max_steps": 4, "bf16": bf16}
     trainer = shapes_trainer(
-        shapes, tmp_path, student=student, teacher=type(student).from_pretrained(folder), max_steps=4, bf16=bf16
+        shapes, tmp_path, student=student, teacher=type(student).from_pretrained(folder), **options
     )
     values = {}
     watch = trainer.guard.watch
@@ -203,11 +220,26 @@ def test_where_a_nan_begins_is_found(shapes, tmp_path, teacher):
     trainer = trainer_of(shapes, tmp_path, teacher)
     with torch.no_grad():
         trainer.model.model.decoder.layers[1].mlp.fc1.weight[0, 0] = torch.nan
-    with pytest.raises(NonFiniteLossError, match="matching cost of decoder layer 1") as stopped:
+    with pytest.raises(NonFiniteLossError, match=r"image ids \[\d+\]: .*matching cost of decoder layer 1") as stopped:
         trainer.train()
     found = reproduce_step(str(stopped.value).rsplit(" ", 1)[-1], use_cpu=True)
     assert len(found.weights) == 1 and found.weights[0].endswith("decoder.layers.1.mlp.fc1.weight")
-    assert found.modules[0].endswith("decoder.layers.1.mlp.fc1 (Linear)") and "matching cost" in found.refused
+    (module,) = found.modules  # what follows makes NaN of NaN
+    assert module.endswith("decoder.layers.1.mlp.fc1 (Linear)") and "matching cost" in found.refused
+
+
+def test_gradients_that_are_not_finite_are_found(shapes, tmp_path, teacher, monkeypatch):
+    """Of finite terms: here by a loss that is multiplied after them."""
+    trainer = trainer_of(shapes, tmp_path, teacher)
+    spoil_gradient(trainer, 1)
+    with pytest.raises(NonFiniteLossError) as stopped:
+        trainer.train()
+    compute_loss = DistillationTrainer.compute_loss
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", lambda *a, **k: compute_loss(*a, **k) * torch.nan)
+    found = reproduce_step(str(stopped.value).rsplit(" ", 1)[-1], use_cpu=True)
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert found.gradients and set(found.gradients) <= trained and found.modules == []
+    assert f"gradient is not finite: {found.gradients[0]}" in reproduce.report(found)
 
 
 TWO_PROCESSES = """
@@ -258,6 +290,24 @@ def test_what_is_no_kept_step_is_refused(tmp_path, teacher):
     for path in (tmp_path / "cut", teacher / "model.safetensors", tmp_path, tmp_path / "nothing"):
         with pytest.raises(DamagedFileError, match=re.escape(str(path))) as refused:
             reproduce_step(path)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_step_of_another_version_is_refused(shapes, tmp_path, teacher):
+    """By its options, which may have been renamed since."""
+    trainer = trainer_of(shapes, tmp_path, teacher)
+    spoil_term(trainer, 1)
+    with pytest.raises(NonFiniteLossError):
+        trainer.train()
+    (path,) = (tmp_path / "not_finite").iterdir()
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()["d3etr_step"])
+    for options in ({"gone_weight": 1.0}, {"detection_weight": -1.0}):
+        changed = told | {"options": told["options"] | options}
+        save_file(tensors, path, {"d3etr_step": json.dumps(changed)})
+        with pytest.raises(DamagedFileError, match=f"{path} holds options that are none of this version") as refused:
+            reproduce_step(path, use_cpu=True)
         assert "\n" not in str(refused.value)
 
 

@@ -54,8 +54,19 @@ def make_trainer(shapes, output, family="conditional_detr", stop=3, probe=True, 
     return trainer
 
 
+class GuardsNothing(TrainerCallback):
+    """Sees that no batch is watched when a step begins: a NaN in the step would be told of that."""
+
+    def __init__(self, trainer):
+        self.guard = trainer.guard
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        assert not self.guard._watched
+
+
 def what_came(trainer) -> dict:
     """All that a training leaves, to the last bit; without what was measured."""
+    trainer.add_callback(GuardsNothing(trainer))
     trainer.train()
     logs = [{n: v for n, v in log.items() if "loss" in n or "norm" in n} for log in trainer.state.log_history]
     (stopped,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, StopAt))
@@ -86,13 +97,22 @@ def test_a_training_is_the_same_with_and_without(shapes, tmp_path, capsys, famil
         assert torch.equal(probed[name], without[name]), name
 
 
-@pytest.mark.parametrize("options", [{"probe": False}, {"max_steps": 49}, {"torch_compile": True}])
+@pytest.mark.parametrize("options", [{"probe": False}, {"max_steps": 49}, {"torch_compile": True}, {"split": True}])
 def test_a_training_that_is_short_compiled_or_told_so_has_no_probe(shapes, tmp_path, capsys, monkeypatch, options):
     monkeypatch.setattr(step_probe, "forecast", lambda trainer: pytest.fail("a probe"))
     trainer = make_trainer(shapes, tmp_path)
-    trainer.state.max_steps = options.pop("max_steps", 60)
+    trainer.state.max_steps = options.get("max_steps", 60)
+    trainer.accelerator.dataloader_config.split_batches = "split" in options
     for name, value in options.items():
         setattr(trainer.args, name, value)
+    StepProbe(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def test_other_data_has_no_probe(shapes, tmp_path, monkeypatch):
+    """Nobody knows how large it gets."""
+    monkeypatch.setattr(step_probe, "forecast", lambda trainer: pytest.fail("a probe"))
+    trainer = make_trainer(shapes, tmp_path)
+    trainer.state.max_steps, trainer.train_dataset = 60, [*range(10)]
     StepProbe(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
@@ -164,6 +184,17 @@ def test_memory_grows_with_the_batch_as_it_was_seen_to(shapes, tmp_path, monkeyp
     assert [size[0] for size in seen] == [1, 2, 4, 4, 4]
     assert all(size[2:] == (SIDE, SIDE, [most] * size[0]) for size in seen[:3])
     assert (found.height, found.width, found.objects) == (SIDE, SIDE, most)
+
+
+def test_the_peak_is_of_the_trainings_own_batch(shapes, tmp_path, monkeypatch):
+    """Of one image two are tried, to know how memory grows."""
+    trainer = make_trainer(shapes, tmp_path, probe=False, stop=1, per_device_train_batch_size=1)
+    trainer.train_dataset.transform.augmentation = None
+    seen = take(monkeypatch, trainer, 60 * MEBIBYTE)
+    before = memory_growth.held_memory(trainer.args.device)
+    found = forecast_of(trainer)
+    assert [size[0] for size in seen] == [1, 2, 1, 1]
+    assert found.peak - before < 100 * MEBIBYTE
 
 
 @pytest.mark.parametrize(("workers", "expected"), [(0, 2 * (0.2 + 0.08)), (1, 2 * 0.2), (2, 2 * 0.2)])

@@ -322,6 +322,7 @@ def test_nan_term_is_named(shapes, tmp_path):
     trainer.model.eval()
     with pytest.raises(NonFiniteLossError, match=message):
         trainer.compute_loss(trainer.model, inputs)
+    assert not (tmp_path / "not_finite").exists()  # no step of a training
     trainer.create_optimizer()
     trainer.training_step(trainer.model, inputs)
     with pytest.raises(NonFiniteLossError, match=message):
