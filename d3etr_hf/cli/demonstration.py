@@ -21,7 +21,7 @@ from d3etr_hf.data.coco import find_coco_split
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.data.transforms import DetectionTransform
 from d3etr_hf.errors import DemoError
-from d3etr_hf.files import write_json
+from d3etr_hf.files import read_json, write_json
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.card import CardArguments
@@ -63,7 +63,7 @@ def run_demo(folder: Path, data_folder: Path, overrides: Sequence[str] = ()) -> 
     summary = folder / RESULTS
     if summary.exists():
         print(f"The demonstration is done already; remove {folder} to run it again.")
-        return read_record(summary)
+        return read_json(summary, "remove it, and the same call makes it anew")
     make_shapes(data_folder)
     results = train_all(folder, data_folder, overrides)
     draw_training_curves({name: read_record(folder / name / HISTORY) for name in results}, folder / "curves.png")

@@ -251,11 +251,11 @@ def test_a_batch_that_a_gpu_cannot_hold_is_refused_with_one_that_it_can(shapes, 
 def test_a_batch_that_the_machine_cannot_hold_is_not_even_tried(shapes, tmp_path, monkeypatch):
     trainer = make_trainer(shapes, tmp_path, per_device_train_batch_size=8)
     trainer.train_dataset.transform.augmentation = None
-    seen = take(monkeypatch, trainer, 40 * MEBIBYTE)
+    seen = take(monkeypatch, trainer, 120 * MEBIBYTE)
     monkeypatch.setattr(
         memory_growth,
         "memory_to_be_had",
-        lambda device, processes: memory_growth.held_memory(device) + 5 * 40 * MEBIBYTE,
+        lambda device, processes: memory_growth.held_memory(device) + 5 * 120 * MEBIBYTE,
     )
     with pytest.raises(BatchSizeError) as refused:
         trainer.train()
