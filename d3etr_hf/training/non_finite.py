@@ -84,7 +84,7 @@ class NonFiniteGuard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """A training that goes on knows by the files how many steps it has skipped."""
-        numbers = {path.name.split("_")[1] for path in self.folder.glob("step_*_rank_*.safetensors")}
+        numbers = [path.name.split("_")[1] for path in self.folder.glob("step_*_rank_*.safetensors")]
         steps = {int(number) for number in numbers if number.isdecimal()}
         self.skipped = sum(step <= state.global_step for step in steps)
         self.forget()
