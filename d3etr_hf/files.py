@@ -89,10 +89,16 @@ def sha256_of(*paths: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
+        for block in blocks_of(path):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def blocks_of(path: str | Path) -> Iterator[bytes]:
+    """What a file holds, a block at a time. Raises: OSError: it cannot be read."""
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            yield block
 
 
 def flush_folder(folder: Path) -> None:

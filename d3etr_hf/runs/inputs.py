@@ -14,6 +14,7 @@ from transformers.utils import cached_file, logging
 
 from d3etr_hf.data import DetectionDataset
 from d3etr_hf.errors import DamagedFileError, OutputFolderError
+from d3etr_hf.files import blocks_of
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.runs.output_folder import INPUTS, REMEDIES, read_record
 
@@ -29,7 +30,6 @@ OF_CHECKPOINT = (
 )
 # contents of up to so many bytes are hashed anyway: it takes a moment
 BYTES_HASHED_ANYWAY = 2**28
-BLOCK = 2**20
 ROWS = 64  # of embedded images at once
 
 
@@ -104,9 +104,7 @@ def files(paths: Iterable[str | Path], folder: str | Path) -> Input:
 
     def read() -> Iterator[bytes]:
         for path in paths:
-            with open(path, "rb") as file:
-                while block := file.read(BLOCK):
-                    yield block
+            yield from blocks_of(path)
 
     names = [os.path.relpath(path, os.path.abspath(folder)) for path in paths]
     return Input(names, [state.st_size for state in states], read, [state.st_mtime_ns for state in states])

@@ -318,6 +318,6 @@ def _counted_pairs(assignments: Terms, objects: int, shares: Shares) -> Terms:
     if not assignments:
         return {}
     counts = [(of != NO_OBJECT).sum().to(shares.images) for of in assignments.values()]
-    batch = torch.full_like(counts[0], objects if shares.counted else 0)
+    batch = torch.full_like(counts[0], objects)  # none of a batch that does not count
     *pairs, batch = shares.average(torch.stack([*counts, batch])).unbind()
     return {n: torch.where(of > 0, of * shares.objects / batch, 1) for n, of in zip(assignments, pairs, strict=True)}
