@@ -37,7 +37,7 @@ def test_layers(shapes, model_type, monkeypatch):
     assert [(layer.AP, layer.AP50) for layer in layers] == [(1, 6), (2, 6), (3, 6)]
     for index, layer in enumerate(layers):
         expected = predict_detections(CutAt(model, index), val, batch_size=4)  # by fused attention
-        assert torch.allclose(measured[index], expected, atol=1e-3)
+        assert torch.allclose(measured[index], expected, atol=0.02)  # pixels
         assert layer.cross_sink_mass <= 1 and 0 < layer.object_area < 1
     seen = []
     for image in range(len(val)):
