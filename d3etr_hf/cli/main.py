@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "a stock checkpoint from what the authors of a detector published",
     "export": "ONNX, checked against PyTorch",
     "visualize": "pictures of detections and of attention",
+    "analyze": "what each decoder layer adds and costs, and what distillation can bring",
     "benchmark": "parameters, FLOPs and milliseconds of saved detectors",
     "demo": "everything, from synthetic data to a published student's card",
     "make-shapes": "the synthetic data set",
