@@ -27,18 +27,40 @@ STOCK, OURS = "stock", "ours"
 FAILED, SKIPPED, PASSED = "failed", "skipped", "passed"
 
 
-class Outcomes:
-    """A plugin of pytest that keeps how each test went, by class and name."""
+class Suite:
+    """A plugin of pytest: the class that the tests take, and how each test went, by class and name.
 
-    def __init__(self):
+    Args:
+        name: of the stock class.
+        ours: the class in its place; None leaves the stock one there.
+    """
+
+    def __init__(self, name: str, ours: type | None):
+        self.name, self.ours = name, ours
         self.found: dict[str, str] = {}
 
+    def pytest_collection_modifyitems(self, items):
+        if self.ours is None:
+            return
+        self.ours.__name__ = self.name  # the tests ask for it
+        cases = {item.cls for item in items if hasattr(item.cls, "all_model_classes")}
+        of_ours = [case for case in cases if self.name in {each.__name__ for each in case.all_model_classes}]
+        if not of_ours:
+            raise pytest.UsageError(f"no test takes {self.name}")
+        for case in of_ours:
+            case.all_model_classes = tuple(map(self.in_place, case.all_model_classes))
+            tasks = case.pipeline_model_mapping
+            case.pipeline_model_mapping = {task: self.in_place(each) for task, each in tasks.items()}
+            setattr(sys.modules[case.__module__], self.name, self.ours)
+
+    def in_place(self, tested: type) -> type:
+        return self.ours if tested.__name__ == self.name else tested
+
     def pytest_runtest_logreport(self, report):
+        """A test's own report comes after those of its subtests."""
         name = report.nodeid.split("::", 1)[1]
-        if report.failed or (report.skipped and self.found.get(name) != FAILED):
+        if report.failed or (self.found.get(name) != FAILED and (report.skipped or report.when == "call")):
             self.found[name] = report.outcome
-        elif report.when == "call":
-            self.found.setdefault(name, report.outcome)
 
 
 def outcomes(folder: Path, family: str, which: str, select: str) -> dict[str, str]:
@@ -53,21 +75,16 @@ def outcomes(folder: Path, family: str, which: str, select: str) -> dict[str, st
     os.chdir(folder)
     os.environ |= {"HF_HUB_OFFLINE": "1", "DISABLE_SAFETENSORS_CONVERSION": "true"}
     sys.path.insert(0, str(folder))
-    if which == OURS:
-        ours = FAMILIES[family]
-        stock = ours.stock_class
-        ours.__name__ = stock.__name__  # the tests ask for it
-        setattr(transformers, stock.__name__, ours)
     module = family.replace("-", "_")
-    record = Outcomes()
+    suite = Suite(FAMILIES[family].stock_class.__name__, FAMILIES[family] if which == OURS else None)
     code = pytest.main(
         [f"tests/models/{module}/test_modeling_{module}.py", "-k", select, "-q", "--noconftest", "--tb=short"]
         + ["-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(folder)],
-        plugins=[record],
+        plugins=[suite],
     )
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ran no tests of {family}; what it printed says why")
-    return record.found
+    return suite.found
 
 
 def line(family: str, results: dict[str, dict[str, str]]) -> str:
