@@ -11,7 +11,7 @@ import sys
 
 from d3etr_hf.errors import one_line
 
-PUT_RIGHT = "install the torchvision of torch's version and build, or none (pip uninstall torchvision)"
+PUT_RIGHT = "install the torchvision of torch's version and build"
 
 
 def set_broken_torchvision_aside() -> None:
@@ -26,7 +26,7 @@ def set_broken_torchvision_aside() -> None:
             utils.is_torchvision_available.cache_clear()
             utils.is_torchvision_v2_available.cache_clear()
         logging.getLogger(__name__).warning(
-            f"torchvision is installed, cannot be imported ({one_line(error)}) and is left out: {PUT_RIGHT}"
+            f"torchvision is installed, cannot be imported ({one_line(error)}) and is left out: {PUT_RIGHT}, or none"
         )
 
 
