@@ -56,6 +56,7 @@ def usage() -> str:
 def run_command(name: str) -> None:
     """Runs a subcommand on the arguments in `sys.argv`."""
     sys.argv[0] = f"d3etr {name}"  # as --help and errors call it
+    import_module("d3etr_hf.optional_torchvision")  # before anything imports Transformers
     run(import_module(f"d3etr_hf.cli.{name.replace('-', '_')}").main)
 
 
