@@ -61,6 +61,7 @@ PLACES = {
     "teacher",
     "model",
     "backbone_weights",
+    "teacher_cache",
 }
 
 

@@ -203,6 +203,7 @@ def _share_and_number(args) -> bool:
 STEPS = "must be a number of steps from 1, or a share of the training between 0 and 1"
 CONDITIONS: tuple[tuple[str | tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ("output_dir", lambda args: args.output_dir == "", "name a folder"),
+    ("teacher_cache", lambda args: args.teacher_cache == "", "name a folder"),
     ("max_steps", lambda args: args.max_steps == 0 or args.max_steps < -1, "must be 1 or more, or -1 to go by epochs"),
     (
         ("num_train_epochs", "max_steps"),

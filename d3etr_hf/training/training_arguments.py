@@ -26,7 +26,11 @@ def fields_of(dataclass_type: type) -> list[str]:
 
 
 # fields of the training arguments that plain training has no use for
-DISTILLATION_OPTIONS = (*(name for name in fields_of(Distillation) if name != "detection_weight"), "layer_map")
+DISTILLATION_OPTIONS = (
+    *(name for name in fields_of(Distillation) if name != "detection_weight"),
+    "layer_map",
+    "teacher_cache",
+)
 
 
 @dataclass
@@ -127,6 +131,12 @@ class D3etrTrainingArguments(TrainingArguments):
         None,
         "For each decoder layer of the student the teacher's layer that it follows, from 0; by default evenly spread, "
         "last to last.",
+    )
+
+    teacher_cache: str | None = option(
+        None,
+        "Folder where the teacher's outputs are kept, so that it sees each image once and not every epoch; for "
+        "augmentation none. It is asked for each image alone, unpadded; runs of the same teacher share a folder.",
     )
 
     # what is saved
