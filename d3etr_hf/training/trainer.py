@@ -87,7 +87,7 @@ class DistillationTrainer(ResumableTrainer):
         if teacher is not None:
             aligned = Teacher(teacher, model.class_names, model.decoder_depth, args.layer_map)
         # what is learned from whom, without what this teacher does not have
-        self.distillation = terms_in_common(args.distillation, teacher)
+        self.distillation = self._whole_distillation = terms_in_common(args.distillation, teacher)
         if aligned is not None and runs_teacher(aligned, self.distillation):
             check_image_processors(of_student, teacher_processing_class, data)
             check_images(teacher, teacher_processing_class, {"train_dataset": data}, "teacher")
@@ -105,8 +105,8 @@ class DistillationTrainer(ResumableTrainer):
         self.teacher_processing_class = teacher_processing_class
         # after Trainer has set the seed: learned queries are drawn
         attach_query_adapter(model, self.teacher, self.distillation)
+        self.criterion = self.model.criterion()
         self._prepare_objective()
-        self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
         self.teacher_cache = self._make_teacher_cache()
         self._add_callbacks()
         if args.ema_decay is not None:  # after those that undo what a skipped step has done
@@ -116,9 +116,17 @@ class DistillationTrainer(ResumableTrainer):
         self._evaluated_dataset = None
 
     def _prepare_objective(self) -> None:
-        self.criterion = self.model.criterion()
+        """For the options that hold now."""
         teacher_criterion = None if self.teacher is None else self.teacher.criterion
         self.objective = D3etrObjective(self.distillation, self.criterion, teacher_criterion, self._skips_steps)
+        self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
+
+    def _follow_schedule(self) -> None:
+        """Set what of the distillation is on in the step that begins."""
+        now = self.args.schedule.at(self._whole_distillation, self.state.global_step, self.state.max_steps)
+        if now != self.distillation:
+            self.distillation = now
+            self._prepare_objective()
 
     def _make_teacher_cache(self) -> TeacherCache | None:
         """Where the teacher's outputs are kept; None where they are not."""
@@ -181,6 +189,7 @@ class DistillationTrainer(ResumableTrainer):
         Returns:
             Images, objects, and for each group the objects that find a query in it, in the order of `_group_sizes`.
         """
+        self._follow_schedule()
         objects = [label["objects"] for batch in batch_samples for label in batch["labels"]]
         held = [sum(min(count, queries) for count in objects) for queries in self._group_sizes().values()]
         counts = [len(objects), sum(objects), *held, self.stop.tell()]
