@@ -44,6 +44,7 @@ from d3etr_hf.runs.output_folder import (
     describe_launch,
     read_record,
     refuse_split_launch,
+    refuse_to_resume_finished,
 )
 from d3etr_hf.training.checks import check_best_metric
 from d3etr_hf.training.heartbeat import watching_processes
@@ -123,6 +124,7 @@ def begin(
     output = Path(training_arguments.output_dir)
     check_output_folder(output, configuration, launch)
     if (output / RESULTS).exists():
+        refuse_to_resume_finished(output, training_arguments)
         return finished_results(output, training_arguments, card_arguments), None
     if training_arguments.push_to_hub:
         card_arguments.check_places()

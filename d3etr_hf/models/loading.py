@@ -99,8 +99,9 @@ def load_detector(path: str, role: str = "model") -> Detector:
     """
     what = f"{role} {path!r}"
     family, config, timm = _check_checkpoint(path, what)
-    check_weight_files(path, what, build_on_meta(family, config, what))
-    names = None if timm is None else TIMM_NAMES
+    names = check_weight_files(path, what, build_on_meta(family, config, what))
+    if timm is not None:
+        names |= TIMM_NAMES
     with (
         quiet_loading(),
         library_errors(f"{what}: the weights could not be read, or do not fit its config.json", AGAIN),
@@ -108,7 +109,7 @@ def load_detector(path: str, role: str = "model") -> Detector:
         model, info = family.from_pretrained(
             path,
             config=config,
-            key_mapping=names,
+            key_mapping=names or None,
             output_loading_info=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # which are told by name below
