@@ -16,7 +16,7 @@ from d3etr_hf.publishing.citations import citations_for
 from d3etr_hf.publishing.onnx_check import CHECK as ONNX_CHECK
 from d3etr_hf.publishing.onnx_check import MODEL as ONNX_MODEL
 from d3etr_hf.publishing.onnx_check import check_in_words, onnx_snippet
-from d3etr_hf.publishing.privacy import anonymise_configuration
+from d3etr_hf.publishing.privacy import anonymise, anonymise_configuration
 from d3etr_hf.publishing.run_folder import PICTURES, is_hub_id, read_configuration, read_json
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
@@ -25,6 +25,7 @@ MOST_CLASSES_UNFOLDED = 12
 # the Hub knows these relations: adapter, merge, quantized, finetune
 RELATION = "finetune"
 RESERVED_TITLES = ("teacher", "student", "this student")
+NO_COMPARISON = ["none"]
 
 
 @dataclass
@@ -35,7 +36,9 @@ class CardArguments:
     teacher_id: str | None = option(None, "Hub id to link the teacher to, where it was trained from a local folder.")
     dataset_id: str | None = option(None, "Hub id to link the data set to, where it was read from a local folder.")
     compare: list[str] = option(
-        [], "Further detectors for the results table, each as 'title=folder', such as 'student alone=runs/alone'."
+        [],
+        "Further detectors for the results table, each as 'title=folder', such as 'student alone=runs/alone'; without "
+        "it those that are measured already stay, and 'none' takes them out.",
     )
 
     def __post_init__(self):
@@ -43,6 +46,8 @@ class CardArguments:
             value = getattr(self, name)
             if value is not None and not is_hub_id(value):
                 raise ValueError(f"{name}={value!r} is no Hub id: give owner/name")
+        if self.compare == NO_COMPARISON:
+            return
         for entry in self.compare:
             if not all(part.strip() for part in entry.rpartition("=")):
                 raise ValueError(f"compare: {entry!r} must be 'title=folder', such as 'student alone=runs/alone'")
@@ -50,6 +55,8 @@ class CardArguments:
         for title in titles:
             if titles.count(title) > 1 or title.casefold() in RESERVED_TITLES:
                 raise ValueError(f"compare: the title {title!r} is given twice, or is the teacher's or student's own")
+            if anonymise(title) != title:
+                raise ValueError(f"compare: the title {title!r} holds a path or a secret, and is published: change it")
 
     def for_trainer(self) -> dict:
         """The same as arguments of `D3etrTrainer.push_to_hub`, which are named as in Transformers."""
@@ -66,14 +73,18 @@ class CardArguments:
         Raises:
             PublishError: there is no model at one of the places.
         """
-        for title, path in self.compared().items():
+        for title, path in (self.compared() or {}).items():
             try:
                 read_config(path, repr(path))
             except (OSError, ValueError) as error:
                 raise PublishError(f"compare: {title}={path}: no model could be found there ({error})") from error
 
-    def compared(self) -> dict[str, str]:
-        """Title → folder."""
+    def compared(self) -> dict[str, str] | None:
+        """Title → folder; None where nothing is said of them."""
+        if not self.compare:
+            return None
+        if self.compare == NO_COMPARISON:
+            return {}
         return {title.strip(): path.strip() for title, _, path in (entry.rpartition("=") for entry in self.compare)}
 
 
@@ -112,7 +123,7 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
         **texts,
     )
     path = folder / CARD
-    card.save(path)
+    write_whole(path, str(card))
     return path
 
 

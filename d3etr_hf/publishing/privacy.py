@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import get_token
 
 from d3etr_hf.errors import PrivacyError
+from d3etr_hf.files import write_json
 
 SECRET_NAME = re.compile(r"token(?!iz)|secret|passw|api_?key|access_?key|credential", re.IGNORECASE)
 TOKEN_SHAPE = rb"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}"
@@ -78,6 +79,11 @@ def anonymise(value: Any) -> Any:
         return REMOVED if any(secret.search(value.encode()) for secret in secrets) else value
 
     return clean(value)
+
+
+def write_published_json(path: Path, content: Any) -> None:
+    """Write content as JSON that may leave the machine: through `anonymise`, as whole as `write_json`."""
+    write_json(path, anonymise(content))
 
 
 def anonymise_configuration(configuration: dict) -> dict:
