@@ -2,7 +2,7 @@
 
 import hashlib
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -13,6 +13,7 @@ from d3etr_hf.files import write_whole
 from d3etr_hf.models.timm_names import read_config
 from d3etr_hf.publishing import card_texts
 from d3etr_hf.publishing.citations import citations_for
+from d3etr_hf.publishing.licenses import IDENTIFIER, license_in
 from d3etr_hf.publishing.onnx_check import CHECK as ONNX_CHECK
 from d3etr_hf.publishing.onnx_check import MODEL as ONNX_MODEL
 from d3etr_hf.publishing.onnx_check import check_in_words, onnx_snippet
@@ -42,6 +43,11 @@ class CardArguments:
     )
 
     def __post_init__(self):
+        if self.license is not None and not IDENTIFIER.fullmatch(self.license):
+            raise ValueError(
+                f"license={self.license!r} is no identifier of the Hub's: lower case, without blanks, such as "
+                "apache-2.0, mit, other"
+            )
         for name in ("teacher_id", "dataset_id"):
             value = getattr(self, name)
             if value is not None and not is_hub_id(value):
@@ -94,7 +100,7 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
     Args:
         folder: of the run, with its pictures.
         metrics: from `measure_run`.
-        arguments: licence and links.
+        arguments: licence and links; without a licence that of the card there is stays.
         repo_id: where it will be published: its code examples then load it from there, else from its folder.
 
     Returns:
@@ -103,6 +109,8 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
     Raises:
         PublishError: the Hub's client does not accept the metadata.
     """
+    if arguments.license is None:
+        arguments = replace(arguments, license=license_in(folder))
     configuration = read_configuration(folder)
     training = publishable_configuration(configuration)
     write_whole(folder / TRAINING, training)
@@ -144,6 +152,7 @@ def _texts(metrics: dict, arguments: CardArguments, repo_id: str | None, onnx_ch
         "option_table": card_texts.option_table(metrics["training"]) if is_distilled(metrics) else None,
         "needs_timm": metrics["student"]["backbone"] == "timm_backbone",
         "limitations": card_texts.limitations(metrics),
+        "licenses": license_lines(metrics, arguments),
         "versions": card_texts.versions(metrics),
         "citation_note": "Please cite the method and what it builds on.",
         "citations": "\n\n".join(citations_for(metrics)),
@@ -177,8 +186,7 @@ def card_data(metrics: dict, arguments: CardArguments, name: str) -> ModelCardDa
     tags = ["object-detection", metrics["student"]["family"]["tag"]]
     if is_distilled(metrics):
         tags += ["knowledge-distillation", "d3etr"]
-    learned = is_distilled(metrics) or metrics["training"]["inherited"]
-    base_model = (links.get("teacher") if learned else None) or links.get("started_from")
+    base_model = (links.get("teacher") if learned(metrics) else None) or links.get("started_from")
     more = {"base_model_relation": RELATION} if base_model else {}
     if "energy" in metrics["training"]:
         grams = 1000 * metrics["training"]["energy"]["kilograms_of_co2"]
@@ -218,6 +226,28 @@ def links_of(metrics: dict, arguments: CardArguments) -> dict[str, str]:
 def is_distilled(metrics: dict) -> bool:
     """Whether the run learned from a teacher's outputs."""
     return bool(card_texts.learned_parts(metrics["training"]["options"]))
+
+
+def learned(metrics: dict) -> bool:
+    """Whether the run has anything of its teacher: its outputs, or weights."""
+    return is_distilled(metrics) or bool(metrics["training"]["inherited"])
+
+
+def license_lines(metrics: dict, arguments: CardArguments) -> list[str]:
+    """The licences of this model and of those that it comes of, as far as they are known, or where they are told."""
+    links, licenses = links_of(metrics, arguments), metrics.get("licenses", {})
+    sources = {}
+    if learned(metrics) and "teacher" in metrics:
+        sources["teacher"] = ("Its teacher", metrics["teacher"]["name"])
+    if "started_from" in metrics["training"]:
+        sources["started_from"] = ("The model that its training started from", metrics["training"]["started_from"])
+    lines = [f"This model: {arguments.license}."] if arguments.license else []
+    for role, (what, name) in sources.items():
+        if role in licenses:
+            lines.append(f"{what}, {linked(links.get(role), name)}: {licenses[role]}, as its card says.")
+        elif role in links:
+            lines.append(f"{what}, {linked(links[role], name)}: as its page says.")
+    return lines
 
 
 def summary(metrics: dict, arguments: CardArguments) -> str:

@@ -16,6 +16,7 @@ from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
+from d3etr_hf.publishing.licenses import licenses_of
 from d3etr_hf.publishing.privacy import write_published_json
 from d3etr_hf.publishing.run_folder import (
     PublishedRun,
@@ -80,7 +81,8 @@ def measure_run(run: PublishedRun, compared: Mapping[str, str] | None = None, ag
     Returns:
         `student` and, as far as they exist, `teacher` and `compared` (title → the same): COCO `metrics` in 0..1,
         `family`, parameters, FLOPs and milliseconds (see `inference_cost`), steps and seconds of training; `data`;
-        `training`; `links`; `environment` of the measurement; `weights`, the SHA-256 of the student's.
+        `training`; `links`; `licenses` of the teacher and of what was started from;
+        `environment` of the measurement; `weights`, the SHA-256 of the student's.
 
     Raises:
         PublishError: the run recorded no evaluation.
@@ -98,6 +100,7 @@ def measure_run(run: PublishedRun, compared: Mapping[str, str] | None = None, ag
             "data": describe_data(run.train, run.val),
             "training": describe_training(run, configuration),
             "links": (run.record(ENVIRONMENT) or {}).get("links", {}),
+            "licenses": licenses_of(teacher=run.teacher_name, started_from=configuration.get("model")),
             "environment": describe_environment(),
             "weights": hash_of_weights(run.folder),
         }

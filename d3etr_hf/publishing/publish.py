@@ -9,14 +9,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from transformers.utils import logging
+
 from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PublishError, UserError
 from d3etr_hf.publishing.card import CardArguments, write_card
+from d3etr_hf.publishing.licenses import license_in, licenses_of, require_license, without_license
 from d3etr_hf.publishing.measurements import is_measured, measure_run, read_metrics, select_rows
-from d3etr_hf.publishing.run_folder import PublishedRun, load_run
+from d3etr_hf.publishing.run_folder import PublishedRun, load_run, read_configuration
 from d3etr_hf.publishing.upload import describe_upload, upload
 from d3etr_hf.runs.output_folder import HISTORY
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -45,6 +50,9 @@ def publish(arguments: PublishArguments, card: CardArguments, data: DataArgument
         PublishError, HubError, PrivacyError: see there; nothing local is lost.
     """
     folder, options = Path(arguments.folder), (arguments.teacher, arguments.measure_again)
+    uploads = arguments.repo_id is not None and not arguments.dry_run
+    if uploads and card.license is None and folder.is_dir():
+        require_license(folder, licenses_of_sources(folder))
     if arguments.dry_run:
         with copy_of(folder) as copy:
             write_model_card(copy, card, arguments.repo_id, data, *options)
@@ -92,7 +100,7 @@ def write_model_card(
     if again or not (is_measured(folder, card.compared()) and is_drawn(folder)):
         return prepare(load_run(folder, data, teacher), card, repo_id, again)
     # all that a card needs lies in the folder: models and data may be gone by now
-    return write_card(folder, select_rows(folder, card.compared()), card, repo_id)
+    return _write_card(folder, select_rows(folder, card.compared()), card, repo_id)
 
 
 def prepare(run: PublishedRun, card: CardArguments, repo_id: str | None = None, again: bool = False) -> Path:
@@ -102,7 +110,21 @@ def prepare(run: PublishedRun, card: CardArguments, repo_id: str | None = None, 
 
     metrics = measure_run(run, card.compared(), again)
     draw_pictures(run.folder, run.record(HISTORY), run.val, run.models)
-    return write_card(run.folder, metrics, card, repo_id)
+    return _write_card(run.folder, metrics, card, repo_id)
+
+
+def _write_card(folder: Path, metrics: dict, card: CardArguments, repo_id: str | None) -> Path:
+    path = write_card(folder, metrics, card, repo_id)
+    if license_in(folder) is None:
+        logger.warning(f"{without_license(folder, metrics.get('licenses', {}))}; an upload is refused without it")
+    return path
+
+
+def licenses_of_sources(folder: Path) -> dict[str, str]:
+    """Role → licence of the models that a finished run learned and started from, as far as their cards are here."""
+    configuration = read_configuration(folder)
+    found = licenses_of(teacher=configuration.get("teacher"), started_from=configuration.get("model"))
+    return (read_metrics(folder) or {}).get("licenses", {}) | found
 
 
 def resume_command(

@@ -180,7 +180,7 @@ def test_training_yaml_builds_the_run_again(prepared):
 def test_what_was_not_measured_is_left_out(prepared, metrics, tmp_path):
     """No empty rows, no placeholder: neither for a teacher, nor for energy, time or sizes."""
     folder = shutil.copytree(prepared, tmp_path / "model")
-    for name in ("detections.png", "attention.png", "curves.png"):
+    for name in ("detections.png", "attention.png", "curves.png", "README.md"):
         (folder / name).unlink()
     bare = copy.deepcopy(metrics)
     del bare["teacher"], bare["compared"], bare["training"]["seconds"], bare["training"]["environment"]
