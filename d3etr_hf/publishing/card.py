@@ -1,6 +1,5 @@
 """The model card: a Jinja template filled with what was measured, and metadata that the Hub parses back."""
 
-import hashlib
 import html
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,16 +8,17 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from d3etr_hf.configurations import option, write_yaml
 from d3etr_hf.errors import PublishError
-from d3etr_hf.files import write_whole
-from d3etr_hf.models.timm_names import read_config
+from d3etr_hf.files import sha256_of, write_whole
+from d3etr_hf.models.loading import family_of_checkpoint
 from d3etr_hf.publishing import card_texts
 from d3etr_hf.publishing.citations import citations_for
 from d3etr_hf.publishing.licenses import IDENTIFIER, license_in
-from d3etr_hf.publishing.onnx_check import CHECK as ONNX_CHECK
-from d3etr_hf.publishing.onnx_check import MODEL as ONNX_MODEL
-from d3etr_hf.publishing.onnx_check import check_in_words, onnx_snippet
-from d3etr_hf.publishing.privacy import anonymise, anonymise_configuration
-from d3etr_hf.publishing.run_folder import PICTURES, is_hub_id, read_configuration, read_json
+from d3etr_hf.publishing.onnx_precision import FILES
+from d3etr_hf.publishing.onnx_record import CHECK as ONNX_CHECK
+from d3etr_hf.publishing.onnx_record import MODEL as ONNX_MODEL
+from d3etr_hf.publishing.onnx_record import check_in_words, onnx_snippet, read_checks
+from d3etr_hf.publishing.privacy import anonymise, anonymise_configuration, write_published_json
+from d3etr_hf.publishing.run_folder import PICTURES, is_hub_id, read_configuration
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 CARD, TRAINING = "README.md", "training.yaml"
@@ -77,13 +77,10 @@ class CardArguments:
         """Before hours are spent: whether what is to be compared is there.
 
         Raises:
-            PublishError: there is no model at one of the places.
+            DetectorLoadError: there is no detector at one of the places.
         """
         for title, path in (self.compared() or {}).items():
-            try:
-                read_config(path, repr(path))
-            except (OSError, ValueError) as error:
-                raise PublishError(f"compare: {title}={path}: no model could be found there ({error})") from error
+            family_of_checkpoint(path, f"compare: {title!r},")
 
     def compared(self) -> dict[str, str] | None:
         """Title → folder; None where nothing is said of them."""
@@ -109,6 +106,7 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
     Raises:
         PublishError: the Hub's client does not accept the metadata.
     """
+    metrics = anonymise(metrics)
     if arguments.license is None:
         arguments = replace(arguments, license=license_in(folder))
     configuration = read_configuration(folder)
@@ -119,7 +117,7 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
         data = card_data(metrics, arguments, title)
     except ValueError as error:
         raise PublishError(f"{folder}: the card's metadata are not valid: {error}") from error
-    texts = _texts(metrics, arguments, repo_id, check_of_onnx(folder, metrics["weights"]))
+    texts = _texts(metrics, arguments, repo_id, checks_of_onnx(folder, metrics["weights"]))
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -135,15 +133,17 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
     return path
 
 
-def _texts(metrics: dict, arguments: CardArguments, repo_id: str | None, onnx_check: dict | None) -> dict:
+def _texts(metrics: dict, arguments: CardArguments, repo_id: str | None, onnx_checks: dict[str, dict]) -> dict:
     """What the template takes that follows from the figures alone."""
-    validation = metrics["data"]["val"]
+    validation, threshold = metrics["data"]["val"], card_texts.suggested_threshold(metrics)
     return {
         "summary": summary(metrics, arguments),
         "highlights": card_texts.highlights(metrics),
         "evaluated_on": f"On the {validation['images']:,} images of {validation['name']}.",
         "results_table": card_texts.results_table(metrics),
         "class_table": card_texts.class_table(metrics),
+        "threshold_table": card_texts.threshold_table(metrics),
+        "threshold": threshold,
         "folded": len(validation["classes"]) > MOST_CLASSES_UNFOLDED,
         "cost_table": card_texts.cost_table(metrics),
         "cost_note": card_texts.cost_note(metrics),
@@ -156,28 +156,44 @@ def _texts(metrics: dict, arguments: CardArguments, repo_id: str | None, onnx_ch
         "versions": card_texts.versions(metrics),
         "citation_note": "Please cite the method and what it builds on.",
         "citations": "\n\n".join(citations_for(metrics)),
-        "onnx_snippet": onnx_snippet(repo_id).rstrip() if onnx_check else None,
-        "onnx_check": check_in_words(onnx_check) if onnx_check else None,
-        "onnx_images": onnx_check["takes"] if onnx_check else None,
+        **onnx_texts(onnx_checks, repo_id, threshold),
     }
 
 
-def check_of_onnx(folder: Path, weights: str) -> dict | None:
-    """What `d3etr export` found out about the folder's ONNX file; None without one.
+def checks_of_onnx(folder: Path, weights: str) -> dict[str, dict]:
+    """What `d3etr export` found out about the folder's ONNX files, by their names.
 
     Raises:
-        PublishError: the file is unchecked, or was exported from other weights than are published beside it.
+        PublishError: a file is unchecked, or was exported from other weights than are published beside it.
     """
-    if not (folder / ONNX_MODEL).exists():
-        return None
-    check = read_json(folder / ONNX_CHECK)
-    content = hashlib.sha256((folder / ONNX_MODEL).read_bytes()).hexdigest()
-    if check is None or (check.get("weights"), check.get("onnx")) != (weights, content):
-        raise PublishError(
-            f"{folder / ONNX_MODEL} was not exported from these weights by `d3etr export`: export it again, or "
-            "remove it"
-        )
-    return check
+    found = {name: check for name, check in read_checks(folder).items() if (folder / name).exists()}
+    for name in FILES.values():
+        if not (folder / name).exists():
+            continue
+        check = found.get(name, {})
+        if (check.get("weights"), check.get("onnx")) != (weights, sha256_of(folder / name)):
+            raise PublishError(
+                f"{folder / name} was not exported from these weights by `d3etr export`: export it again, or remove it"
+            )
+    if found:
+        write_published_json(folder / ONNX_CHECK, found)
+    return found
+
+
+def onnx_texts(checks: dict[str, dict], repo_id: str | None, threshold: float) -> dict:
+    """What the template takes about ONNX files: code for the first, the images that it takes, a line about each."""
+    if not checks:
+        return {"onnx_snippet": None}
+    name, first = next(iter(checks.items()))
+    alone = list(checks) == [ONNX_MODEL]
+    return {
+        "onnx_snippet": onnx_snippet(repo_id, threshold, name).rstrip(),
+        "onnx_images": first["takes"],
+        "onnx_checks": [
+            check_in_words(check) if alone else f"`{file}` ({check['precision']}): {check_in_words(check)}"
+            for file, check in checks.items()
+        ],
+    }
 
 
 def card_data(metrics: dict, arguments: CardArguments, name: str) -> ModelCardData:

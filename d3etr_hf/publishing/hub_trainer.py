@@ -12,6 +12,7 @@ from d3etr_hf.files import write_json, write_whole
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.licenses import licenses_of, require_license
+from d3etr_hf.publishing.privacy import write_published_json
 from d3etr_hf.publishing.publish import prepare, resume_command
 from d3etr_hf.publishing.run_folder import PublishedRun, hash_of_weights, links_to_hub, read_json
 from d3etr_hf.publishing.upload import (
@@ -66,7 +67,7 @@ class D3etrTrainer(DistillationTrainer):
             results["seconds"] = seconds
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
-            write_json(folder / HISTORY, self.state.log_history)
+            write_published_json(folder / HISTORY, self.state.log_history)
             results["weights"] = hash_of_weights(folder)  # by which a card knows whose results these are
             write_json(folder / RESULTS, results)
         return results

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from d3etr_hf.data import DetectionDataset, DetectionTransform
 from d3etr_hf.errors import PublishError
-from d3etr_hf.evaluation import average_precision_of, predict_detections
+from d3etr_hf.evaluation import average_precision_of, best_thresholds, predict_detections
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import load_detector
@@ -80,9 +80,9 @@ def measure_run(run: PublishedRun, compared: Mapping[str, str] | None = None, ag
 
     Returns:
         `student` and, as far as they exist, `teacher` and `compared` (title → the same): COCO `metrics` in 0..1,
-        `family`, parameters, FLOPs and milliseconds (see `inference_cost`), steps and seconds of training; `data`;
-        `training`; `links`; `licenses` of the teacher and of what was started from;
-        `environment` of the measurement; `weights`, the SHA-256 of the student's.
+        `thresholds` of the student (see `best_thresholds`), `family`, parameters, FLOPs and milliseconds (see
+        `inference_cost`), steps and seconds of training; `data`; `training`; `links`; `licenses` of the teacher and of
+        what was started from; `environment` of the measurement; `weights`, the SHA-256 of the student's.
 
     Raises:
         PublishError: the run recorded no evaluation.
@@ -147,8 +147,8 @@ def _identity(path: str) -> str:
     return hash_of_weights(Path(path)) if Path(path).is_dir() else path
 
 
-def _student_metrics(run: PublishedRun, batch_size: int) -> dict[str, float]:
-    """What the run measured at its end, if of these weights and data; else, where that is not known, measured now.
+def _recorded_metrics(run: PublishedRun) -> dict[str, float] | None:
+    """What the run measured at its end, if of these weights and data; None where that is not known.
 
     Raises:
         PublishError: the results are of other weights, or there are none.
@@ -161,19 +161,34 @@ def _student_metrics(run: PublishedRun, batch_size: int) -> dict[str, float]:
             "or train again"
         )
     if of_weights is None or run.data_moved:
-        metrics = _evaluate(run.student, run.val, batch_size, "student")
-    else:
-        metrics = {name: value for name, value in results.items() if name.startswith(("AP", "AR"))}
+        return None
+    metrics = {name: value for name, value in results.items() if name.startswith(("AP", "AR"))}
     if "AP" not in metrics:
         raise PublishError(f"{run.folder / RESULTS} holds no AP: a card needs a validation split with objects")
     return metrics
+
+
+def _measure_student(run: PublishedRun, batch_size: int) -> dict:
+    """The student's metrics, the thresholds that it is best used with, and how long it was trained.
+
+    Raises:
+        PublishError: see `_recorded_metrics`, or the validation split has no objects.
+    """
+    metrics, val = _recorded_metrics(run), run.val
+    student = with_classes_of(run.student, val.class_names, "student")
+    detections = predict_detections(student, val, batch_size, "student")
+    metrics = average_precision_of(detections, val) if metrics is None else metrics
+    if "AP" not in metrics:
+        raise PublishError(f"{val.name} has no objects: a card needs a validation split with some")
+    thresholds = {"thresholds": best_thresholds(detections, val)}
+    return {"metrics": metrics, **thresholds, **_length_of_training(str(run.folder))}
 
 
 def _measure_models(run: PublishedRun, batch_size: int) -> dict:
     """Student and teacher: metrics, family, cost, and both timed by turns."""
     for model, _ in run.models.values():
         _on_device(model)
-    rows = {"student": {"metrics": _student_metrics(run, batch_size), **_length_of_training(str(run.folder))}}
+    rows = {"student": _measure_student(run, batch_size)}
     rows["student"]["backbone"] = run.student.backbone_type
     if run.teacher is not None:
         metrics = _evaluate(run.teacher, run.teacher_val, batch_size, "teacher")

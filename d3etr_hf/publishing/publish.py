@@ -14,10 +14,11 @@ from transformers.utils import logging
 from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PublishError, UserError
+from d3etr_hf.models.places import refuse_other_place
 from d3etr_hf.publishing.card import CardArguments, write_card
 from d3etr_hf.publishing.licenses import license_in, licenses_of, require_license, without_license
 from d3etr_hf.publishing.measurements import is_measured, measure_run, read_metrics, select_rows
-from d3etr_hf.publishing.run_folder import PublishedRun, load_run, read_configuration
+from d3etr_hf.publishing.run_folder import NO_TEACHER, PublishedRun, load_run, read_configuration
 from d3etr_hf.publishing.upload import describe_upload, upload
 from d3etr_hf.runs.output_folder import HISTORY
 
@@ -93,6 +94,9 @@ def write_model_card(
 
     folder, card = Path(folder), card or CardArguments()
     _require_run_folder(folder)
+    for place, what in ((teacher, "teacher"), *((path, title) for title, path in (card.compared() or {}).items())):
+        if place not in (None, NO_TEACHER) and Path(place).exists():  # one that is gone may be measured already
+            refuse_other_place(place, f"{what} {place!r}")
     # another teacher, or other data, are other figures
     again = measure_again or teacher is not None or data is not None
     if (measure_again or data is not None) and not card.compare:

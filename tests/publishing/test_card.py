@@ -143,14 +143,26 @@ def test_onnx_file_of_other_weights_is_not_published(prepared, metrics, tmp_path
         "milliseconds": {"pytorch": 2.0, "onnxruntime": 1.0},
     }
     for wrong in (None, check | {"weights": "other"}, check | {"onnx": "other"}):
-        (folder / "onnx_check.json").write_text(json.dumps(wrong))
+        (folder / "onnx_check.json").write_text(json.dumps(wrong and {"model.onnx": wrong}))
         with pytest.raises(PublishError, match="model.onnx was not exported from these weights"):
             write_card(folder, metrics, CardArguments())
-    (folder / "onnx_check.json").write_text(json.dumps(check))
+    (folder / "onnx_check.json").write_text(json.dumps({"model.onnx": check, "gone.onnx": check}))
     write_card(folder, metrics, CardArguments())
     text = (folder / "README.md").read_text()
+    assert json.loads((folder / "onnx_check.json").read_text()) == {"model.onnx": check}
     assert "batches of any number of images padded to 96 × 96 pixels:" in text
-    assert "at most 0.25 pixels" in text and "onnxruntime.InferenceSession" in text
+    assert "at most 0.25 pixels" in text and "onnxruntime.InferenceSession" in text and "`model.onnx`" not in text
+    int8 = check | {"precision": "int8", "AP": 0.25, "AP_float32": 0.5, "AP_images": 2, "megabytes": 0.5}
+    (folder / "model_int8.onnx").write_bytes(b"onnx")
+    checks = {"model.onnx": check | {"precision": "fp32"}, "model_int8.onnx": int8}
+    (folder / "onnx_check.json").write_text(json.dumps(checks))
+    lines = write_card(folder, metrics, CardArguments()).read_text().splitlines()
+    (told,) = [line for line in lines if line.startswith("`model_int8.onnx` (int8): On 2 images")]
+    assert told.endswith("AP 25.0, in float32 50.0 (images: 2); 0.5 MB.")
+    assert len([line for line in lines if line.startswith("`model.onnx` (fp32): On 2 images")]) == 1
+    (folder / "model_fp16.onnx").write_bytes(b"other")
+    with pytest.raises(PublishError, match="model_fp16.onnx was not exported from these weights"):
+        write_card(folder, metrics, CardArguments())
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -159,7 +171,9 @@ def test_code_in_the_card_runs(prepared, tmp_path, monkeypatch, capsys, index):
     folder = shutil.copytree(prepared, tmp_path / "model")
     Image.new("RGB", (90, 70), "orange").save(folder / "photograph.jpg")
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[index]
-    (folder / "snippet.py").write_text(code.replace("threshold=0.4", "threshold=0.0"))
+    threshold = json.loads((prepared / METRICS).read_text())["student"]["thresholds"]["all"]["threshold"]
+    assert f"threshold={threshold}" in code
+    (folder / "snippet.py").write_text(code.replace(f"threshold={threshold}", "threshold=0.0"))
     monkeypatch.chdir(folder)
     runpy.run_path("snippet.py")
     lines = capsys.readouterr().out.splitlines()
@@ -242,6 +256,24 @@ def test_energy(metrics, tmp_path, prepared):
 def test_arguments(fields, message):
     with pytest.raises(ValueError, match=message):
         CardArguments(**fields)
+
+
+@pytest.mark.parametrize(("classes", "folded"), [(1, False), (12, False), (13, True)])
+def test_thresholds_in_the_card(prepared, metrics, tmp_path, classes, folded):
+    """A line a class and one for all, folded where they are many; the code takes that of all."""
+    folder = shutil.copytree(prepared, tmp_path / "model")
+    names = [f"class {index}" for index in range(classes)]
+    for split in metrics["data"].values():
+        split["classes"] = dict.fromkeys(names, 3)
+    best = {"threshold": 0.35, "F1": 0.5, "precision": 0.25, "recall": 0.75}
+    metrics["student"]["thresholds"] = {"classes": dict.fromkeys(names, best), "all": best | {"threshold": 0.29}}
+    text = write_card(folder, metrics, CardArguments()).read_text()
+    assert text.count(" | 0.35 | 50.0 | 25.0 | 75.0 |") == classes and text.count("threshold=0.29") == 2
+    assert ("| **all classes** | 0.29 | 50.0 | 25.0 | 75.0 |" in text) == (classes > 1)
+    assert ("<details><summary>Thresholds of each class</summary>\n\n| class |" in text) == folded
+    del metrics["student"]["thresholds"]  # of an earlier version
+    text = write_card(folder, metrics, CardArguments()).read_text()
+    assert "threshold of the highest" not in text and text.count("threshold=0.4") == 2
 
 
 def test_class_names_do_not_break_tables(prepared, metrics, tmp_path):

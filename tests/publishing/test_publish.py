@@ -1,16 +1,23 @@
 """What publishing leaves as it was, and what it keeps of an earlier publication."""
 
+import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
+from d3etr_hf.cli.training_run import train_detector
 from d3etr_hf.data import DataArguments
-from d3etr_hf.errors import PublishError
+from d3etr_hf.errors import PrivacyError, PublishError
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.measurements import METRICS
 from d3etr_hf.publishing.publish import PublishArguments, copy_of, publish, write_model_card
+from d3etr_hf.publishing.run_folder import hash_of_weights
+from d3etr_hf.publishing.upload import describe_upload, files_to_publish
+from tests.cli.test_training_run import arguments
+from tests.data.test_hub_datasets import row, write_parquet
 
 
 def content_of(folder) -> dict:
@@ -84,3 +91,34 @@ def test_what_is_no_folder_is_named(distilled, name, told, dry_run):
     place = str(distilled / name)
     with pytest.raises(PublishError, match=f"^{re.escape(place)}.*{told}"):
         publish(PublishArguments(place, dry_run=dry_run), CardArguments())
+
+
+@pytest.mark.parametrize("below_home", [False, True])
+def test_no_path_of_local_parquet_is_published(tmp_path, monkeypatch, below_home):
+    """Trained from an absolute path, below the home or on a mounted disk; with a check of an earlier version."""
+    place = tmp_path / "ClientOfOurs" / "parts"
+    place.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path if below_home else tmp_path / "home"))
+    rows = [row(index, [{"bbox": [1.0, 2.0, 10.0, 20.0], "category": 1}]) for index in range(8)]
+    for split in ("train", "validation"):
+        write_parquet(place, rows, split, fields=("bbox", "category"))
+    model, teacher, data, training = arguments("", tmp_path / "student", max_steps=1)
+    data = replace(data, data_folder=None, dataset_name=f"{place}/")
+    train_detector(model, teacher, data, training)
+    folder = tmp_path / "student"
+    (folder / "model.onnx").write_bytes(b"onnx")
+    check = {"data": f"{place}/validation", "weights": hash_of_weights(folder)}
+    check |= {"onnx": hashlib.sha256(b"onnx").hexdigest(), "images": 8, "takes": "images of any size", "threads": 1}
+    check["differences"] = {"one_by_one": {"box_pixels": 0.25, "score": 2e-6}}
+    check["milliseconds"] = {"pytorch": 2.0, "onnxruntime": 1.0}
+    (folder / "onnx_check.json").write_text(json.dumps({"model.onnx": check}))
+    publish(PublishArguments(str(folder)), CardArguments(license="mit"))
+    assert str(place) in (folder / "run.yaml").read_text()  # it was there to leak
+    paths = files_to_publish(folder)
+    assert {"README.md", "onnx_check.json", "training.yaml", "metrics.json"} <= {path.name for path in paths}
+    for path in paths:
+        assert b"ClientOfOurs" not in path.read_bytes(), path.name
+    assert "On the 8 images of parts/validation." in (folder / "README.md").read_text()
+    (folder / "onnx_check.json").write_text(json.dumps(check))  # the net before an upload, where the first is torn
+    with pytest.raises(PrivacyError, match="onnx_check.json holds"):
+        describe_upload(folder, None)
