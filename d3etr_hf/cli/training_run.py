@@ -25,6 +25,7 @@ from d3etr_hf.models.loading import (
 )
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
+from d3etr_hf.publishing.licenses import require_license
 from d3etr_hf.publishing.publish import resume_command
 from d3etr_hf.publishing.run_folder import links_to_hub, restore_weights
 from d3etr_hf.runs.description import describe_run
@@ -128,6 +129,8 @@ def begin(
         return finished_results(output, training_arguments, card_arguments), None
     if training_arguments.push_to_hub:
         card_arguments.check_places()
+        if card_arguments.license is None:
+            require_license(output, {})
     held.enter_context(holding(output, "another training run"))
     check_output_folder(output, configuration, launch)  # another call may have come in between
     return None, checkpoint_to_go_on_from(output, training_arguments)

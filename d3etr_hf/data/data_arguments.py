@@ -10,7 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from d3etr_hf.data.coco import find_coco_split, load_coco_split
 from d3etr_hf.data.dataset import DetectionDataset
-from d3etr_hf.data.hub_datasets import load_hub_split
+from d3etr_hf.data.hub_datasets import load_hub_split, name_of_folder
 from d3etr_hf.data.image_sizes import see_the_same, set_image_size, size_of, takes_fixed_size
 from d3etr_hf.data.strong_augmentation import Mosaic, StrongAugmentation
 from d3etr_hf.data.transforms import Augmentation, CropSizes, DetectionTransform
@@ -253,6 +253,8 @@ def augmentation_for(
         DatasetError: the image processor has no size, or one that the augmentation cannot vary.
     """
     size = size_of(image_processor)
+    if size.max_height and size.max_height == size.max_width:  # an image that fits into a square has its long side
+        return build_augmentation(arguments, size.max_height, size.max_height)
     if takes_fixed_size(image_processor):
         return build_fixed_size_augmentation(arguments, size.height, size.width, side_divisor)
     if not (size.shortest_edge and size.longest_edge):
@@ -338,7 +340,7 @@ def _load(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]
         folder = Path(arguments.data_folder)
         roots = None if anywhere else [folder]
         train, val = (
-            load_coco_split(*find_coco_split(folder, split), name=f"{folder.name}/{split}", roots=roots)
+            load_coco_split(*find_coco_split(folder, split), name=f"{name_of_folder(folder)}/{split}", roots=roots)
             for split in ("train", "val")
         )
         return train, val

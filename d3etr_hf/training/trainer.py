@@ -1,6 +1,7 @@
 """`DistillationTrainer`: Transformers' Trainer with a teacher, a second query group and COCO evaluation."""
 
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
@@ -10,7 +11,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from d3etr_hf.data import DetectionCollator, DetectionDataset
 from d3etr_hf.data.sampling import TrainingSampler
-from d3etr_hf.errors import NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
+from d3etr_hf.errors import EvaluationError, NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
 from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
 from d3etr_hf.models.other_detector import OtherDetector
@@ -390,6 +391,11 @@ class DistillationTrainer(ResumableTrainer):
 
     # evaluation
 
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Of all images: `dataloader_drop_last` leaves the rest of an epoch out of training, and of nothing else."""
+        with patch.object(self.args, "dataloader_drop_last", False):
+            return super().get_eval_dataloader(eval_dataset)
+
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """Remembers which data set is evaluated: the metric reads its untouched ground truth."""
         check_data(self.model, None, {"eval_dataset": dataloader.dataset})
@@ -421,11 +427,13 @@ class DistillationTrainer(ResumableTrainer):
             detections = torch.as_tensor(prediction.predictions)
             try:
                 found[0] = average_precision_of(detections, self._evaluated_dataset, prediction.label_ids)
+            except EvaluationError as error:
+                found[1] = error
             except ValueError as error:
-                found[1] = str(error)
-        metrics, reason = broadcast_object_list(found)
-        if reason is not None:
-            raise NonFiniteLossError(f"evaluation after step {self.state.global_step}: {reason}")
+                found[1] = NonFiniteLossError(f"evaluation after step {self.state.global_step}: {error}")
+        metrics, refusal = broadcast_object_list(found)
+        if refusal is not None:
+            raise refusal
         return metrics
 
 

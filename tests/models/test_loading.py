@@ -103,7 +103,7 @@ def test_detector_is_loaded_whole_and_in_float32(checkpoint):
 
 def test_nothing_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where a demonstration was run there is a runs/demo/teacher
-    with pytest.raises(DetectorLoadError, match=f"teacher '{tmp_path}': no model configuration.*config.json"):
+    with pytest.raises(DetectorLoadError, match=f"teacher '{tmp_path}': the folder holds no config.json: name one"):
         load_detector(str(tmp_path), "teacher")
     for path in (str(tmp_path / "absent"), "./absent", "runs/demo/teacher"):
         with pytest.raises(DetectorLoadError, match=f"teacher '{path}': there is no such folder"):

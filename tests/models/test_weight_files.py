@@ -155,7 +155,7 @@ def test_pickles_are_not_opened(folder, name, capfd):
     (folder / FILE).unlink()
     (folder / name).write_bytes(pickle.dumps(Hostile()))
     refused(folder, f"its weights are a pickle .'{name}'.*d3etr convert {folder / name} NEW_FOLDER")
-    refused(folder / name, f"is a file: give the folder.*d3etr convert {folder / name} NEW_FOLDER")
+    refused(folder / name, f"is a file: make a folder of it .*d3etr convert {folder / name} NEW_FOLDER")
     assert "was run" not in "".join(capfd.readouterr())
 
 
