@@ -220,6 +220,22 @@ def run_resume(folder: Path, processes: int) -> list[bool]:
     return gather_object([same]) if processes > 1 else [same]
 
 
+def run_planned(folder: Path, processes: int) -> list[dict]:
+    """The log of a training with steps of which the adapter of a wider teacher's queries has no part."""
+    trainer = shapes_trainer(
+        folder / "shapes",
+        folder / f"planned on {processes}",
+        student=load_detector(str(folder / "conditional_detr")),
+        teacher=tiny_model(1, d_model=48),
+        max_steps=4,
+        per_device_train_batch_size=4 // processes,
+        distillation_interval=2,
+        distillation_decay=True,
+    )
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
 def run_silence(processes: int) -> tuple | None:
     """What the others say while a process is stopped, one after the other; of threads, how many are left."""
     if processes == 1:
@@ -243,12 +259,13 @@ def run_silence(processes: int) -> tuple | None:
 
 
 def run_cases(folder: Path, processes: int) -> dict:
-    """All cases, one after the other, a training that is stopped, one with a probe, and processes that are stopped."""
+    """All cases, a training that is stopped, one with a plan, one with a probe, and processes that are stopped."""
     cases = CASES | AS_TRAINED
     found = {
         name: run_case(case, folder, folder / f"{name} on {processes}", processes) for name, case in cases.items()
     }
     found |= {"stop": run_stop(folder, processes), "resume": run_resume(folder, processes)}
+    found["planned"] = run_planned(folder, processes)
     return found | {"probe": run_probe(folder, processes), "silence": run_silence(processes)}
 
 

@@ -52,6 +52,9 @@ CHECKPOINTS, CHECKPOINT_TESTS = "d3etr_hf/training/checkpoints.py", "tests/train
 REPRODUCTION, MEMORY_GROWTH = "d3etr_hf/training/reproduction.py", "d3etr_hf/training/memory_growth.py"
 HEARTBEAT, HEARTBEAT_TESTS = "d3etr_hf/training/heartbeat.py", "tests/training/test_heartbeat.py"
 SIGNALS, SIGNAL_TESTS = "d3etr_hf/cli/signals.py", "tests/cli/test_signals.py"
+STRONG_TESTS = "tests/data/test_strong_augmentation.py"
+SCHEDULE, SCHEDULE_TESTS = "d3etr_hf/training/distillation_schedule.py", "tests/training/test_distillation_schedule.py"
+CACHE, CACHE_TESTS = "d3etr_hf/training/teacher_cache.py", "tests/training/test_teacher_cache.py"
 PROBE, PROBE_TESTS = "d3etr_hf/training/step_probe.py", "tests/training/test_step_probe.py"
 MUTATIONS = [
     # HF_NOTES 1: auxiliary_loss semantics, the norm on the side
@@ -653,8 +656,36 @@ MUTATIONS = [
     ("fields: other names have no bounds", f"{MODELS}/field_values.py", "aliases.get(name, name)", "name",
      "tests/models/test_field_values.py::test_fields_of_other_names_have_bounds_too"),
     ("largest: a teacher sees no crops", "d3etr_hf/data/largest.py",
-     "None if crop is None else Augmentation(crop=crop)", "None",
+     "cuts_only = copy.copy(transform.augmentation)", "cuts_only = None",
      "tests/data/test_largest.py::test_a_teacher_sees_the_largest_crops_too"),
+    ("largest: crops by overlap are forgotten", "d3etr_hf/data/largest.py",
+     "augmentation.aspects is not None:", "False:",
+     f"{STRONG_TESTS}::test_what_is_drawn_belongs_to_the_image_and_the_epoch"),
+    ("strong: boxes stay where they were", "d3etr_hf/data/strong_augmentation.py",
+     "boxes[kept] - torch.tensor([left, top, left, top])", "boxes[kept]",
+     f"{STRONG_TESTS}::test_crops_keep_boxes_on_their_pixels_and_drop_those_whose_centre_is_out"),
+    ("strong: mosaics never end", "d3etr_hf/data/strong_augmentation.py", "progress >= self.end or ", "",
+     f"{STRONG_TESTS}::test_mosaics_are_drawn_as_often_as_asked_and_end"),
+    ("strong: nobody says how far the training is", "d3etr_hf/training/sampling.py",
+     "            self.sampler.total_steps = state.max_steps\n", "",
+     f"{STRONG_TESTS}::test_training_ends_its_mosaics_and_goes_on_bit_by_bit"),
+    ("schedule: the auxiliary group stays", SCHEDULE, "changed if weight > 0 else", "changed if True else",
+     f"{SCHEDULE_TESTS}::test_steps_without_distillation_are_plain_and_the_others_weigh_less"),
+    ("schedule: weights do not fall", SCHEDULE, "1 - step / last if", "1.0 if",
+     f"{SCHEDULE_TESTS}::test_weights_by_hand"),
+    ("schedule: a kept step has the run's options", GUARD, "asdict(trainer.distillation)",
+     "asdict(trainer.args.distillation)", f"{GUARD_TESTS}::test_a_kept_step_is_taken_again_bit_by_bit"),
+    ("cache: precision does not count", CACHE, '"precision": [precision, detector.device.type]', '"precision": []',
+     f"{CACHE_TESTS}::test_another_teacher_image_or_precision_is_another_entry"),
+    ("cache: weights do not count", CACHE, "        digest.update(_bytes_of(value))\n", "        pass\n",
+     f"{CACHE_TESTS}::test_another_teacher_image_or_precision_is_another_entry"),
+    ("cache: a grid that is not the student's is taken for it", CACHE, "own_grid=uneven", "own_grid=False",
+     f"{CACHE_TESTS}::test_images_of_several_sizes_stand_on_one_grid"),
+    ("cache: half a file stays", CACHE, "unfinished.unlink(missing_ok=True)", "pass",
+     f"{CACHE_TESTS}::test_a_disk_without_room_is_told_first_and_a_full_one_once"),
+    ("weights: a part of its own called model is taken for a wrapper", f"{MODELS}/weight_files.py",
+     'twice = wrapper != "model." or', "twice = True or",
+     "tests/models/test_weight_files.py::test_names_of_a_wrapper_are_read_without_it_and_told_once"),
 ]  # fmt: skip
 
 

@@ -60,6 +60,17 @@ def test_logged_terms_are_the_same_on_two_processes(both, case):
             assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+def test_steps_without_distillation_are_the_same_on_two_processes(both):
+    """Processes must not wait for gradients of parameters that such a step leaves out."""
+    one, two = (results["planned"] for results in both)
+    assert [entry.keys() for entry in one] == [entry.keys() for entry in two] and len(one) == 4
+    assert ["loss/student/prediction" in entry for entry in one] == [True, False, True, False]
+    for entry, other in zip(one, two, strict=True):
+        for name, value in entry.items():
+            if name.startswith("loss"):
+                assert other[name] == pytest.approx(value, rel=1e-2, abs=1e-4), name
+
+
 def test_the_cases_are_what_they_are_called(both):
     """Each trains what only it has."""
     one, _ = both

@@ -20,7 +20,12 @@ from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS, read_record, read_run_options
 from d3etr_hf.training.checkpoints import checkpoints_of, unreadable
 from d3etr_hf.training.distillation import Distillation
-from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS, RENAMED_OPTIONS, D3etrTrainingArguments
+from d3etr_hf.training.training_arguments import (
+    DISTILLATION_OPTIONS,
+    RENAMED_OPTIONS,
+    D3etrTrainingArguments,
+    fields_of,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -250,7 +255,7 @@ def describe_training(run: PublishedRun, configuration: dict) -> dict:
 
     options = {name: value_of(name) for name in TOLD_OPTIONS}
     if run.teacher is not None and run.teacher.predictions_only:
-        asked = Distillation(**{name: value for name, value in options.items() if name != "layer_map"})
+        asked = Distillation(**{name: options[name] for name in fields_of(Distillation)})
         options |= asdict(asked.of_predictions())
     results, launch = run.record(RESULTS), run.record(LAUNCH) or {}
     per_device = value_of("per_device_train_batch_size")
