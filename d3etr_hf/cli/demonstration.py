@@ -16,8 +16,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from d3etr_hf.configurations import read_yaml_file, shipped_configurations
-from d3etr_hf.data import load_coco_split
-from d3etr_hf.data.coco import find_coco_split
+from d3etr_hf.data import find_coco_split, load_coco_split
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.data.transforms import DetectionTransform
 from d3etr_hf.errors import DemoError
