@@ -125,7 +125,7 @@ def _same_name(path: str, images: str | Path) -> str:
         if name.casefold() in map(str.casefold, names):
             found = next(each for each in names if each.casefold() == name.casefold())
             there = os.path.relpath(os.path.join(place, found), images)
-            return f"; there is {quoted(there)} in {quoted(str(images))}: does `file_name` say another folder?"
+            return f"; there is {quoted(there)} in {quoted(str(images))}: `file_name` may say another folder"
         seen += len(names)
         if seen > MOST_FILES:
             break

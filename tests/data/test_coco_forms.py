@@ -89,5 +89,5 @@ def test_a_file_of_the_same_name_elsewhere_is_told(prefix: str, tmp_path: Path) 
     annotations.write_text(json.dumps(coco(images=images)))
     for each in coco()["images"]:
         write_image(tmp_path / "ls" / "images" / each["file_name"].upper())
-    with pytest.raises(DatasetError, match="there is 'images/7.PNG' in .*ls': does `file_name` say another folder"):
+    with pytest.raises(DatasetError, match="there is 'images/7.PNG' in .*ls': `file_name` may say another folder"):
         load_coco_split(annotations, tmp_path / "ls")
