@@ -78,10 +78,9 @@ def hub_splits(
     splits = _load_splits(path_or_name, workers, None)
     roots = None if allow_images_elsewhere else [path_or_name, *caches()]
     place = str(path_or_name)
-    return {
-        split: partial(split_of, splits, split, f"{path_or_name}/{split}", roots, place, class_names)
-        for split in splits
-    }
+    # a card tells the name: no path of the machine
+    name = os.path.basename(os.path.abspath(place)) if os.path.isdir(place) else place
+    return {split: partial(split_of, splits, split, f"{name}/{split}", roots, place, class_names) for split in splits}
 
 
 def split_of(

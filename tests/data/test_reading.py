@@ -30,7 +30,7 @@ def test_every_format_gives_the_same(style: str, tmp_path: Path) -> None:
     folder = tmp_path / "teeth"
     WRITERS[style](folder)
     for split in read_splits(DataArguments(data_folder=str(folder))):
-        assert split.class_names == ["aeroplane", "tooth brush"]
+        assert split.class_names == ["aeroplane", "tooth brush"] and split.name.startswith("teeth/")
         assert seen(split) == EXPECTED
         truth = split.ground_truth
         assert sorted(each["name"] for each in truth["categories"]) == split.class_names
