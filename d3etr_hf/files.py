@@ -1,5 +1,6 @@
 """Files: which may be opened, and how they are written so that neither a kill nor a full disk can spoil them."""
 
+import difflib
 import errno
 import hashlib
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from d3etr_hf.errors import DamagedFileError, WriteError, one_line
+from d3etr_hf.errors import DamagedFileError, WriteError, one_line, quoted
 
 BLOCK = 2**20  # bytes that are read at once
 UNFINISHED = ".unfinished"  # ends the name of a file that was being written when its process ended
@@ -41,6 +42,20 @@ def regular_file(path: str | Path) -> Path:
         number = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
         raise OSError(number, f"it is {KINDS.get(kind, 'no file')}, not a file")
     return Path(path)
+
+
+def nearest_place(path: str | Path) -> str:
+    """What a path that is not there may have been meant to be, for a message: "; did you mean ...?", or nothing."""
+    place = Path(path)
+    there = place.parent
+    while not there.is_dir() and there != there.parent:
+        there = there.parent
+    try:
+        names = os.listdir(there)
+    except OSError:  # not ours to list
+        return ""
+    nearest = difflib.get_close_matches(place.relative_to(there).parts[0], names, n=1)
+    return f"; did you mean {quoted(str(there / nearest[0]))}?" if nearest else ""
 
 
 def write_json(path: Path, content: Any) -> None:

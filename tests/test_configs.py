@@ -85,7 +85,7 @@ def test_recipe_is_understood_by_its_script(recipe):
 @pytest.mark.parametrize("path", COMPARISONS, ids=name_of)
 def test_comparison_is_understood(path, monkeypatch):
     """Every option of every run, by the parser of the command that takes it; data sets are made later."""
-    monkeypatch.setattr(compare, "find_coco_split", lambda folder, split: None)
+    monkeypatch.setattr(compare, "check_places", lambda arguments: None)
     (comparison,) = parse_arguments([Comparison], [str(path)])
     runs = plan(comparison)
     compare.check_runs(runs, path.name)

@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 from d3etr_hf.cli import distill, train
 from d3etr_hf.cli.command_line import build_arguments, parse_arguments
 from d3etr_hf.configurations import option, write_yaml
-from d3etr_hf.data import DataArguments
-from d3etr_hf.data.coco import find_coco_split
+from d3etr_hf.data import DataArguments, check_places
 from d3etr_hf.errors import CommandLineError, ComparisonError
 from d3etr_hf.files import write_whole
 from d3etr_hf.models.loading import (
@@ -38,6 +37,8 @@ from d3etr_hf.training.checkpoints import checkpoints_of, was_saved
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from d3etr_hf.visualization.comparison import draw_comparison, format_comparison
 
+# the fields that say where data are
+OF_DATA = {"data_folder", "dataset_name", "train_annotations", "train_images", "val_annotations", "val_images"}
 TABLE, PICTURE = ".md", ".png"  # beside the results, by their name
 
 
@@ -113,7 +114,7 @@ def check_runs(runs: Sequence[PlannedRun], source: str) -> None:
     Raises:
         CommandLineError: an option is unknown, of the wrong type, out of its range, or contradicts another.
         DetectorLoadError: a model configuration, or a teacher's checkpoint, cannot be used.
-        DatasetError: a data folder holds no data.
+        DatasetError: the data are not there.
     """
     checked: set[str] = set()
     for run in runs:
@@ -135,11 +136,11 @@ def check_runs(runs: Sequence[PlannedRun], source: str) -> None:
             if path is not None and path not in checked:
                 family_of_checkpoint(path, f"{place}: {role}")
                 checked.add(path)
-        folder = arguments[DataArguments].data_folder
-        if folder is not None and folder not in checked:
-            for split in ("train", "val"):
-                find_coco_split(folder, split)
-            checked.add(folder)
+        data = arguments[DataArguments]
+        where = repr([getattr(data, name) for name in sorted(OF_DATA)])
+        if where not in checked:
+            check_places(data)
+            checked.add(where)
 
 
 def list_runs(runs: Sequence[PlannedRun], lines: Sequence[dict]) -> str:

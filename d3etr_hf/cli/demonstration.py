@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 
 from d3etr_hf.cli.evaluate import evaluate_detector
 from d3etr_hf.configurations import read_yaml_file, shipped
-from d3etr_hf.data import DataArguments, load_coco_split
-from d3etr_hf.data.coco import find_coco_split
+from d3etr_hf.data import DataArguments, find_coco_split, load_coco_split
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.data.transforms import DetectionTransform
 from d3etr_hf.errors import DemoError

@@ -12,7 +12,7 @@ from typing import Any
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
-from d3etr_hf.data import DataArguments, load_splits
+from d3etr_hf.data import DataArguments, check_places, load_splits
 from d3etr_hf.data.image_sizes import describe_image_size
 from d3etr_hf.files import write_json
 from d3etr_hf.models.image_processors import image_processor_of
@@ -62,6 +62,7 @@ def evaluate_detector(
         report_to="none",
     )
     refuse_split_launch(training_arguments)
+    check_places(data_arguments)
     detector = load_detector(model)
     processor: Any = image_processor_of(detector.config.model_type, model)
     _, val = load_splits(data_arguments, processor)

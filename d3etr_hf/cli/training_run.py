@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from d3etr_hf.cli.signals import stopping_at_signals
-from d3etr_hf.data import DataArguments, load_splits, with_side_divisor
+from d3etr_hf.data import DataArguments, check_places, load_splits, with_side_divisor
 from d3etr_hf.errors import DamagedFileError, DatasetError
 from d3etr_hf.files import write_json, write_whole
 from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
@@ -203,9 +203,10 @@ def build_trainer(
 ) -> D3etrTrainer:
     """The trainer of a run from its seed on: data, student, teacher, and what the student inherits."""
     set_seed(training_arguments.seed)
+    # what is named is looked for before anything is loaded
+    check_places(data_arguments)
     teacher_type = None
     if teacher_arguments.teacher is not None:
-        # before its image processor is looked for, and the data is read
         teacher_type = check_teacher(teacher_arguments.teacher)
     model_type = model_type_of(model_arguments)
     if model_arguments.model is not None:

@@ -16,10 +16,10 @@ import torch
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
-from d3etr_hf.data import DataArguments
+from d3etr_hf.data import DataArguments, check_places
 from d3etr_hf.errors import PictureError
 from d3etr_hf.models.image_processors import image_processor_of
-from d3etr_hf.models.loading import load_detector
+from d3etr_hf.models.loading import family_of_checkpoint, load_detector
 from d3etr_hf.visualization.attention_picture import draw_attention_of
 from d3etr_hf.visualization.detections_on_images import (
     choose_images,
@@ -59,13 +59,17 @@ class PictureArguments:
 def main() -> None:
     """What `d3etr visualize` runs."""
     arguments, data = parse_arguments((PictureArguments, DataArguments), description=__doc__)
+    # the second detector's column and row come first, as a teacher's
+    paths = {"compare": arguments.compare, "model": arguments.model}
+    paths = {role: path for role, path in paths.items() if path is not None}
+    if any((data.data_folder, data.dataset_name, data.train_annotations)):
+        check_places(data)
+    for role, path in paths.items():
+        family_of_checkpoint(path, role)
     chosen = choose_images(arguments.images, data, arguments.split, arguments.first)
     if arguments.image >= len(chosen.images):
         raise PictureError(f"image is {arguments.image}: there are images 0..{len(chosen.images) - 1}, see 'first'")
     device = "cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu"
-    # the second detector's column and row come first, as a teacher's
-    paths = {"compare": arguments.compare, "model": arguments.model}
-    paths = {role: path for role, path in paths.items() if path is not None}
     titles = dict(zip(paths, model_titles(*paths.values()), strict=True))
     models = {}
     for role, path in paths.items():

@@ -13,13 +13,14 @@ import tempfile
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import datasets
 import pyarrow as pa
 
 from d3etr_hf.data.checking import CheckedSplit, check_coco
 from d3etr_hf.data.coco_fields import without_nulls
+from d3etr_hf.data.coco_forms import usual_form
 from d3etr_hf.data.dataset import BOX_FEATURES, DetectionDataset
 from d3etr_hf.data.image_files import caches, check_image_files
 from d3etr_hf.errors import DatasetError, one_line
@@ -28,40 +29,9 @@ from d3etr_hf.files import regular_file, sha256_of
 logger = logging.getLogger(__name__)
 
 # Part of the cache's key: raise it when the checks or the rows change.
-READER_VERSION = 2
+READER_VERSION = 4
 SUMMARY_KEY = b"d3etr_hf"
 COCO_FEATURES = datasets.Features({"image_path": datasets.Value("string"), **BOX_FEATURES})
-
-
-def find_coco_split(folder: str | Path, split: str) -> tuple[Path, Path]:
-    """Finds a split's annotation file and image folder.
-
-    `annotations/{split}.json` with `{split}/`, `images/{split}/` or `images/`; else COCO's own
-    `annotations/instances_{split}2017.json` with `{split}2017/`, `images/{split}2017/` or `images/`.
-
-    Args:
-        folder: of the data set.
-        split: `train` or `val`.
-
-    Raises:
-        DatasetError: one of the two is not there; the message lists what was looked for.
-    """
-    folder = Path(folder)
-    layouts = [(f"annotations/{split}.json", split), (f"annotations/instances_{split}2017.json", f"{split}2017")]
-    for annotations, images in layouts:
-        if (folder / annotations).is_file():
-            candidates = [images, f"images/{images}", "images"]
-            for candidate in candidates:
-                if (folder / candidate).is_dir():
-                    return folder / annotations, folder / candidate
-            raise DatasetError(
-                f"{folder}: {annotations} is there, but none of the image folders {', '.join(candidates)}: add one, "
-                f"or name the files by `{split}_annotations` and `{split}_images`."
-            )
-    raise DatasetError(
-        f"{folder}: no annotations of the {split} split; looked for {' and '.join(name for name, _ in layouts)}: add "
-        f"one, or name the files by `{split}_annotations` and `{split}_images`."
-    )
 
 
 def load_coco_split(
@@ -70,8 +40,9 @@ def load_coco_split(
     name: str | None = None,
     cache_dir: str | Path | None = None,
     roots: Iterable[str | Path] | None = (),
+    source: str | None = None,
 ) -> DetectionDataset:
-    """Reads and checks one split in COCO format.
+    """Reads and checks one split in COCO format, as it is or as annotation tools write it (see `usual_form`).
 
     Boxes that had to be dropped or clipped are told in one warning.
 
@@ -82,23 +53,22 @@ def load_coco_split(
         cache_dir: where the Arrow file is kept; by default `d3etr_hf` in the cache of `datasets`.
         roots: folders beside `images` and the caches of Hugging Face that image files may lie in, links followed; None
             for anywhere.
+        source: what messages call the annotations; by default their path.
 
     Raises:
         DatasetError: see `check_coco`; or the JSON is malformed, or image files are missing, elsewhere or no files.
     """
     annotations, images = Path(annotations).absolute(), Path(images).absolute()
+    source = source or str(annotations)
     cache_dir = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "d3etr_hf")
     digest = hashlib.sha256(_content(annotations)).hexdigest()
-    rows_file = cache_dir / f"{_cache_key(digest, annotations, images)}.arrow"
-    kept = _read_rows(rows_file)
-    if kept is None:
-        checked = check_coco(read_coco(annotations), source=str(annotations), file_names=True)
-        _write_rows(checked, [str(images / image["file_name"]) for image in checked.images], rows_file)
-        kept = _read_rows(rows_file)
-    if kept is None:
-        raise DatasetError(f"{rows_file}: cannot be read although it has just been written: check this disk.")
-    rows, summary = kept
-    check_image_files(rows["image_path"], None if roots is None else [images, *roots, *caches()], str(annotations))
+    rows, summary = _rows_of(
+        annotations, images, source, cache_dir / f"{_cache_key(digest, annotations, images)}.arrow"
+    )
+    for note in summary["notes"]:
+        logger.info("%s: %s.", source, note)
+    inside = None if roots is None else [images, *roots, *caches()]
+    check_image_files(rows["image_path"], inside, source, images)
     if summary["report"]:
         warnings.warn(summary["report"], stacklevel=2)
     return DetectionDataset(
@@ -109,6 +79,30 @@ def load_coco_split(
         load_ground_truth=partial(_ground_truth, annotations),
         annotations_digest=digest,
     )
+
+
+def _rows_of(annotations: Path, images: Path, source: str, rows_file: Path) -> tuple[datasets.Dataset, dict]:
+    """The checked rows and their summary, from the cache where they are there."""
+    kept = _read_rows(rows_file)
+    if kept is None:
+        coco, notes = usual_form(read_coco(annotations))
+        checked = check_coco(coco, source=source, file_names=True)
+        _write_rows(checked, [image_path(images, image["file_name"]) for image in checked.images], notes, rows_file)
+        kept = _read_rows(rows_file)
+    if kept is None:
+        raise DatasetError(f"{rows_file}: cannot be read although it has just been written: check this disk.")
+    return kept
+
+
+def image_path(images: Path, file_name: str) -> str:
+    r"""Where the image of a `file_name` is: one of Windows, such as `images\1.png`, means the same with slashes.
+
+    Unless a file of just that name is there, as some archives leave it.
+    """
+    path = str(images / file_name)
+    if "\\" not in file_name or (os.path.dirname(file_name) == "" and os.path.lexists(path)):
+        return path
+    return str(images / PureWindowsPath(file_name).as_posix())
 
 
 def read_coco(annotations: Path) -> dict:
@@ -136,7 +130,8 @@ def _content(annotations: Path) -> bytes:
 
 
 def _ground_truth(annotations: Path) -> dict:
-    return without_nulls(read_coco(annotations))
+    coco, _ = usual_form(read_coco(annotations))
+    return without_nulls(coco)
 
 
 def _cache_key(digest: str, annotations: Path, images: Path) -> str:
@@ -144,9 +139,14 @@ def _cache_key(digest: str, annotations: Path, images: Path) -> str:
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
-def _write_rows(checked: CheckedSplit, image_paths: list[str], rows_file: Path) -> None:
+def _write_rows(checked: CheckedSplit, image_paths: list[str], notes: list[str], rows_file: Path) -> None:
     rows = datasets.Dataset.from_dict({"image_path": image_paths, **checked.columns()}, features=COCO_FEATURES)
-    summary = {"class_names": checked.class_names, "category_ids": checked.category_ids, "report": checked.report}
+    summary = {
+        "class_names": checked.class_names,
+        "category_ids": checked.category_ids,
+        "report": checked.report,
+        "notes": notes,
+    }
     schema = rows.data.schema
     table = rows.data.table.replace_schema_metadata({**schema.metadata, SUMMARY_KEY: json.dumps(summary)})
     try:

@@ -3,15 +3,13 @@
 import copy
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from transformers.image_processing_utils import BaseImageProcessor
 
-from d3etr_hf.data.coco import find_coco_split, load_coco_split
 from d3etr_hf.data.dataset import DetectionDataset
-from d3etr_hf.data.hub_datasets import load_hub_split, name_of_folder
 from d3etr_hf.data.image_sizes import see_the_same, set_image_size, size_of, takes_fixed_size
+from d3etr_hf.data.reading import read_splits
 from d3etr_hf.data.strong_augmentation import Mosaic, StrongAugmentation
 from d3etr_hf.data.transforms import Augmentation, CropSizes, DetectionTransform
 from d3etr_hf.errors import DatasetError
@@ -30,18 +28,59 @@ DRAW_SIZES = ("multiscale", "paper", "strong")  # augmentations
 class DataArguments:
     """Where the images and annotations are, their size, and the augmentation.
 
-    The data come from one of three places: `data_folder`, `dataset_name`, or the four explicit paths.
+    The data come from one of three places: `data_folder`, `dataset_name`, or the explicit paths.
     """
 
     data_folder: str | None = field(
         default=None,
-        metadata={"help": "Folder in COCO format: annotations/train.json, annotations/val.json, train/, val/."},
+        metadata={
+            "help": "Folder of a data set: COCO (annotations/train.json, annotations/val.json, train/, val/; or as "
+            "Roboflow, CVAT and Label Studio write it), YOLO (or its data.yaml), Pascal VOC, or images with "
+            "metadata.jsonl."
+        },
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id of an object detection data set, or a local folder of Parquet files."}
+        default=None,
+        metadata={
+            "help": "Hub id of an object detection data set, or a local folder of Parquet files or of images with "
+            "metadata.jsonl."
+        },
     )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of `dataset_name` to train on."})
-    dataset_val_split: str = field(default="validation", metadata={"help": "Split of `dataset_name` to evaluate on."})
+    dataset_train_split: str = field(
+        default="train",
+        metadata={
+            "help": "Split of `dataset_name` or `data_folder` to train on; a slice of one is written as train[:80%]."
+        },
+    )
+    dataset_val_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split of `dataset_name` or `data_folder` to evaluate on, or a slice of one; by default the "
+            "validation split, else the only other one."
+        },
+    )
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training split's images, between 0 and 1, that is held out at random and evaluated "
+            "on, instead of a validation split."
+        },
+    )
+    validation_seed: int = field(default=0, metadata={"help": "Seed of what `validation_fraction` holds out."})
+    class_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of all classes, in order of their category ids, for data that number them, or name them "
+            "otherwise."
+        },
+    )
+    rename_classes: dict | None = field(
+        default=None,
+        metadata={
+            "help": "Other names for some of the classes, by the data's, for example the teacher's: "
+            '{"motorbike": "motorcycle"}.'
+        },
+    )
     train_annotations: str | None = field(default=None, metadata={"help": "COCO JSON of the training split."})
     train_images: str | None = field(default=None, metadata={"help": "Image folder of the training split."})
     val_annotations: str | None = field(default=None, metadata={"help": "COCO JSON of the validation split."})
@@ -117,9 +156,16 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        explicit = [self.train_annotations, self.train_images, self.val_annotations, self.val_images]
+        explicit = [self.train_annotations, self.train_images]
+        of_validation = [self.val_annotations, self.val_images]
+        if self.validation_fraction is None:
+            explicit += of_validation
+        elif any(of_validation) or self.dataset_val_split is not None:
+            raise ValueError("give validation_fraction, or a validation split (dataset_val_split, val_...), not both.")
         if any(explicit) and not all(explicit):
-            raise ValueError("give all of train_annotations, train_images, val_annotations and val_images, or none.")
+            validation = ", val_annotations and val_images" if self.validation_fraction is None else ""
+            raise ValueError(f"give all of train_annotations, train_images{validation}, or none.")
+        self._check_splits_and_classes()
         places = (self.data_folder is not None) + (self.dataset_name is not None) + any(explicit)
         if places > 1:
             raise ValueError("give one of data_folder, dataset_name or the explicit paths, not several.")
@@ -160,6 +206,17 @@ class DataArguments:
                 whose = "augmentation strong" if name.startswith("strong") else "mosaic above 0"
                 raise ValueError(f"{name} has no effect without {whose}: leave it out.")
 
+    def _check_splits_and_classes(self) -> None:
+        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction is {self.validation_fraction}: it must be between 0 and 1.")
+        if self.validation_seed < 0:
+            raise ValueError(f"validation_seed is {self.validation_seed}: it must be at least 0.")
+        if self.class_names is not None and len(set(self.class_names)) < max(len(self.class_names), 1):
+            raise ValueError(f"class_names is {self.class_names}: give at least one name, and each once.")
+        renamed = self.rename_classes or {}
+        if not all(isinstance(name, str) for pair in renamed.items() for name in pair):
+            raise ValueError(f"rename_classes is {renamed}: give a name for each name.")
+
     def _check_augmentation_short_sides(self, short_sides: list[int]) -> None:
         if self.augmentation not in DRAW_SIZES:
             raise ValueError(
@@ -198,8 +255,7 @@ def load_splits(
     size = (arguments.short_side, arguments.long_side, arguments.image_size)
     set_image_size(image_processor, *size)
     augmentation = augmentation_for(arguments, image_processor)
-    train, val = _load(arguments)
-    _require_same_categories(train, val)
+    train, val = read_splits(arguments)
     if arguments.max_train_images is not None:
         train = train.select(range(min(arguments.max_train_images, len(train))))
     if arguments.max_val_images is not None:
@@ -321,52 +377,3 @@ def build_fixed_size_augmentation(
         return StrongAugmentation(arguments.strong_end_fraction, batch_sizes=batch_sizes)
     crop = CropSizes() if arguments.augmentation == "paper" else None
     return Augmentation(crop=crop, batch_sizes=batch_sizes)
-
-
-def _load(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]:
-    if arguments.dataset_name is not None:
-        train, val = (
-            load_hub_split(
-                arguments.dataset_name,
-                split,
-                workers=arguments.dataset_workers,
-                allow_images_elsewhere=arguments.allow_images_elsewhere,
-            )
-            for split in (arguments.dataset_train_split, arguments.dataset_val_split)
-        )
-        return train, val
-    anywhere = arguments.allow_images_elsewhere
-    if arguments.data_folder is not None:
-        folder = Path(arguments.data_folder)
-        roots = None if anywhere else [folder]
-        train, val = (
-            load_coco_split(*find_coco_split(folder, split), name=f"{name_of_folder(folder)}/{split}", roots=roots)
-            for split in ("train", "val")
-        )
-        return train, val
-    if arguments.train_annotations is None:
-        raise DatasetError(
-            "no data: give data_folder (COCO format), dataset_name (Hub), or train_annotations, train_images, "
-            "val_annotations and val_images."
-        )
-    roots = None if anywhere else [arguments.train_images, arguments.val_images]
-    return (
-        load_coco_split(arguments.train_annotations, arguments.train_images, roots=roots),
-        load_coco_split(arguments.val_annotations, arguments.val_images, roots=roots),
-    )
-
-
-def _require_same_categories(train: DetectionDataset, val: DetectionDataset) -> None:
-    train_names = dict(zip(train.category_ids, train.class_names, strict=True))
-    val_names = dict(zip(val.category_ids, val.class_names, strict=True))
-    for category_id in sorted(train_names.keys() | val_names.keys()):
-        in_train, in_val = train_names.get(category_id), val_names.get(category_id)
-        if in_train != in_val:
-            raise DatasetError(
-                f"category {category_id} is {_quoted(in_train)} in {train.name} but {_quoted(in_val)} in {val.name}: "
-                "list the same ids and names in both splits."
-            )
-
-
-def _quoted(name: str | None) -> str:
-    return "missing" if name is None else repr(name)

@@ -86,6 +86,20 @@ class DetectionDataset(torch.utils.data.Dataset):
         )
         return selected
 
+    def with_class_names(self, class_names: list[str]) -> "DetectionDataset":
+        """The same split whose classes have these names, in order of class label."""
+        named = copy.copy(self)
+        named.class_names = list(class_names)
+        names = dict(zip(self.category_ids, class_names, strict=True))
+        named._load_ground_truth = partial(_with_category_names, self._load_ground_truth, names)
+        return named
+
+    def with_name(self, name: str) -> "DetectionDataset":
+        """The same split under another name."""
+        named = copy.copy(self)
+        named.name = name
+        return named
+
     def read_image(self, index: int) -> Image.Image:
         """The image, upright, RGB, 8 bits a channel, of the annotated size.
 
@@ -152,3 +166,8 @@ def _ground_truth_of(load: Callable[[], dict], image_ids: frozenset[int]) -> dic
         "images": [image for image in coco["images"] if image["id"] in image_ids],
         "annotations": [region for region in coco["annotations"] if region["image_id"] in image_ids],
     }
+
+
+def _with_category_names(load: Callable[[], dict], names: dict[int, str]) -> dict:
+    coco = load()
+    return {**coco, "categories": [{**each, "name": names[each["id"]]} for each in coco["categories"]]}

@@ -1,7 +1,7 @@
-"""Splits in the Hub's usual object-detection schema, from the Hub or from a local folder of Parquet files.
+"""Splits in the Hub's usual object-detection schema, from the Hub or from a local folder.
 
-Columns: `image`, `image_id`, `width`, `height`, and `objects` with `bbox` (xywh in pixels), `category` (a ClassLabel
-or an integer) and, if there, `area`, `iscrowd`; `objects` is a list of records or a record of lists.
+The folder holds Parquet files, or images with `metadata.jsonl`, `.csv` or `.parquet`; for the schema see
+`d3etr_hf.data.hub_rows`.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,12 @@ from datasets.exceptions import DatasetsError
 from d3etr_hf.data.checking import check_coco
 from d3etr_hf.data.coco_fields import without_nulls
 from d3etr_hf.data.dataset import BOX_FEATURES, DetectionDataset
+from d3etr_hf.data.hub_rows import Categories, as_coco, categories_of, described, with_objects
 from d3etr_hf.data.image_files import caches, check_image_files
 from d3etr_hf.errors import DatasetError, one_line
 from d3etr_hf.files import regular_file
 
 logger = logging.getLogger(__name__)
-
-IMAGE_COLUMNS = ("image_id", "width", "height", "objects")
-REQUIRED_OBJECT_FIELDS = ("bbox", "category")
-# Field of an object on the Hub: what a COCO annotation calls it.
-OBJECT_FIELDS = {"bbox": "bbox", "category": "category_id", "area": "area", "iscrowd": "iscrowd"}
 
 
 def load_hub_split(
@@ -45,10 +41,11 @@ def load_hub_split(
     """Loads and checks one split through `datasets.load_dataset`.
 
     Boxes that had to be dropped or clipped are told in one warning. Where `category` is a plain integer, the
-    categories are the values met in any split, named `category 3`.
+    categories are the values met in any split, named `category 3`; where it is text, they are the texts met in any
+    split in alphabetical order.
 
     Args:
-        path_or_name: Hub id, or a local folder of Parquet files.
+        path_or_name: Hub id, or a local folder of Parquet files, or of images with their metadata.
         split: as the data set calls it, for example `validation`.
         name: by default `path_or_name/split`, of a folder its last part alone: names are published.
         workers: processes that prepare the data set.
@@ -60,26 +57,65 @@ def load_hub_split(
         DatasetError: the data set or the split is not there, a column or a field is missing, images are missing or
             elsewhere, or see `check_coco`.
     """
-    place, name = f"{path_or_name}/{split}", name or f"{name_of_folder(path_or_name)}/{split}"
+    given = [path_or_name, *([] if cache_dir is None else [cache_dir]), *caches()]
     splits = _load_splits(path_or_name, workers, cache_dir)
-    _check_splits(splits, split, path_or_name)
-    names = _category_names(splits)
-    described = splits[split].select_columns(list(IMAGE_COLUMNS))
-    coco = _as_coco(described, names, place)
-    checked = check_coco(coco, source=place)
+    if split not in splits:
+        raise DatasetError(f"{path_or_name}: no split `{split}`: choose one of {', '.join(splits)}.")
+    roots = None if allow_images_elsewhere else given
+    return split_of(splits, split, name or f"{name_of_folder(path_or_name)}/{split}", roots, str(path_or_name))
+
+
+def hub_splits(
+    path_or_name: str | Path,
+    workers: int = 1,
+    allow_images_elsewhere: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> dict[str, Callable[[], DetectionDataset]]:
+    """All splits of a data set by name, each checked when it is called for.
+
+    Args, Raises: as `load_hub_split`; class_names: see `categories_of`.
+    """
+    splits = _load_splits(path_or_name, workers, None)
+    roots = None if allow_images_elsewhere else [path_or_name, *caches()]
+    place, name = str(path_or_name), name_of_folder(path_or_name)
+    return {split: partial(split_of, splits, split, f"{name}/{split}", roots, place, class_names) for split in splits}
+
+
+def split_of(
+    splits: Mapping[str, datasets.Dataset],
+    split: str,
+    name: str,
+    roots: list[str | Path] | None,
+    place: str,
+    class_names: Sequence[str] | None = None,
+) -> DetectionDataset:
+    """One of the splits of a data set that was loaded, checked.
+
+    Args:
+        splits: all of them, whose categories are the same.
+        split: which.
+        name: of the split, for messages.
+        roots: folders that image files may lie in; None for anywhere.
+        place: what messages call the data set.
+        class_names: see `categories_of`.
+    """
+    tables = {each: with_objects(rows, f"{place}/{each}") for each, rows in splits.items()}
+    categories = categories_of(list(tables.values()), class_names, place)
+    # Undecoded, because the decoder of `datasets` turns images by EXIF whatever size the annotations mean.
+    images = tables[split].select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+    _check_images(images, roots, name)
+    rows = described(tables[split], images, name)
+    coco = as_coco(rows, categories, name)
+    checked = check_coco(coco, source=name)
     if checked.report:
         warnings.warn(checked.report, stacklevel=2)
-    # Undecoded, because the decoder of `datasets` turns images by EXIF whatever size the annotations mean.
-    images = splits[split].select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    given = [path_or_name, *([] if cache_dir is None else [cache_dir]), *caches()]
-    _check_images(images, None if allow_images_elsewhere else given, place)
     columns = datasets.Dataset.from_dict(checked.columns(), features=datasets.Features(BOX_FEATURES))
     return DetectionDataset(
         name=name,
         class_names=checked.class_names,
         category_ids=checked.category_ids,
         rows=datasets.concatenate_datasets([images, columns], axis=1),
-        load_ground_truth=partial(_ground_truth, described, names, place),
+        load_ground_truth=partial(_ground_truth, rows, categories, name),
         annotations_digest=_digest_of(coco),
     )
 
@@ -109,7 +145,7 @@ def _load_splits(path_or_name: str | Path, workers: int, cache_dir: str | Path |
     except (OSError, ValueError, DatasetsError) as error:
         raise DatasetError(
             f"{path_or_name}: the data set cannot be loaded ({one_line(error)}): give a Hub id, or a folder "
-            "with Parquet files such as train-*.parquet and validation-*.parquet."
+            "with Parquet files such as train-*.parquet and validation-*.parquet, or images with their metadata.jsonl."
         ) from error
 
 
@@ -155,76 +191,5 @@ def _digest_of(coco: dict) -> str:
     return digest.hexdigest()
 
 
-def _check_splits(splits: datasets.DatasetDict, split: str, path_or_name: str | Path) -> None:
-    if split not in splits:
-        raise DatasetError(f"{path_or_name}: no split `{split}`: choose one of {', '.join(splits)}.")
-    for name, rows in splits.items():
-        _check_columns(rows, f"{path_or_name}/{name}")
-
-
-def _check_columns(rows: datasets.Dataset, place: str) -> None:
-    missing = [column for column in ("image", *IMAGE_COLUMNS) if column not in rows.features]
-    if missing:
-        raise DatasetError(
-            f"{place}: the columns {missing} are missing (there are {list(rows.features)}): object detection data "
-            "sets have image, image_id, width, height and objects; rename or add them."
-        )
-    missing = [field for field in REQUIRED_OBJECT_FIELDS if field not in _object_features(rows)]
-    if missing:
-        raise DatasetError(
-            f"{place}: the fields {missing} of `objects` are missing (there are {list(_object_features(rows))}): "
-            "rename or add them."
-        )
-
-
-def _object_features(rows: datasets.Dataset) -> dict:
-    """Feature of each field of one object, whichever way round `objects` is stored."""
-    objects = rows.features["objects"]
-    if isinstance(objects, datasets.List):
-        return objects.feature if isinstance(objects.feature, dict) else {}
-    if not isinstance(objects, dict):
-        return {}
-    return {field: values.feature for field, values in objects.items() if isinstance(values, datasets.List)}
-
-
-def _category_names(splits: datasets.DatasetDict) -> dict[int, str]:
-    category = _object_features(next(iter(splits.values())))["category"]
-    if isinstance(category, datasets.ClassLabel):
-        return dict(enumerate(category.names))
-    values: set[int] = set()
-    for rows in splits.values():
-        for row in rows.select_columns(["objects"]):
-            values.update(value for value in _field(row["objects"], "category") if value is not None)
-    return {value: f"category {value}" for value in sorted(values)}
-
-
-def _field(objects: dict | list[dict] | None, field: str) -> list:
-    """One field of all objects of an image; an image without objects may have null in their place."""
-    if objects is None:
-        return []
-    if isinstance(objects, dict):
-        return objects[field] or []
-    return [record[field] for record in objects]
-
-
-def _ground_truth(rows: datasets.Dataset, names: dict[int, str], place: str) -> dict:
-    return without_nulls(_as_coco(rows, names, place))
-
-
-def _as_coco(rows: datasets.Dataset, names: dict[int, str], place: str) -> dict:
-    """The COCO detection dictionary of these rows; annotations are numbered from 1, as `id` need not be distinct."""
-    fields = [name for name in OBJECT_FIELDS if name in _object_features(rows)]
-    images, annotations = [], []
-    for row in rows:
-        images.append({"id": row["image_id"], "width": row["width"], "height": row["height"]})
-        columns = [_field(row["objects"], field) for field in fields]
-        if len({len(column) for column in columns}) > 1:
-            lengths = {field: len(column) for field, column in zip(fields, columns, strict=True)}
-            raise DatasetError(
-                f"{place}: the fields of `objects` of image {row['image_id']} differ in length: {lengths}."
-            )
-        for values in zip(*columns, strict=True):
-            annotation = {OBJECT_FIELDS[field]: value for field, value in zip(fields, values, strict=True)}
-            annotations.append({"id": len(annotations) + 1, "image_id": row["image_id"], **annotation})
-    categories = [{"id": category_id, "name": category_name} for category_id, category_name in names.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
+def _ground_truth(rows: datasets.Dataset, categories: Categories, place: str) -> dict:
+    return without_nulls(as_coco(rows, categories, place))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.utils import logging
 
 from d3etr_hf.configurations import option
 from d3etr_hf.errors import DetectorLoadError, quoted
+from d3etr_hf.files import nearest_place
 from d3etr_hf.models.backbones import load_backbone_weights
 from d3etr_hf.models.detector import ROLES, Detector, class_names_of, inherit
 from d3etr_hf.models.families import DEFAULT_FAMILY, FAMILIES, family_of_type
@@ -179,9 +181,10 @@ def _check_checkpoint(path: str, what: str) -> tuple[type[Detector], PreTrainedC
 
 def _read_config(path: str, what: str) -> PreTrainedConfig:
     refuse_other_place(path, what)
+    nearest = "" if Path(path).exists() else nearest_place(path)
     with library_errors(
         f"{what}: no model configuration could be read from there",
-        "give a folder with a config.json, or the id of a model on the Hub",
+        f"give a folder with a config.json, or the id of a model on the Hub{nearest}",
     ):
         return read_config(path, what)
 
@@ -223,8 +226,11 @@ def model_type_of(arguments: ModelArguments) -> str:
     """The family of the model to train, as Transformers calls it, before it is loaded or built.
 
     Raises:
-        DetectorLoadError: no model configuration could be read, or it is of no family, or holds what no model has.
+        DetectorLoadError: no model configuration could be read, or it is of no family, or holds what no model has, or
+            there are no such `backbone_weights`.
     """
+    if arguments.backbone_weights is not None:
+        refuse_other_place(arguments.backbone_weights, f"backbone_weights {arguments.backbone_weights!r}")
     if arguments.model is not None:
         return _check_checkpoint(arguments.model, f"model {arguments.model!r}")[1].model_type
     options = read_model_options(arguments)

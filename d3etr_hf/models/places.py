@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers.utils import CONFIG_NAME
 
 from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.files import nearest_place
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".tar")
 ADAPTER = "adapter_config.json"  # of PEFT
@@ -26,7 +27,9 @@ def refuse_other_place(path: str, what: str) -> None:
     if place.is_file():
         raise DetectorLoadError(f"{what} is a file: {_meant_by_file(place)}")
     if not place.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise DetectorLoadError(f"{what}: there is no such folder, and it is no Hub id (owner/name)")
+        raise DetectorLoadError(
+            f"{what}: there is no such folder, and it is no Hub id (owner/name){nearest_place(path)}"
+        )
     if place.is_dir() and not (place / CONFIG_NAME).exists():
         raise DetectorLoadError(f"{what}: the folder holds no {CONFIG_NAME}: {_meant_by_folder(place)}")
 

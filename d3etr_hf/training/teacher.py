@@ -1,6 +1,9 @@
 """The teacher: loaded, checked, aligned with a student, and asked."""
 
 import copy
+import difflib
+import json
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -162,10 +165,12 @@ def class_index_by_name(detector: Detector | OtherDetector, names: list[str], ro
         places.setdefault(key(name), []).append(int(index))
     missing = [name for name in names if key(name) not in places]
     if missing:
+        nearest = nearest_names(missing, [str(name) for name in id2label.values()])
+        same = f"if these mean the same: --rename_classes {shlex.quote(json.dumps(nearest, ensure_ascii=False))}; "
         raise IncompatibleTeacherError(
             f"the {role} has no class named {missing[:5]}{' ...' if len(missing) > 5 else ''} ({len(missing)} of "
-            f"{len(names)}); its classes are {list(id2label.values())[:8]} ...: set id2label in its "
-            "config.json to the names of the data set, or fine-tune it on this data first: "
+            f"{len(names)}); its classes are {list(id2label.values())[:8]} ...: {same if nearest else ''}"
+            "set id2label in its config.json to the names of the data set, or fine-tune it on this data first: "
             f"d3etr train --model {detector.name_or_path or role.upper()} --new_head true"
         )
     twice = [name for name in names if len(places[key(name)]) > 1]
@@ -174,6 +179,14 @@ def class_index_by_name(detector: Detector | OtherDetector, names: list[str], ro
             f"the {role} has more than one class named {twice[:5]}: make the names in its config.json unique"
         )
     return torch.tensor([places[key(name)][0] for name in names])
+
+
+def nearest_names(missing: list[str], there: list[str], most: int = 5) -> dict[str, str]:
+    """By missing name the most similar of those that are there, case aside; where none is similar, nothing."""
+    by_key = {name.strip().casefold(): name for name in there}
+    found = {name: difflib.get_close_matches(name.strip().casefold(), by_key, n=1) for name in missing}
+    pairs = [(name, by_key[nearest[0]]) for name, nearest in found.items() if nearest]
+    return dict(pairs[:most])
 
 
 def with_classes_of(detector: Detector, names: list[str], role: str) -> Detector:

@@ -254,7 +254,7 @@ def test_models_teachers_and_data_are_looked_for_first(content, refused, tmp_pat
     message = refused(DetectorLoadError, entries={"tiny": tiny | {"student": student}})
     assert "tiny alone seed 0: model_config: " in message and "has no ['wings']" in message
     message = refused(DatasetError, shared=content["shared"] | {"data_folder": str(tmp_path / "nothing")})
-    assert f"{tmp_path / 'nothing'}: no annotations of the train split" in message
+    assert f"data_folder {str(tmp_path / 'nothing')!r}: there is no such folder" in message
 
 
 def test_a_checkpoint_teaches(content, call, journal, tmp_path):

@@ -11,7 +11,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from d3etr_hf.data import coco as reader
-from d3etr_hf.data.coco import find_coco_split, load_coco_split
+from d3etr_hf.data.coco import load_coco_split
+from d3etr_hf.data.coco_folders import find_coco_split
 from d3etr_hf.errors import DatasetError
 from tests.data.coco_files import annotation, coco, write_split
 
@@ -252,7 +253,10 @@ def test_layouts_that_are_found(tmp_path: Path, json_name: str, folder: str, fou
 
 def test_what_is_not_found_is_listed(tmp_path: Path) -> None:
     """Guards the message that tells a user how to lay out a folder."""
-    with pytest.raises(DatasetError, match=r"annotations/val\.json and annotations/instances_val2017\.json"):
+    with pytest.raises(
+        DatasetError,
+        match=r"val\.json, .*instances_val2017\.json, .*val/_annotations\.coco",
+    ):
         find_coco_split(tmp_path, "val")
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "val.json").write_text("{}")

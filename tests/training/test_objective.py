@@ -227,6 +227,11 @@ def test_missing_and_ambiguous_classes_are_refused():
     other = tiny_model(id2label={0: "circle", 1: "square", 2: "triangle"}, label2id={})
     with pytest.raises(IncompatibleTeacherError, match="no class named \\['rectangle'\\].*id2label"):
         class_index_by_name(other, NAMES)
+    similar = tiny_model(id2label={0: "Rectangles", 1: "circle", 2: "triangle"}, label2id={})
+    with pytest.raises(
+        IncompatibleTeacherError, match="""--rename_classes '{"rectangle": "Rectangles"}'; set id2label"""
+    ):
+        class_index_by_name(similar, NAMES)
     twice = tiny_model(id2label={0: "circle", 1: "rectangle", 2: "triangle", 3: "Circle"}, label2id={})
     with pytest.raises(IncompatibleTeacherError, match="more than one class named \\['circle'\\]"):
         class_index_by_name(twice, NAMES)

@@ -1,0 +1,31 @@
+"""Exports without splits; the layouts with splits are in test_reading.py and test_coco.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from d3etr_hf.data.coco_folders import find_coco_splits
+from tests.data.coco_files import coco
+from tests.data.formats import write_image, write_text
+
+
+@pytest.mark.parametrize(
+    ("annotations", "images"),
+    [
+        ("_annotations.coco.json", "."),
+        ("result.json", "."),
+        ("annotations/instances_default.json", "images/default"),
+    ],
+)
+def test_exports_without_splits(annotations: str, images: str, tmp_path: Path) -> None:
+    write_text(tmp_path / annotations, json.dumps(coco()))
+    write_image(tmp_path / images / "7.png")
+    assert find_coco_splits(tmp_path) == {"train": (tmp_path / annotations, tmp_path / images)}
+
+
+def test_all_splits_are_found(tmp_path: Path) -> None:
+    assert find_coco_splits(tmp_path) == {}
+    for split in ("train", "valid", "test"):
+        write_text(tmp_path / split / "_annotations.coco.json", "{}")
+    assert list(find_coco_splits(tmp_path)) == ["train", "valid", "test"]

@@ -1,0 +1,142 @@
+"""YOLO's labels against values by hand; what is no label, no data.yaml, or lies elsewhere, is named."""
+
+from pathlib import Path
+
+import pytest
+from PIL import ExifTags, Image
+
+from d3etr_hf.data import DataArguments
+from d3etr_hf.data.reading import check_places, read_splits
+from d3etr_hf.data.yolo import YoloFolder, find_yolo, load_yolo_split, read_labels
+from d3etr_hf.errors import DatasetError
+from tests.data.formats import write_image, write_text, write_yolo
+
+
+def labels(tmp_path: Path, text: str, keypoints: int = 0) -> list:
+    write_text(tmp_path / "a.txt", text)
+    return read_labels(tmp_path / "a.txt", YoloFolder(tmp_path, tmp_path, ["cat", "dog"], {}, keypoints))
+
+
+def test_lines(tmp_path: Path) -> None:
+    """Boxes, polygons, boxes with key points, empty lines and files, a byte order mark."""
+    assert labels(tmp_path, "\ufeff0 0.5 0.5 0.25 0.5\n\n1.0 .25 .25 .5 .5\n") == [
+        (0, (0.375, 0.25, 0.25, 0.5)),
+        (1, (0, 0, 0.5, 0.5)),
+    ]
+    assert labels(tmp_path, "1 0.25 0.75 0.5 0.25 0.75 0.5") == [(1, (0.25, 0.25, 0.5, 0.5))]
+    assert labels(tmp_path, "1 0.25 0.75 0.5 0.25 0.75 0.5 0.5 0.875") == [(1, (0.25, 0.25, 0.5, 0.625))]
+    assert labels(tmp_path, "1 0.5 0.5 0.25 0.5 0.4 0.4 2 0.1 0.1 0", keypoints=6) == [(1, (0.375, 0.25, 0.25, 0.5))]
+    assert labels(tmp_path, "\n") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("cat 0.5 0.5 0.1 0.1", "something else than numbers"),
+        ("2 0.5 0.5 0.1 0.1", "class '2' is none of 0 to 1"),
+        ("-1 0.5 0.5 0.1 0.1", "class '-1' is none of 0 to 1"),
+        ("0.5 0.5 0.5 0.1 0.1", "class '0.5' is none of 0 to 1"),
+        ("nan 0.5 0.5 0.1 0.1", "class 'nan' is none"),
+        ("0 0.5 0.5 0.1", "4 numbers are neither a box"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "6 numbers are neither a box"),
+        ("0 0.5 0.5 0.1 0.1 0.9 0.9 0.9", "8 numbers are neither a box"),
+        ("0 20 15 10 10", "no fractions of the image"),
+        ("0 0.5 nan 0.1 0.1", "no fractions of the image"),
+    ],
+)
+def test_what_is_no_label(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(DatasetError, match=f"a.txt, line 2: .*{message}"):
+        labels(tmp_path, f"0 0.5 0.5 0.1 0.1\n{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("names: [cat, [dog]]", "`names` is .*: list the name of each class"),
+        ("names: {0: cat, 2: dog}", r"the keys of `names` are \[0, 2\]: number the classes from 0"),
+        ("names: []", "`names` is"),
+        ("nc: 3\nnames: [cat, dog]", "`nc` is 3, but there are 2 `names`"),
+        ("names: [cat]\ntrain: images/nowhere", "`train` is 'images/nowhere', which is not there; looked for"),
+        ("names: [cat]\ntrain: {a: b}", "`train` is {'a': 'b'}: name a folder"),
+        ("names: [cat]", "names no images: add `train` and `val`"),
+        ("names: [cat\ntrain: x", "not valid YAML"),
+    ],
+)
+def test_a_data_yaml_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    """Told before anything is loaded."""
+    write_text(tmp_path / "data.yaml", text)
+    with pytest.raises(DatasetError, match=f"data.yaml: .*{message}"):
+        check_places(DataArguments(data_folder=str(tmp_path)))
+
+
+def test_other_yaml_files_are_none_and_two_are_too_many(tmp_path: Path) -> None:
+    write_text(tmp_path / "training.yaml", "batch: 3")
+    assert find_yolo(tmp_path) is None
+    write_image(tmp_path / "images" / "a.png")
+    for name in ("cats.yaml", "dogs.yaml"):
+        write_text(tmp_path / name, "names: [cat]\ntrain: images")
+    with pytest.raises(DatasetError, match="cats.yaml, dogs.yaml each list names"):
+        find_yolo(tmp_path)
+    assert find_yolo(tmp_path / "dogs.yaml").class_names == ["cat"]
+
+
+def test_names_as_numbers_and_flat_folders(tmp_path: Path) -> None:
+    """Images without labels are empty ones; without splits a part is held out."""
+    write_text(tmp_path / "data.yaml", "names: [1, yes]")
+    for index in range(4):
+        write_image(tmp_path / "images" / f"{index}.png")
+    write_text(tmp_path / "labels" / "1.txt", "1 0.5 0.5 0.5 0.5")
+    write_text(tmp_path / "labels" / "2.txt", "")
+    train, val = read_splits(DataArguments(data_folder=str(tmp_path), validation_fraction=0.25))
+    assert train.class_names == ["1", "yes"]
+    assert sorted([*train.rows["image_id"], *val.rows["image_id"]]) == [1, 2, 3, 4]
+    assert sum(len(boxes) for split in (train, val) for boxes in split.rows["boxes"]) == 1
+
+
+def test_fractions_are_of_the_upright_image(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "a.jpg", exif=exif)
+    write_text(tmp_path / "labels" / "a.txt", "0 0.5 0.5 0.5 0.5")
+    yolo = YoloFolder(tmp_path, tmp_path, ["cat"], {"train": [tmp_path / "images"]})
+    dataset = load_yolo_split(yolo, "train", "a/train")
+    assert dataset.read_image(0).size == (30, 40) and dataset[0]["target"]["boxes"].tolist() == [[7.5, 10, 22.5, 30]]
+
+
+def test_entries_lie_where_the_user_or_the_data_yaml_says(tmp_path: Path) -> None:
+    """Guards files of this machine against lists, links and labels in data that somebody else made."""
+    write_image(tmp_path / "elsewhere" / "images" / "a.png")
+    write_text(tmp_path / "elsewhere" / "labels" / "a.txt", "0 0.5 0.5 0.5 0.5")
+    data = tmp_path / "data"
+    write_text(data / "data.yaml", "names: [cat]\ntrain: train.txt\nval: train.txt")
+    write_text(data / "train.txt", "../elsewhere/images/a.png\n")
+
+    def read(**options: bool) -> None:
+        read_splits(DataArguments(data_folder=str(data), **options))
+
+    with pytest.raises(DatasetError, match="1 of its images lie outside the folders that were named"):
+        read()
+    read(allow_images_elsewhere=True)
+    write_image(data / "images" / "a.png")
+    write_text(data / "train.txt", "images/a.png\n")
+    (data / "labels").mkdir()
+    (data / "labels" / "a.txt").symlink_to(tmp_path / "elsewhere" / "labels" / "a.txt")
+    with pytest.raises(DatasetError, match="1 of its label files lie outside"):
+        read()
+    write_text(data / "data.yaml", f"names: [cat]\npath: {tmp_path / 'elsewhere'}\ntrain: images\nval: images")
+    read()
+
+
+def test_images_or_labels_that_are_missing(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    for path in (tmp_path / "labels" / "train").iterdir():
+        path.unlink()
+    with pytest.raises(
+        DatasetError, match="split train: none of 2 images has labels; looked for .*labels/train/3.txt'"
+    ):
+        read_splits(DataArguments(data_folder=str(tmp_path)))
+    for path in (tmp_path / "images" / "train").iterdir():
+        path.unlink()
+    with pytest.raises(DatasetError, match="split train: no images in .*images/train'"):
+        read_splits(DataArguments(data_folder=str(tmp_path)))
