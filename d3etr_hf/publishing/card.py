@@ -8,16 +8,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from d3etr_hf.configurations import option, write_yaml
 from d3etr_hf.errors import PublishError
-from d3etr_hf.files import sha256_of, write_whole
+from d3etr_hf.files import write_whole
 from d3etr_hf.models.loading import family_of_checkpoint
 from d3etr_hf.publishing import card_texts
 from d3etr_hf.publishing.citations import citations_for
 from d3etr_hf.publishing.licenses import IDENTIFIER, license_in
-from d3etr_hf.publishing.onnx_precision import FILES
-from d3etr_hf.publishing.onnx_record import CHECK as ONNX_CHECK
-from d3etr_hf.publishing.onnx_record import MODEL as ONNX_MODEL
-from d3etr_hf.publishing.onnx_record import check_in_words, onnx_snippet, read_checks
-from d3etr_hf.publishing.privacy import anonymise, anonymise_configuration, write_published_json
+from d3etr_hf.publishing.onnx_record import checks_of_onnx, onnx_texts
+from d3etr_hf.publishing.privacy import anonymise, anonymise_configuration
 from d3etr_hf.publishing.run_folder import PICTURES, is_hub_id, read_configuration
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
@@ -157,42 +154,6 @@ def _texts(metrics: dict, arguments: CardArguments, repo_id: str | None, onnx_ch
         "citation_note": "Please cite the method and what it builds on.",
         "citations": "\n\n".join(citations_for(metrics)),
         **onnx_texts(onnx_checks, repo_id, threshold),
-    }
-
-
-def checks_of_onnx(folder: Path, weights: str) -> dict[str, dict]:
-    """What `d3etr export` found out about the folder's ONNX files, by their names.
-
-    Raises:
-        PublishError: a file is unchecked, or was exported from other weights than are published beside it.
-    """
-    found = {name: check for name, check in read_checks(folder).items() if (folder / name).exists()}
-    for name in FILES.values():
-        if not (folder / name).exists():
-            continue
-        check = found.get(name, {})
-        if (check.get("weights"), check.get("onnx")) != (weights, sha256_of(folder / name)):
-            raise PublishError(
-                f"{folder / name} was not exported from these weights by `d3etr export`: export it again, or remove it"
-            )
-    if found:
-        write_published_json(folder / ONNX_CHECK, found)
-    return found
-
-
-def onnx_texts(checks: dict[str, dict], repo_id: str | None, threshold: float) -> dict:
-    """What the template takes about ONNX files: code for the first, the images that it takes, a line about each."""
-    if not checks:
-        return {"onnx_snippet": None}
-    name, first = next(iter(checks.items()))
-    alone = list(checks) == [ONNX_MODEL]
-    return {
-        "onnx_snippet": onnx_snippet(repo_id, threshold, name).rstrip(),
-        "onnx_images": first["takes"],
-        "onnx_checks": [
-            check_in_words(check) if alone else f"`{file}` ({check['precision']}): {check_in_words(check)}"
-            for file, check in checks.items()
-        ],
     }
 
 

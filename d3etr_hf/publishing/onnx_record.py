@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from d3etr_hf.files import read_json
+from d3etr_hf.errors import PublishError
+from d3etr_hf.files import read_json, sha256_of
 from d3etr_hf.publishing.onnx_precision import FILES, FLOAT32
 from d3etr_hf.publishing.privacy import anonymise, write_published_json
 
@@ -32,6 +33,42 @@ def read_checks(folder: Path) -> dict[str, dict]:
 def record_check(path: Path, check: dict) -> None:
     """Keep what was found out about one ONNX file, beside what is known of the others in its folder."""
     write_published_json(path.with_name(CHECK), read_checks(path.parent) | {path.name: check})
+
+
+def checks_of_onnx(folder: Path, weights: str) -> dict[str, dict]:
+    """What `d3etr export` found out about the folder's ONNX files, by their names.
+
+    Raises:
+        PublishError: a file is unchecked, or was exported from other weights than are published beside it.
+    """
+    found = {name: check for name, check in read_checks(folder).items() if (folder / name).exists()}
+    for name in FILES.values():
+        if not (folder / name).exists():
+            continue
+        check = found.get(name, {})
+        if (check.get("weights"), check.get("onnx")) != (weights, sha256_of(folder / name)):
+            raise PublishError(
+                f"{folder / name} was not exported from these weights by `d3etr export`: export it again, or remove it"
+            )
+    if found:
+        write_published_json(folder / CHECK, found)
+    return found
+
+
+def onnx_texts(checks: dict[str, dict], repo_id: str | None, threshold: float) -> dict:
+    """What the template takes about ONNX files: code for the first, the images that it takes, a line about each."""
+    if not checks:
+        return {"onnx_snippet": None}
+    name, first = next(iter(checks.items()))
+    alone = list(checks) == [MODEL]
+    return {
+        "onnx_snippet": onnx_snippet(repo_id, threshold, name).rstrip(),
+        "onnx_images": first["takes"],
+        "onnx_checks": [
+            check_in_words(check) if alone else f"`{file}` ({check['precision']}): {check_in_words(check)}"
+            for file, check in checks.items()
+        ],
+    }
 
 
 def check_in_words(check: dict) -> str:
