@@ -86,6 +86,20 @@ TABLE = [
         "a stock forward pass runs on what its configuration asks for",
     ),
     Private(
+        "transformers.utils.output_capturing",
+        "_CAN_RECORD_REGISTRY",
+        "models/sampled_memory.py",
+        "a decoder whose class is another records what the stock one does",
+        source=r"_CAN_RECORD_REGISTRY\.get\(self\)",
+    ),
+    Private(
+        "transformers.modeling_utils.PreTrainedModel",
+        "_can_record_outputs",
+        "models/sampled_memory.py",
+        "a decoder whose class is another records what the stock one does",
+        source=r"_CAN_RECORD_REGISTRY\[self\] = self\._can_record_outputs",
+    ),
+    Private(
         "transformers.modeling_utils.PreTrainedModel",
         "_supports_flash_attn",
         "models/dense_memory.py",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from d3etr_hf.errors import ImageSizeError
 from d3etr_hf.models.dense_memory import AssumeFinite
@@ -78,6 +79,8 @@ class SampledMemoryDetector(Detector):
     def prepare_attention(self) -> None:
         decoder = self.model.decoder
         decoder.__class__ = self.group_decoder  # the same module, and the same names in every checkpoint
+        # what output_hidden_states and output_attentions record is kept by the class that a module was built as
+        _CAN_RECORD_REGISTRY[decoder] = decoder._can_record_outputs
         route_attention(self.config, [layer.self_attn for layer in decoder.layers], (), type(self).eager_attention)
 
     def forward_groups(

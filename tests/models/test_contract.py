@@ -514,6 +514,19 @@ def test_forward_takes_the_stock_arguments(any_family):
     assert list(ours.values())[:2] == list(stock.values())[1:3]
 
 
+def test_what_the_stock_class_records_is_recorded(family):
+    """Hidden states and attention: the swapped class of a decoder had them None, or left them out."""
+    model = model_of(family)
+    options = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        ours, stock = model(**BATCH, **options), model.to_stock()(**BATCH, **options)
+    assert ours.keys() == stock.keys()
+    for name in ("hidden_states", "decoder_hidden_states", "encoder_hidden_states"):
+        if name in stock:
+            assert len(ours[name]) == len(stock[name]) > 0
+            assert all(map(torch.equal, ours[name], stock[name])), name
+
+
 def test_a_head_of_other_classes_starts_afresh(family, tmp_path):
     """As in a model that is built with these classes, not as Transformers would start it: other numbers, as spread."""
     model = tiny_model(model_type=family).train()
