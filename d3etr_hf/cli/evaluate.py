@@ -64,7 +64,7 @@ def evaluate_detector(
     refuse_split_launch(training_arguments)
     detector = load_detector(model)
     processor: Any = image_processor_of(detector.config.model_type, model)
-    _, val = load_splits(data_arguments, processor)
+    _, val = load_splits(data_arguments, processor, trains=False)
     detector = with_classes_of(detector, val.class_names, "model")
     trainer = D3etrTrainer(model=detector, args=training_arguments, eval_dataset=val, processing_class=processor)
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}

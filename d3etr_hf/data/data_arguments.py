@@ -11,6 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from d3etr_hf.data.coco import find_coco_split, load_coco_split
 from d3etr_hf.data.dataset import DetectionDataset
 from d3etr_hf.data.hub_datasets import load_hub_split
+from d3etr_hf.data.image_checks import check_images
 from d3etr_hf.data.image_sizes import see_the_same, set_image_size, size_of, takes_fixed_size
 from d3etr_hf.data.transforms import Augmentation, CropSizes, DetectionTransform
 from d3etr_hf.errors import DatasetError
@@ -102,6 +103,14 @@ class DataArguments:
         },
     )
 
+    skip_broken_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave out images that cannot be read, are of another size than annotated or hold more than 8 "
+            "bits a channel, with one warning, instead of refusing them; of both splits."
+        },
+    )
+
     def __post_init__(self) -> None:
         explicit = [self.train_annotations, self.train_images, self.val_annotations, self.val_images]
         if any(explicit) and not all(explicit):
@@ -152,8 +161,11 @@ def load_splits(
     arguments: DataArguments,
     image_processor: BaseImageProcessor,
     teacher_processor: BaseImageProcessor | None = None,
+    trains: bool = True,
 ) -> tuple[DetectionDataset, DetectionDataset]:
     """The training split, augmented, and the validation split, resized only.
+
+    What is wrong with their images is told now, see `check_images`.
 
     Args:
         arguments: see there.
@@ -161,10 +173,12 @@ def load_splits(
             saved with the model resizes as evaluation did.
         teacher_processor: of its teacher, if it has one. Where that makes other pixels the training split has them,
             too; a size that is given holds for a teacher that is sized in the model's way. It is not changed.
+        trains: whether the training split is used, or only the validation split: then the former's images are not
+            looked at.
 
     Raises:
-        DatasetError: no data are named, a split cannot be loaded, the two have different categories, or the model
-            is not sized as the arguments say.
+        DatasetError: no data are named, a split cannot be loaded, the two have different categories, images are
+            broken, or the model is not sized as the arguments say.
     """
     size = (arguments.short_side, arguments.long_side, arguments.image_size)
     set_image_size(image_processor, *size)
@@ -175,6 +189,7 @@ def load_splits(
         train = train.select(range(min(arguments.max_train_images, len(train))))
     if arguments.max_val_images is not None:
         val = val.select(range(min(arguments.max_val_images, len(val))))
+    train, val = _checked(train, val, arguments.skip_broken_images, trains)
     if teacher_processor is not None:
         teacher_processor = copy.deepcopy(teacher_processor)
         if takes_fixed_size(teacher_processor) == takes_fixed_size(image_processor):
@@ -315,6 +330,15 @@ def _load(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]
         load_coco_split(arguments.train_annotations, arguments.train_images, roots=roots),
         load_coco_split(arguments.val_annotations, arguments.val_images, roots=roots),
     )
+
+
+def _checked(
+    train: DetectionDataset, val: DetectionDataset, skip_broken: bool, trains: bool
+) -> tuple[DetectionDataset, DetectionDataset]:
+    if not trains:
+        return train, *check_images([val], skip_broken)
+    train, val = check_images([train, val], skip_broken)
+    return train, val
 
 
 def _require_same_categories(train: DetectionDataset, val: DetectionDataset) -> None:

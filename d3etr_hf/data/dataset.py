@@ -122,13 +122,19 @@ class DetectionDataset(torch.utils.data.Dataset):
         return {key: value for key, value in self.__dict__.items() if key != "ground_truth"}
 
     def _read_image(self, row: dict) -> Image.Image:
-        if "image_path" in row:
-            source, place = row["image_path"], row["image_path"]
-        else:
-            stored = row["image"]
-            source = stored["path"] if stored["bytes"] is None else stored["bytes"]
-            place = f"{self.name}, image {row['image_id']}"
-        return read_rgb(source, row["width"], row["height"], place)
+        return read_rgb(source_of(row), row["width"], row["height"], self.place_of(row))
+
+    def place_of(self, row: dict) -> str:
+        """What a message calls the image of a row: its file, or else its id."""
+        return row["image_path"] if "image_path" in row else f"{self.name}, image {row['image_id']}"
+
+
+def source_of(row: dict) -> str | bytes:
+    """Path or content of a row's image."""
+    if "image_path" in row:
+        return row["image_path"]
+    stored = row["image"]
+    return stored["path"] if stored["bytes"] is None else stored["bytes"]
 
 
 def _ground_truth_of(load: Callable[[], dict], image_ids: frozenset[int]) -> dict:

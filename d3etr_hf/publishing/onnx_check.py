@@ -93,7 +93,7 @@ def export_and_check(
     processor = image_processor_of(detector.config.model_type, folder)
     size = size_for_export(detector, processor)
     metadata = describe_for_onnx(detector, processor, size)  # first: the data arguments may set another size
-    _, val = load_splits(data_arguments, processor)
+    _, val = load_splits(data_arguments, processor, trains=False)
     examples = [val[index] for index in range(min(check_images, len(val)))]
     _refuse_another_size(folder, size, size_for_export(detector, processor))
 
