@@ -183,12 +183,7 @@ def load_splits(
     size = (arguments.short_side, arguments.long_side, arguments.image_size)
     set_image_size(image_processor, *size)
     augmentation = augmentation_for(arguments, image_processor)
-    train, val = _load(arguments)
-    _require_same_categories(train, val)
-    if arguments.max_train_images is not None:
-        train = train.select(range(min(arguments.max_train_images, len(train))))
-    if arguments.max_val_images is not None:
-        val = val.select(range(min(arguments.max_val_images, len(val))))
+    train, val = load_annotated(arguments)
     train, val = _checked(train, val, arguments.skip_broken_images, trains)
     if teacher_processor is not None:
         teacher_processor = copy.deepcopy(teacher_processor)
@@ -297,6 +292,21 @@ def build_fixed_size_augmentation(
         sides = []
     crop = CropSizes() if arguments.augmentation == "paper" else None
     return Augmentation(crop=crop, batch_sizes=[(side, side) for side in sides])
+
+
+def load_annotated(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]:
+    """The splits without a transform, as many images of each as the arguments say; none has been looked at.
+
+    Raises:
+        DatasetError: no data are named, a split cannot be loaded, or the two have different categories.
+    """
+    train, val = _load(arguments)
+    _require_same_categories(train, val)
+    if arguments.max_train_images is not None:
+        train = train.select(range(min(arguments.max_train_images, len(train))))
+    if arguments.max_val_images is not None:
+        val = val.select(range(min(arguments.max_val_images, len(val))))
+    return train, val
 
 
 def _load(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]:

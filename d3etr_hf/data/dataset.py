@@ -6,6 +6,8 @@ from functools import cached_property, partial
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 
@@ -66,6 +68,11 @@ class DetectionDataset(torch.utils.data.Dataset):
     def ground_truth(self) -> dict:
         """The COCO detection dictionary as it was given: raw category ids, boxes xywh in pixels, crowds and all."""
         return self._load_ground_truth()
+
+    def object_counts(self) -> np.ndarray:
+        """How many objects each image has, (n,) int64; crowds are none."""
+        labels = self.rows.select_columns(["class_labels"]).with_format("arrow")[:]["class_labels"]
+        return pc.list_value_length(labels).to_numpy().astype(np.int64)
 
     def with_transform(self, transform: Callable[[Image.Image, dict[str, Any]], dict] | None) -> "DetectionDataset":
         """The same split with another transform."""

@@ -1,6 +1,5 @@
 """The largest batch that training can draw: as large as augmentation makes images, with as many objects as one has."""
 
-import pyarrow.compute as pc
 import torch
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -24,8 +23,8 @@ class LargestImages:
 
     def __init__(self, dataset: DetectionDataset) -> None:
         self.images = len(dataset)
-        table = dataset.rows.select_columns(["width", "height", "class_labels"]).with_format("arrow")[:]
-        self.objects: int = pc.max(pc.list_value_length(table["class_labels"])).as_py()
+        table = dataset.rows.select_columns(["width", "height"]).with_format("arrow")[:]
+        self.objects = int(dataset.object_counts().max())
         shapes = set(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
         transform: DetectionTransform = dataset.transform
         self._sides = drawn_sides(shapes, transform.image_processor, transform.augmentation)
