@@ -65,7 +65,7 @@ def evaluate_detector(
     check_places(data_arguments)
     detector = load_detector(model)
     processor: Any = image_processor_of(detector.config.model_type, model)
-    _, val = load_splits(data_arguments, processor)
+    _, val = load_splits(data_arguments, processor, trains=False)
     detector = with_classes_of(detector, val.class_names, "model")
     trainer = D3etrTrainer(model=detector, args=training_arguments, eval_dataset=val, processing_class=processor)
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}

@@ -12,6 +12,7 @@ from d3etr_hf import __version__
 from d3etr_hf.errors import TrainingStopped, UserError
 
 COMMANDS = {
+    "data": "`d3etr data check FOLDER`: what is in a data set, and what is wrong with it",
     "train": "a detector without a teacher: one that will teach, or a student to compare with",
     "distill": "a student from a teacher, by D3ETR",
     "compare": "families, ways of training and seeds: a matrix of runs from one file, and its table",

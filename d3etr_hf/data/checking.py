@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d3etr_hf.data.box_units import check_box_units
 from d3etr_hf.data.coco_fields import check_fields
 from d3etr_hf.errors import DatasetError, quoted
 
@@ -26,7 +27,8 @@ class CheckedSplit:
         images: the dictionary's images, in its order.
         boxes: per image `(n, 4)` float32, xyxy in pixels, inside the image, each with an area, no crowds.
         class_labels: per image `(n,)` int64, 0..C-1.
-        report: which boxes were clipped or dropped, one sentence; empty if none was.
+        report: which boxes were clipped or dropped, and whether they look like other units; empty if none was, and
+            they do not.
     """
 
     class_names: list[str]
@@ -60,7 +62,8 @@ def check_coco(coco: dict, source: str, file_names: bool = False) -> CheckedSpli
 
     Raises:
         DatasetError: a part or a field is missing or of the wrong type, an id or a category name appears twice, an
-            annotation belongs to an unknown image or category, or no usable box is left.
+            annotation belongs to an unknown image or category, boxes are fractions or corners, or no usable one is
+            left.
     """
     check_fields(coco, source, file_names)
     names = _checked_categories(coco["categories"], source)
@@ -68,7 +71,14 @@ def check_coco(coco: dict, source: str, file_names: bool = False) -> CheckedSpli
     _check_annotations(coco["annotations"], {image["id"] for image in coco["images"]}, names, source)
 
     category_ids = sorted(names)
-    boxes, class_labels, report = _usable_boxes(coco, category_ids, source)
+    annotations = [annotation for annotation in coco["annotations"] if not annotation.get("iscrowd")]
+    crowds = len(coco["annotations"]) - len(annotations)
+    if crowds:
+        logger.info("%s: %d crowd regions are left out of the training labels.", source, crowds)
+    objects = _objects(annotations, coco["images"], category_ids)
+    units = check_box_units(objects.boxes, objects.sides, objects.ids, source)
+    boxes, class_labels, dropped = _usable_boxes(objects, len(coco["images"]), crowds, source)
+    report = " ".join(filter(None, (units, dropped)))
     return CheckedSplit([names[i] for i in category_ids], category_ids, coco["images"], boxes, class_labels, report)
 
 
@@ -93,22 +103,37 @@ def _check_annotations(annotations: list[dict], image_ids: set[int], names: dict
     _require_distinct((annotation["id"] for annotation in annotations), f"{source}: annotation id")
 
 
-def _usable_boxes(coco: dict, category_ids: list[int], source: str) -> tuple[list[np.ndarray], list[np.ndarray], str]:
-    """Per image the boxes and class labels of `CheckedSplit`, and its report."""
-    annotations = [annotation for annotation in coco["annotations"] if not annotation.get("iscrowd")]
-    crowds = len(coco["annotations"]) - len(annotations)
-    if crowds:
-        logger.info("%s: %d crowd regions are left out of the training labels.", source, crowds)
+@dataclass
+class _Objects:
+    """The annotations that are no crowds: ids (n,), index of each one's image (n,), class labels (n,), boxes (n, 4) as
+    given, and width and height of their images (n, 2), pixels."""
 
-    ids = np.array([annotation["id"] for annotation in annotations], dtype=np.int64)
-    position = {image["id"]: index for index, image in enumerate(coco["images"])}
-    image_index = np.array([position[annotation["image_id"]] for annotation in annotations], dtype=np.int64)
+    ids: np.ndarray
+    image_index: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray
+    sides: np.ndarray
+
+
+def _objects(annotations: list[dict], images: list[dict], category_ids: list[int]) -> _Objects:
+    position = {image["id"]: index for index, image in enumerate(images)}
     label_of = {category_id: label for label, category_id in enumerate(category_ids)}
-    labels = np.array([label_of[annotation["category_id"]] for annotation in annotations], dtype=np.int64)
+    image_index = np.array([position[annotation["image_id"]] for annotation in annotations], dtype=np.int64)
+    sides = np.array([[image["width"], image["height"]] for image in images], dtype=np.float64).reshape(-1, 2)
+    return _Objects(
+        ids=np.array([annotation["id"] for annotation in annotations], dtype=np.int64),
+        image_index=image_index,
+        labels=np.array([label_of[annotation["category_id"]] for annotation in annotations], dtype=np.int64),
+        boxes=np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4),
+        sides=sides[image_index],
+    )
 
-    given = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
-    sizes = np.array([[image["width"], image["height"]] for image in coco["images"]], dtype=np.float64)
-    limits = np.tile(sizes.reshape(-1, 2)[image_index], 2)
+
+def _usable_boxes(
+    objects: _Objects, images: int, crowds: int, source: str
+) -> tuple[list[np.ndarray], list[np.ndarray], str]:
+    """Per image the boxes and class labels of `CheckedSplit`, and its report."""
+    ids, given, limits = objects.ids, objects.boxes, np.tile(objects.sides, 2)
     with np.errstate(invalid="ignore", over="ignore"):
         corners = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1)
         clipped = np.clip(corners, 0, limits)
@@ -124,7 +149,7 @@ def _usable_boxes(coco: dict, category_ids: list[int], source: str) -> tuple[lis
         }
         moved = (np.abs(corners - clipped) > ROUNDING).any(1)
 
-    usable = np.ones(len(annotations), dtype=bool)
+    usable = np.ones(len(ids), dtype=bool)
     counts = []
     for kind, faulty in faults.items():
         counts += _count(f"{kind} dropped", ids[faulty & usable])
@@ -132,15 +157,15 @@ def _usable_boxes(coco: dict, category_ids: list[int], source: str) -> tuple[lis
     counts += _count("partly outside their image clipped", ids[moved & usable])
     if not usable.any():
         raise DatasetError(
-            f"{source}: no usable box is left of {len(coco['annotations'])} annotations ({crowds} crowd regions"
+            f"{source}: no usable box is left of {len(ids) + crowds} annotations ({crowds} crowd regions"
             f"{''.join(f'; {count}' for count in counts)}): check that this is the right file."
         )
 
-    order = np.argsort(image_index[usable], kind="stable")
-    ends = np.cumsum(np.bincount(image_index[usable], minlength=len(coco["images"])))[:-1]
+    order = np.argsort(objects.image_index[usable], kind="stable")
+    ends = np.cumsum(np.bincount(objects.image_index[usable], minlength=images))[:-1]
     aside = "this is about training labels: evaluation reads the annotations as they are"
     report = f"{source}: boxes {'; '.join(counts)}; {aside}." if counts else ""
-    return np.split(boxes[usable][order], ends), np.split(labels[usable][order], ends), report
+    return np.split(boxes[usable][order], ends), np.split(objects.labels[usable][order], ends), report
 
 
 def _count(what: str, ids: np.ndarray) -> list[str]:

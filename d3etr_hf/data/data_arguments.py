@@ -8,6 +8,7 @@ from typing import Literal
 from transformers.image_processing_utils import BaseImageProcessor
 
 from d3etr_hf.data.dataset import DetectionDataset
+from d3etr_hf.data.image_checks import check_images
 from d3etr_hf.data.image_sizes import see_the_same, set_image_size, size_of, takes_fixed_size
 from d3etr_hf.data.reading import read_splits
 from d3etr_hf.data.strong_augmentation import Mosaic, StrongAugmentation
@@ -155,6 +156,14 @@ class DataArguments:
         },
     )
 
+    skip_broken_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave out images that cannot be read, are of another size than annotated or hold more than 8 "
+            "bits a channel, with one warning, instead of refusing them; of both splits."
+        },
+    )
+
     def __post_init__(self) -> None:
         explicit = [self.train_annotations, self.train_images]
         of_validation = [self.val_annotations, self.val_images]
@@ -238,8 +247,11 @@ def load_splits(
     arguments: DataArguments,
     image_processor: BaseImageProcessor,
     teacher_processor: BaseImageProcessor | None = None,
+    trains: bool = True,
 ) -> tuple[DetectionDataset, DetectionDataset]:
     """The training split, augmented, and the validation split, resized only.
+
+    What is wrong with their images is told now, see `check_images`.
 
     Args:
         arguments: see there.
@@ -247,19 +259,18 @@ def load_splits(
             saved with the model resizes as evaluation did.
         teacher_processor: of its teacher, if it has one. Where that makes other pixels the training split has them,
             too; a size that is given holds for a teacher that is sized in the model's way. It is not changed.
+        trains: whether the training split is used, or only the validation split: then the former's images are not
+            looked at.
 
     Raises:
-        DatasetError: no data are named, a split cannot be loaded, the two have different categories, or the model
-            is not sized as the arguments say.
+        DatasetError: no data are named, a split cannot be loaded, the two have different categories, images are
+            broken, or the model is not sized as the arguments say.
     """
     size = (arguments.short_side, arguments.long_side, arguments.image_size)
     set_image_size(image_processor, *size)
     augmentation = augmentation_for(arguments, image_processor)
-    train, val = read_splits(arguments)
-    if arguments.max_train_images is not None:
-        train = train.select(range(min(arguments.max_train_images, len(train))))
-    if arguments.max_val_images is not None:
-        val = val.select(range(min(arguments.max_val_images, len(val))))
+    train, val = load_annotated(arguments)
+    train, val = _checked(train, val, arguments.skip_broken_images, trains)
     if teacher_processor is not None:
         teacher_processor = copy.deepcopy(teacher_processor)
         if takes_fixed_size(teacher_processor) == takes_fixed_size(image_processor):
@@ -377,3 +388,26 @@ def build_fixed_size_augmentation(
         return StrongAugmentation(arguments.strong_end_fraction, batch_sizes=batch_sizes)
     crop = CropSizes() if arguments.augmentation == "paper" else None
     return Augmentation(crop=crop, batch_sizes=batch_sizes)
+
+
+def load_annotated(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]:
+    """The splits without a transform, as many images of each as the arguments say; none has been looked at.
+
+    Raises:
+        DatasetError: no data are named, a split cannot be loaded, or the two have different categories.
+    """
+    train, val = read_splits(arguments)
+    if arguments.max_train_images is not None:
+        train = train.select(range(min(arguments.max_train_images, len(train))))
+    if arguments.max_val_images is not None:
+        val = val.select(range(min(arguments.max_val_images, len(val))))
+    return train, val
+
+
+def _checked(
+    train: DetectionDataset, val: DetectionDataset, skip_broken: bool, trains: bool
+) -> tuple[DetectionDataset, DetectionDataset]:
+    if not trains:
+        return train, *check_images([val], skip_broken)
+    train, val = check_images([train, val], skip_broken)
+    return train, val

@@ -6,6 +6,8 @@ from functools import cached_property, partial
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 
@@ -70,6 +72,11 @@ class DetectionDataset(torch.utils.data.Dataset):
     def ground_truth(self) -> dict:
         """The COCO detection dictionary as it was given: raw category ids, boxes xywh in pixels, crowds and all."""
         return self._load_ground_truth()
+
+    def object_counts(self) -> np.ndarray:
+        """How many objects each image has, (n,) int64; crowds are none."""
+        labels = self.rows.select_columns(["class_labels"]).with_format("arrow")[:]["class_labels"]
+        return pc.list_value_length(labels).to_numpy().astype(np.int64)
 
     def with_transform(self, transform: Callable[[Image.Image, dict[str, Any]], dict] | None) -> "DetectionDataset":
         """The same split with another transform."""
@@ -150,13 +157,19 @@ class DetectionDataset(torch.utils.data.Dataset):
         return {key: value for key, value in self.__dict__.items() if key != "ground_truth"}
 
     def _read_image(self, row: dict) -> Image.Image:
-        if "image_path" in row:
-            source, place = row["image_path"], row["image_path"]
-        else:
-            stored = row["image"]
-            source = stored["path"] if stored["bytes"] is None else stored["bytes"]
-            place = f"{self.name}, image {row['image_id']}"
-        return read_rgb(source, row["width"], row["height"], place)
+        return read_rgb(source_of(row), row["width"], row["height"], self.place_of(row))
+
+    def place_of(self, row: dict) -> str:
+        """What a message calls the image of a row: its file, or else its id."""
+        return row["image_path"] if "image_path" in row else f"{self.name}, image {row['image_id']}"
+
+
+def source_of(row: dict) -> str | bytes:
+    """Path or content of a row's image."""
+    if "image_path" in row:
+        return row["image_path"]
+    stored = row["image"]
+    return stored["path"] if stored["bytes"] is None else stored["bytes"]
 
 
 def _ground_truth_of(load: Callable[[], dict], image_ids: frozenset[int]) -> dict:

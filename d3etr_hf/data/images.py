@@ -1,16 +1,49 @@
-"""From an image file of whatever kind to an upright 8-bit RGB image of the size that the annotations mean."""
+"""From an image file of whatever kind to an upright 8-bit RGB image of the size that the annotations mean.
 
+Pixels are those that Transformers' own `load_image` and pipelines read, so that a detector sees in use what it saw in
+training. Where that is no picture, as of 16-bit files, whose values above 255 all become white there, an image is
+refused.
+"""
+
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from d3etr_hf.errors import DatasetError, one_line
 from d3etr_hf.files import regular_file
 
-SIXTEEN_BIT_MODES = {"I", "I;16", "I;16L", "I;16B"}
 ORIENTATIONS_THAT_SWAP_SIDES = {5, 6, 7, 8}
+# What Pillow's decoders raise on damaged files; DecompressionBombError guards against absurd sizes.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError)
+
+UNREADABLE, OTHER_SIZE, DEEP_PIXELS = "unreadable", "of another size than annotated", "of more than 8 bits a channel"
+REMEDIES = {
+    UNREADABLE: "restore the file, or take it out of the annotations",
+    OTHER_SIZE: ("their boxes would be misplaced; correct `width` and `height`, or put the right image in place"),
+    DEEP_PIXELS: (
+        "Transformers' pipelines would take all values above 255 for white; save all images with 8 bits a channel, "
+        "scaled alike, for example as Image.fromarray((numpy.asarray(image) / WHITE * 255).astype('uint8')), where "
+        "WHITE is 65535 for 16 bits and 4095 for 12"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ImageFault:
+    """Why an image cannot be used.
+
+    Attributes:
+        kind: a key of `REMEDIES`.
+        what: what is wrong, as the middle of a sentence.
+    """
+
+    kind: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {REMEDIES[self.kind]}"
 
 
 def read_rgb(source: str | Path | bytes, width: int, height: int, place: str) -> Image.Image:
@@ -26,40 +59,59 @@ def read_rgb(source: str | Path | bytes, width: int, height: int, place: str) ->
         place: what an error message calls the image.
 
     Returns:
-        RGB, 8 bits a channel, `width` × `height` pixels. 16-bit grey values are divided by 257, transparency is
-        dropped.
+        RGB, 8 bits a channel, `width` × `height` pixels; transparency is dropped.
 
     Raises:
-        DatasetError: the file is missing, unreadable or truncated, of another size than annotated, or holds
-            floating-point or 32-bit pixels.
+        DatasetError: the file is missing, unreadable or truncated, of another size than annotated, or holds grey
+            values of more than 8 bits.
     """
+    image = decode(source, width, height)
+    if isinstance(image, ImageFault):
+        raise DatasetError(f"{place}: {image}.")
+    return image
+
+
+def decode(source: str | Path | bytes, width: int, height: int) -> Image.Image | ImageFault:
+    """What `read_rgb` returns, or why there is no such image."""
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else regular_file(source)) as image:
-            _check_header(image, (width, height), place)
+            # before it is decoded, which a huge one would take memory for
+            if fault := header_fault(image, width, height):
+                return fault
             image.load()
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            upright = _turned(image, orientation, (width, height), place)
-            return _as_rgb(upright, place)
-    except DatasetError:
-        raise
-    # Pillow's decoders raise any of these on damaged files; DecompressionBombError guards against absurd sizes.
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        raise DatasetError(
-            f"{place}: the image cannot be read ({one_line(error)}): restore the file, or take it out of the "
-            "annotations."
-        ) from error
+            upright = _turned(image, orientation_of(image), (width, height))
+            return upright if isinstance(upright, ImageFault) else _as_rgb(upright)
+    except DECODING_ERRORS as error:
+        return unreadable(error)
 
 
-def _check_header(image: Image.Image, annotated: tuple[int, int], place: str) -> None:
-    """Refuses an image of another size before it is decoded, which a huge one would take memory for."""
-    if annotated in (image.size, image.size[::-1]):
-        return
-    # only where it is known by now: some formats look for it by decoding
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
-    _turned(image, orientation, annotated, place)
+def unreadable(error: Exception) -> ImageFault:
+    """The fault of an image at which Pillow, or the system, raised this."""
+    return ImageFault(UNREADABLE, f"the image cannot be read ({one_line(error)})")
 
 
-def _turned(image: Image.Image, orientation: int, annotated: tuple[int, int], place: str) -> Image.Image:
+def header_fault(image: Image.Image, width: int, height: int) -> ImageFault | None:
+    """What is wrong with an image that is opened and not decoded, as far as that tells."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        kind = "floating-point numbers" if image.mode == "F" else "grey values of 16 or 32 bits"
+        return ImageFault(DEEP_PIXELS, f"the image holds {kind} (Pillow's mode {image.mode})")
+    if (width, height) in (image.size, image.size[::-1]):
+        return None
+    turned = _turned(image, known_orientation(image), (width, height))
+    return turned if isinstance(turned, ImageFault) else None
+
+
+def known_orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image that is not decoded, 1..8; 1 where decoding looks for it, or follows it."""
+    return orientation_of(image) if "exif" in image.info else 1
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1..8."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _turned(image: Image.Image, orientation: int, annotated: tuple[int, int]) -> Image.Image | ImageFault:
     stored = image.size
     turned = stored[::-1] if orientation in ORIENTATIONS_THAT_SWAP_SIDES else stored
     if annotated == turned:
@@ -67,27 +119,14 @@ def _turned(image: Image.Image, orientation: int, annotated: tuple[int, int], pl
     if annotated == stored:
         return image
     orientation_note = f", {turned[0]}×{turned[1]} after its EXIF rotation" if turned != stored else ""
-    raise DatasetError(
-        f"{place}: the image is {stored[0]}×{stored[1]} pixels (width × height){orientation_note}, but the "
-        f"annotations say {annotated[0]}×{annotated[1]}: their boxes would be misplaced; correct `width` and "
-        "`height`, or put the right image in place."
+    return ImageFault(
+        OTHER_SIZE,
+        f"the image is {stored[0]}×{stored[1]} pixels (width × height){orientation_note}, but the annotations say "
+        f"{annotated[0]}×{annotated[1]}",
     )
 
 
-def _as_rgb(image: Image.Image, place: str) -> Image.Image:
-    if image.mode in SIXTEEN_BIT_MODES:
-        # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise DatasetError(
-                f"{place}: pixel values {values.min()}..{values.max()} do not fit 16 bits: save the image with 8 or "
-                "16 bits a channel."
-            )
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise DatasetError(
-            f"{place}: floating-point pixels have no agreed white: save the image with 8 or 16 bits a channel."
-        )
-    elif "transparency" in image.info:
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")

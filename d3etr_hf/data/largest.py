@@ -2,7 +2,6 @@
 
 import copy
 
-import pyarrow.compute as pc
 import torch
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -27,9 +26,9 @@ class LargestImages:
 
     def __init__(self, dataset: DetectionDataset) -> None:
         self.images = len(dataset)
-        table = dataset.rows.select_columns(["width", "height", "class_labels"]).with_format("arrow")[:]
+        table = dataset.rows.select_columns(["width", "height"]).with_format("arrow")[:]
         together = 1 if dataset.mosaic is None else MOSAIC_IMAGES
-        self.objects: int = together * pc.max(pc.list_value_length(table["class_labels"])).as_py()
+        self.objects = together * int(dataset.object_counts().max())
         shapes = set(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
         transform: DetectionTransform = dataset.transform
         self._sides = drawn_sides(shapes, transform.image_processor, transform.augmentation)

@@ -11,6 +11,7 @@ from d3etr_hf.outputs import OWN, GroupRequest, Scores
 
 # A detection row without a detection: fewer (query, class) pairs than `top_k` exist.
 EMPTY_ROW_SCORE = -1.0
+MOST_DETECTIONS = 100  # of an image, as in COCO's evaluation
 
 
 def detect(model: torch.nn.Module, batch: Mapping[str, Any], scores: Scores, dtype: torch.dtype) -> Tensor:
@@ -32,7 +33,7 @@ def detect(model: torch.nn.Module, batch: Mapping[str, Any], scores: Scores, dty
 
 
 def select_detections(
-    scores: Scores, logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int = 100
+    scores: Scores, logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int = MOST_DETECTIONS
 ) -> Tensor:
     """Selects the `top_k` highest (query, class) scores of each image.
 

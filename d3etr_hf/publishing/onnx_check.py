@@ -161,7 +161,7 @@ def _prepare(
     processor = image_processor_of(detector.config.model_type, folder)
     size = size_for_export(detector, processor)
     metadata = describe_for_onnx(detector, processor, size)  # first: the data arguments may set another size
-    _, val = load_splits(data_arguments, processor)
+    _, val = load_splits(data_arguments, processor, trains=False)
     _refuse_another_size(folder, size, size_for_export(detector, processor))
     return OnnxTrial(detector, val, size, check_images, ap_images), metadata
 

@@ -29,6 +29,7 @@ from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.half_precision import SkippedSteps
 from d3etr_hf.training.launch_checks import check_launch
 from d3etr_hf.training.non_finite import NonFiniteGuard
+from d3etr_hf.training.object_counts import warn_of_more_objects
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.optimization import keeps_running_statistics, parameter_groups, single_drop
 from d3etr_hf.training.resumable_trainer import ResumableTrainer
@@ -81,7 +82,9 @@ class DistillationTrainer(ResumableTrainer):
                 raise UnsupportedOptionError(f"{name} is not supported: the loss and query groups are this trainer's")
         check_models(model, teacher, args)
         data, of_student = trainer_options.get("train_dataset"), trainer_options.get("processing_class")
-        check_data(model, of_student, named_datasets(data, trainer_options.get("eval_dataset")))
+        given = named_datasets(data, trainer_options.get("eval_dataset"))
+        check_data(model, of_student, given)
+        warn_of_more_objects(model, teacher, given)
         own_metrics = trainer_options.get("compute_metrics") is not None
         check_use_of_data(args, model.class_names, data, trainer_options.get("eval_dataset"), own_metrics)
         aligned = None

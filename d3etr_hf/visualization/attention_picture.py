@@ -21,6 +21,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.visualization.detection_grid import DOTS_PER_INCH, draw_detections
 from d3etr_hf.visualization.detections_on_images import common_classes
+from d3etr_hf.visualization.lettering import lettering, title_weight, written, written_names
 from d3etr_hf.visualization.query_attention import QueryAttention, attention_of_detection
 
 # Inches. Few layers get large cells; with many the picture keeps its width.
@@ -104,13 +105,24 @@ def draw_attention(
         class_names: the classes whose places in the list are their colours, as in another picture.
     """
     names, (_, index) = common_classes(class_names, [each.class_name for each in attentions.values()])
+    with lettering([*names, *attentions]):
+        _draw_rows(image, attentions, path, written_names(names), index.tolist())
+
+
+def _draw_rows(
+    image: Image.Image,
+    attentions: Mapping[str, QueryAttention],
+    path: str | Path,
+    names: list[str],
+    labels: list[int],
+) -> None:
     sheet = _Sheet(image, len(attentions), 1 + max(len(each.maps) for each in attentions.values()), _note(attentions))
     scale = PANEL_PIXELS / max(image.size)
     panel_size = [max(1, round(side * scale)) for side in image.size]
     grey = np.asarray(image.convert("L").resize(panel_size, Image.Resampling.BILINEAR)) / 255
     coloured = np.asarray(image.convert("RGB"))
-    for row, ((title, each), label) in enumerate(zip(attentions.items(), index.tolist(), strict=True)):
-        axes = sheet.add_cell(row, 0, coloured, title)
+    for row, ((title, each), label) in enumerate(zip(attentions.items(), labels, strict=True)):
+        axes = sheet.add_cell(row, 0, coloured, written(title))
         draw_detections(axes, sheet.canvas, [[*each.box, each.score, label]], names)
         for layer, attention in enumerate(each.maps):
             percent = 100 * attention.max().item()
@@ -159,7 +171,9 @@ class _Sheet:
         axes = self.figure.add_axes((left / self.width, bottom / self.height, *size))
         axes.imshow(pixels, extent=(0, self.image.width, self.image.height, 0), cmap="gray", vmin=0, vmax=1)
         axes.set_axis_off()
-        text = axes.set_title(title, loc="left", fontsize=11, pad=4, fontweight="normal" if column else "bold")
+        text = axes.set_title(
+            title, loc="left", fontsize=11, pad=4, fontweight="normal" if column else title_weight(title)
+        )
         room = self.cell_width * DOTS_PER_INCH / text.get_window_extent(self.canvas.get_renderer()).width
         text.set_fontsize(11 * min(1.0, room))
         axes.set_title(note, loc="right", fontsize=9, pad=4, color="0.35")

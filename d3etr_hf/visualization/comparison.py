@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from d3etr_hf.runs.comparison import DISTILLED, TEACHER, Comparison, Entry
 from d3etr_hf.runs.comparison_statistics import Spread, differences, spread, values_of
 from d3etr_hf.visualization.detection_grid import DOTS_PER_INCH
+from d3etr_hf.visualization.lettering import lettering, written
 from d3etr_hf.visualization.training_curves import RUN_COLOURS
 
 MISSING = "—"
@@ -147,6 +148,11 @@ def draw_comparison(comparison: Comparison, lines: Sequence[dict], path: Path) -
         path: the PNG to write; its folder must exist.
     """
     groups = bars_of(comparison, lines)
+    with lettering(groups):
+        _draw_groups(comparison, groups, path)
+
+
+def _draw_groups(comparison: Comparison, groups: dict[str, dict[str, Spread]], path: Path) -> None:
     count = sum(len(bars) for bars in groups.values())
     width = max(SMALLEST_WIDTH, 1.2 + INCHES_PER_BAR * count + INCHES_BETWEEN * len(groups))
     figure = Figure(figsize=(width, HEIGHT), dpi=DOTS_PER_INCH, layout="constrained")
@@ -159,7 +165,11 @@ def draw_comparison(comparison: Comparison, lines: Sequence[dict], path: Path) -
     middles = draw_bars(axes, groups, colours)
     turned = len(groups) > ENTRIES_WITH_LEVEL_NAMES
     axes.set_xticks(
-        middles, list(groups), rotation=30 if turned else 0, ha="right" if turned else "center", fontsize=9
+        middles,
+        list(map(written, groups)),
+        rotation=30 if turned else 0,
+        ha="right" if turned else "center",
+        fontsize=9,
     )
     axes.set_ylabel("validation AP")
     axes.set_ylim(bottom=0)

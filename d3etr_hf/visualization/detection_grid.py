@@ -16,6 +16,8 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
 
+from d3etr_hf.visualization.lettering import lettering, title_weight, written, written_names
+
 # Okabe & Ito's palette, made to be told apart under all common kinds of colour blindness; without its black. Beyond
 # seven classes the lightness changes, beyond 21 the line style does.
 OKABE_ITO = ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#0072B2")
@@ -69,6 +71,18 @@ def draw_detection_grid(
             numbers, or a label without a name.
     """
     _check_columns(images, columns)
+    with lettering([*columns, *class_names]):
+        _draw_grid(images, columns, class_names, path, score_threshold)
+
+
+def _draw_grid(
+    images: Sequence[Image.Image],
+    columns: Mapping[str, Sequence[Tensor]],
+    class_names: Sequence[str],
+    path: str | Path,
+    score_threshold: float,
+) -> None:
+    names = written_names(class_names)
     cell_heights = [min(CELL_WIDTH * image.height / image.width, TALLEST_CELL) for image in images]
     figure_width = len(columns) * (CELL_WIDTH + CELL_GAP) + CELL_GAP
     figure_height = TITLE_HEIGHT + sum(cell_heights) + len(images) * CELL_GAP
@@ -84,9 +98,9 @@ def draw_detection_grid(
             axes.imshow(image.convert("RGB"), interpolation="antialiased")
             axes.set_axis_off()
             if row == 0:
-                axes.set_title(title, fontsize=13, fontweight="bold", pad=5)
+                axes.set_title(written(title), fontsize=13, fontweight=title_weight(title), pad=5)
             rows = _checked_rows(detections_of_images[row], class_names, f"column {title!r}, image {row}")
-            draw_detections(axes, canvas, [entry for entry in rows if entry[4] >= score_threshold], class_names)
+            draw_detections(axes, canvas, [entry for entry in rows if entry[4] >= score_threshold], names)
         top -= cell_height + CELL_GAP
     figure.savefig(path, format="png")
 
@@ -117,7 +131,11 @@ def _checked_rows(detections: Tensor, class_names: Sequence[str], place: str) ->
 
 
 def draw_detections(axes: Axes, canvas: FigureCanvasAgg, rows: list[list[float]], class_names: Sequence[str]) -> None:
-    """Draws boxes, large ones first, then their labels, best score first, each where it covers others least."""
+    """Draws boxes, large ones first, then their labels, best score first, each where it covers others least.
+
+    Args:
+        class_names: of `written_names`.
+    """
     for x, y, width, height, _, label in sorted(rows, key=lambda row: -row[2] * row[3]):
         colour, line_style = class_style(int(label))
         # A full line underneath keeps the box visible on any background, and fills the gaps of a dashed one.

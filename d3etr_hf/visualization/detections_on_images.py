@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from d3etr_hf.data import DataArguments, DetectionTransform, load_splits
-from d3etr_hf.data.images import ORIENTATIONS_THAT_SWAP_SIDES, read_rgb
+from d3etr_hf.data.images import DECODING_ERRORS, ORIENTATIONS_THAT_SWAP_SIDES, orientation_of, read_rgb
 from d3etr_hf.errors import DatasetError, PictureError
 from d3etr_hf.evaluation import predict_detections
 from d3etr_hf.models.detector import Detector
@@ -54,7 +54,7 @@ def choose_images(folder: str | None, data: DataArguments, split: str = "val", f
         return read_folder(folder, first)
     # only images and boxes are read from the splits, so any image processor will do, of a size of its own
     data = replace(data, short_side=None, long_side=None, image_size=None, augmentation_short_sides=None)
-    train, val = load_splits(data, load_image_processor(None))
+    train, val = load_splits(data, load_image_processor(None), trains=split == "train")
     chosen = {"train": train, "val": val}[split].with_transform(None)
     examples = [chosen[index] for index in range(min(first, len(chosen)))]
     return ChosenImages(
@@ -97,10 +97,9 @@ def read_folder(folder: str | Path, first: int | None = None) -> ChosenImages:
 def _read_upright(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            lying = image.getexif().get(ExifTags.Base.Orientation, 1) in ORIENTATIONS_THAT_SWAP_SIDES
+            lying = orientation_of(image) in ORIENTATIONS_THAT_SWAP_SIDES
             width, height = image.size[::-1] if lying else image.size
-    # as in read_rgb: what Pillow's decoders raise on files that are damaged, or no images
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
+    except DECODING_ERRORS as error:
         raise DatasetError(f"{path}: no readable image ({error})") from error
     return read_rgb(path, width, height, str(path))
 

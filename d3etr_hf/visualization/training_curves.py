@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from d3etr_hf.visualization.detection_grid import DOTS_PER_INCH, shaded
+from d3etr_hf.visualization.lettering import lettering, written
 
 # No yellow on white, and dark enough for thin lines.
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -51,6 +52,11 @@ def draw_training_curves(histories: Mapping[str, Sequence[Mapping]], path: str |
             f"the histories of the runs {list(histories)} have no key 'loss', 'loss/...' or 'eval_AP': pass "
             "`trainer.state.log_history` of runs that have logged at least once."
         )
+    with lettering([*histories, *panels]):
+        _draw_panels(panels, list(histories), path)
+
+
+def _draw_panels(panels: Mapping[str, list[Line]], runs: list[str], path: str | Path) -> None:
     column_count = min(PANEL_COLUMNS, len(panels))
     row_count = math.ceil(len(panels) / column_count)
     figure = Figure(
@@ -61,7 +67,7 @@ def draw_training_curves(histories: Mapping[str, Sequence[Mapping]], path: str |
     FigureCanvasAgg(figure)
     run_colours = {
         run: shaded(RUN_COLOURS[index % len(RUN_COLOURS)], -0.4 * (index // len(RUN_COLOURS) % 2))
-        for index, run in enumerate(histories)
+        for index, run in enumerate(runs)
     }
     for index, (title, lines) in enumerate(panels.items()):
         _draw_panel(figure.add_subplot(row_count, column_count, index + 1), title, lines, run_colours)
@@ -84,7 +90,7 @@ def _draw_panel(axes: Axes, title: str, lines: Sequence[Line], run_colours: Mapp
             marker="o" if len(steps) < 30 else None,
             markersize=3,
         )
-    axes.set_title(title, fontsize=11, fontweight="bold")
+    axes.set_title(written(title), fontsize=11, fontweight="bold")
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3, linewidth=0.6)
@@ -100,7 +106,7 @@ def _draw_panel(axes: Axes, title: str, lines: Sequence[Line], run_colours: Mapp
 
 def _legend(run_colours: Mapping[str, tuple], groups: set[str]) -> list[Line2D]:
     """A line for each run, and for each group of queries that is drawn."""
-    runs = [Line2D([], [], color=colour, linewidth=2.5, label=run) for run, colour in run_colours.items()]
+    runs = [Line2D([], [], color=colour, linewidth=2.5, label=written(run)) for run, colour in run_colours.items()]
     return runs + [
         Line2D([], [], color="0.3", linestyle=GROUP_LINE_STYLES[group], label=f"{group} group")
         for group in GROUP_LINE_STYLES

@@ -110,9 +110,9 @@ def test_boxes_against_a_loop(boxes: list[tuple[float, ...]]) -> None:
         expected.append([left, top, right, bottom])
         clipped += max(left - x, top - y, x + width - right, y + height - bottom) > ROUNDING
     # One more, good box: a split without any is an error.
-    regions = [annotation(i, list(box)) for i, box in enumerate([*boxes, (0, 0, 1, 1)])]
+    regions = [annotation(i, list(box)) for i, box in enumerate([*boxes, (0, 0, 2, 2)])]
     checked = check_coco(coco(annotations=regions), "val.json")
-    np.testing.assert_allclose(checked.boxes[1], [*expected, [0, 0, 1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(checked.boxes[1], [*expected, [0, 0, 2, 2]], rtol=1e-6)
     counts = [int(count) for count in re.findall(r"dropped: (\d+)", checked.report)]
     assert sum(counts) == len(boxes) - len(expected)
     assert sum(int(count) for count in re.findall(r"clipped: (\d+)", checked.report)) == clipped

@@ -1,11 +1,13 @@
+import re
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
+from transformers.image_utils import load_image
 
-from d3etr_hf.data.images import read_rgb
+from d3etr_hf.data.images import DEEP_PIXELS, REMEDIES, read_rgb
 from d3etr_hf.errors import DatasetError
 
 # What each EXIF orientation asks a viewer to do with the stored pixels (rows, columns, channels).
@@ -18,6 +20,15 @@ EXIF_MEANING = {
     6: lambda pixels: np.rot90(pixels, -1),
     7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
     8: lambda pixels: np.rot90(pixels, 1),
+}
+# that a file of each kind can hold
+MODES = {
+    "png": ["1", "L", "LA", "P", "RGB", "RGBA"],
+    "jpg": ["1", "L", "RGB", "CMYK", "YCbCr"],
+    "tiff": ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"],
+    "gif": ["1", "L", "LA", "P", "RGB", "RGBA"],
+    "webp": ["1", "L", "LA", "P", "RGB", "RGBA"],
+    "bmp": ["1", "L", "P", "RGB", "RGBA"],
 }
 
 
@@ -77,34 +88,30 @@ def test_swapped_sides_without_exif_are_refused(tmp_path: Path) -> None:
         read(tmp_path / "a.png", 4, 6)
 
 
-@pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_sixteen_bit_grey_is_scaled(tmp_path: Path, suffix: str) -> None:
-    """Guards against Pillow's conversion, which turns everything above 255 white."""
-    values = np.array([[0, 257, 128 * 257], [129 * 257 - 100, 65534, 65535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
-    expected = np.round(values / 65535 * 255)
-    np.testing.assert_array_equal(read(tmp_path / f"a.{suffix}", 3, 2), np.repeat(expected[..., None], 3, axis=2))
-
-
-def test_thirty_two_bit_values_in_sixteen_bit_range(tmp_path: Path) -> None:
-    """Guards the mode in which older Pillow versions open 16-bit PNG files."""
-    Image.fromarray(np.array([[0, 257, 65535]], dtype=np.int32)).save(tmp_path / "a.tiff")
-    assert read(tmp_path / "a.tiff", 3, 1)[..., 0].tolist() == [[0, 1, 255]]
-
-
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("dtype", "suffix", "message"),
     [
-        (np.array([[0, 70000]], dtype=np.int32), r"pixel values 0\.\.70000 do not fit 16 bits"),
-        (np.array([[-1, 5]], dtype=np.int32), r"pixel values -1\.\.5 do not fit 16 bits"),
-        (np.array([[0.5, 1]], dtype=np.float32), "floating-point pixels"),
+        (np.uint16, "png", r"grey values of 16 or 32 bits .*WHITE is 65535 for 16 bits and 4095 for 12"),
+        (np.uint16, "tiff", r"grey values of 16 or 32 bits"),
+        (np.int32, "tiff", r"grey values of 16 or 32 bits"),
+        (np.float32, "tiff", "floating-point numbers .* 8 bits a channel"),
     ],
 )
-def test_pixels_without_an_agreed_white_are_refused(tmp_path: Path, values: np.ndarray, message: str) -> None:
-    """Guards against images that would silently turn black or white."""
-    Image.fromarray(values).save(tmp_path / "a.tiff")
-    with pytest.raises(DatasetError, match=rf"a\.tiff: {message}"):
-        read(tmp_path / "a.tiff", 2, 1)
+def test_pixels_that_pipelines_would_clip_are_refused(tmp_path: Path, dtype: type, suffix: str, message: str) -> None:
+    """Guards against training on other values than the published detector reads of the same file."""
+    Image.fromarray(np.array([[0, 300], [4000, 60000]]).astype(dtype)).save(tmp_path / f"a.{suffix}")
+    assert np.asarray(load_image(str(tmp_path / f"a.{suffix}")))[..., 0].tolist() == [[0, 255], [255, 255]]
+    with pytest.raises(DatasetError, match=rf"a\.{suffix}: the image holds {message}"):
+        read(tmp_path / f"a.{suffix}", 2, 2)
+
+
+def test_the_remedy_for_sixteen_bits_works(tmp_path: Path) -> None:
+    """Guards the line of code in the message, which people copy."""
+    image = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
+    numpy, WHITE = np, 65535
+    line = re.search(r"Image\.fromarray\(.*\('uint8'\)\)", REMEDIES[DEEP_PIXELS])[0]
+    eval(line, {"Image": Image, "numpy": numpy, "image": image, "WHITE": WHITE}).save(tmp_path / "a.png")
+    assert read(tmp_path / "a.png", 3, 1)[..., 0].tolist() == [[0, 127, 255]]
 
 
 def saved_as(mode: str, colour: object, suffix: str, path: Path, **options: object) -> Path:
@@ -130,6 +137,25 @@ def test_colour_modes(tmp_path: Path, mode: str, colour: object, suffix: str, ex
     pixels = read(saved_as(mode, colour, suffix, tmp_path), 6, 4)
     assert pixels.shape == (4, 6, 3)
     np.testing.assert_allclose(pixels, np.broadcast_to(expected, (4, 6, 3)), atol=2)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")
+@pytest.mark.parametrize(("suffix", "mode"), [(suffix, mode) for suffix, modes in MODES.items() for mode in modes])
+def test_pixels_are_those_of_stock_pipelines(tmp_path: Path, suffix: str, mode: str) -> None:
+    """Guards against a detector that is trained on other pixels than its stock `pipeline` reads of the same file."""
+    path = tmp_path / f"a.{suffix}"
+    image = Image.fromarray(random_pixels(8, 12))
+    image = image.convert("P").convert("PA") if mode == "PA" else as_mode(image, mode)
+    image.save(path)
+    np.testing.assert_array_equal(read(path, 12, 8), np.asarray(load_image(str(path))))
+
+
+def as_mode(image: Image.Image, mode: str) -> Image.Image:
+    if mode != "LAB":
+        return image.convert(mode)
+    return ImageCms.applyTransform(
+        image, ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    )
 
 
 @pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128])])

@@ -11,6 +11,7 @@ import torch
 from d3etr_hf.cli.benchmark import measure_costs
 from d3etr_hf.cli.evaluate import evaluate_detector
 from d3etr_hf.data import DataArguments
+from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.loading import ModelArguments, build_model, check_teacher, load_detector, model_type_of
 from d3etr_hf.publishing.card import CardArguments
@@ -32,6 +33,7 @@ def places(tmp_path_factory):
     (root / "adapter").mkdir()
     (root / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     (root / "stray.safetensors").write_bytes(b"")
+    make_shapes(root / "data", 1, 1, image_size=64, progress=False)
     return root
 
 
@@ -56,7 +58,7 @@ MEANT = {
 @pytest.mark.parametrize("place", MEANT)
 def test_what_was_meant_is_named(places, place):
     """For a teacher, a model to go on from, one to evaluate, export, time and compare with, before any is read."""
-    path, data = str(places / place), DataArguments(data_folder="absent")
+    path, data = str(places / place), DataArguments(data_folder=str(places / "data"))
     calls = {
         "teacher": lambda: check_teacher(path),
         "model": lambda: model_type_of(ModelArguments(model=path)),

@@ -117,13 +117,13 @@ def test_folder_in_order_upright_and_of_any_kind(tmp_path, caplog):
     (tmp_path / "folder").mkdir()
     with caplog.at_level(logging.WARNING):
         chosen = read_folder(tmp_path)
-    assert chosen.names == ["a.jpg", "b.png", "c.tiff", "d.gif"]
-    assert [image.size for image in chosen.images] == [(10, 20), (20, 10), (8, 6), (5, 5)]
+    # c.tiff has 16 bits, which the detector's own pipeline would read as white
+    assert chosen.names == ["a.jpg", "b.png", "d.gif"]
+    assert [image.size for image in chosen.images] == [(10, 20), (20, 10), (5, 5)]
     assert all(image.mode == "RGB" for image in chosen.images)
-    assert chosen.images[2].getpixel((0, 0)) == (255, 255, 255)  # 16 bits are scaled, not clipped
     assert chosen.ground_truth is None and chosen.class_names == []
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message == f"{tmp_path}: skipped 2 files that are no readable image: aa.txt, ab.jpg"
+    assert message == f"{tmp_path}: skipped 3 files that are no readable image: aa.txt, ab.jpg, c.tiff"
     assert read_folder(tmp_path, 2).names == ["a.jpg", "b.png"]
 
 
