@@ -22,7 +22,7 @@ CARD, TRAINING = "README.md", "training.yaml"
 MOST_CLASSES_UNFOLDED = 12
 # the Hub knows these relations: adapter, merge, quantized, finetune
 RELATION = "finetune"
-RESERVED_TITLES = ("teacher", "student", "this student")
+RESERVED_TITLES = ("teacher", "student", "this student", "model", "this model")
 NO_COMPARISON = ["none"]
 
 
@@ -259,7 +259,7 @@ def pictures_of(folder: Path, metrics: dict) -> dict:
         found.pop("attention", None)  # it is shown as what was transferred
     if "detections" in found:
         teacher = ["teacher"] if "teacher" in metrics else []
-        found["detections"] = ["ground truth", *teacher, "student"]
+        found["detections"] = ["ground truth", *teacher, "student" if teacher else "model"]
     return found
 
 

@@ -14,7 +14,7 @@ METRIC_TITLES = {
 SIZES = {"AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
 WEAKEST = 3
 DEFAULT_THRESHOLD = 0.4
-STUDENT = "**this student**"
+STUDENT, MODEL = "**this student**", "**this model**"  # with a teacher, and without
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right_from: int = 1) -> str:
@@ -44,9 +44,9 @@ def learned_parts(options: dict) -> list[str]:
 
 
 def rows_of_models(metrics: dict) -> dict[str, dict]:
-    """Title → what was measured of it, the student last."""
+    """Title → what was measured of it, what the card is of last."""
     rows = {"teacher": metrics["teacher"]} if "teacher" in metrics else {}
-    return rows | metrics.get("compared", {}) | {STUDENT: metrics["student"]}
+    return rows | metrics.get("compared", {}) | {STUDENT if rows else MODEL: metrics["student"]}
 
 
 def results_table(metrics: dict) -> str:

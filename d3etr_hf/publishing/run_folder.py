@@ -82,8 +82,9 @@ class PublishedRun:
     @property
     def models(self) -> dict[str, tuple[Detector, DetectionDataset]]:
         """The teacher, if there is one, and the student, each with the validation split as it sees it."""
-        teacher = {} if self.teacher is None else {"teacher": (self.teacher, self.teacher_val)}
-        return teacher | {"student": (self.student, self.val)}
+        if self.teacher is None:
+            return {"model": (self.student, self.val)}
+        return {"teacher": (self.teacher, self.teacher_val), "student": (self.student, self.val)}
 
     def record(self, name: str):
         """What the run wrote into one of its JSON files; None where it has not."""

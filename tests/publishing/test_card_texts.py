@@ -87,6 +87,11 @@ def test_results_table(metrics):
     assert student == ["**this student**", "0.00 M", "100", "50", "40.0", "75.0", "12.3"]
 
 
+def test_what_has_no_teacher_is_no_student(metrics):
+    del metrics["teacher"]
+    assert [row[0] for row in rows_of(card_texts.results_table(metrics))[2:]] == ["alone", "**this model**"]
+
+
 def test_class_table(metrics):
     rows = rows_of(card_texts.class_table(metrics))
     assert rows[0][3:] == ["teacher", "alone", "**this student**"]
