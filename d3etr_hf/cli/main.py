@@ -20,6 +20,7 @@ COMMANDS = {
     "publish": "a model card, and the upload to the Hub",
     "convert": "a stock checkpoint from what the authors of a detector published",
     "export": "ONNX, checked against PyTorch",
+    "predict": "detections on images of your own: a picture each, and one JSON file",
     "visualize": "pictures of detections and of attention",
     "benchmark": "parameters, FLOPs and milliseconds of saved detectors",
     "demo": "everything, from synthetic data to a published student's card",

@@ -238,7 +238,25 @@ def build_trainer(
         processing_class=processor,
     )
     trainer.add_callback(StepProbe(trainer))
+    announce(trainer)
     return trainer
+
+
+def announce(trainer: D3etrTrainer) -> None:
+    """Say who learns, and from whom."""
+    trained = [parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad]
+    frozen = [parameter.numel() for parameter in trainer.model.parameters() if not parameter.requires_grad]
+    logger.info(
+        f"trained: {trainer.model.title}, {sum(trained):,} parameters in {len(trained)} tensors, and {sum(frozen):,} "
+        f"in {len(frozen)} that stay as they are"
+    )
+    if trainer.teacher is not None:
+        teacher = trainer.teacher.detector
+        count = sum(parameter.numel() for parameter in teacher.parameters())
+        logger.info(
+            f"teacher: {teacher.title}, {count:,} parameters, from {trainer.teacher.name}; it teaches and stays as it "
+            "is"
+        )
 
 
 def finish(trainer: D3etrTrainer, seconds: float, card_arguments: CardArguments) -> dict:

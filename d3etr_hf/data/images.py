@@ -1,5 +1,7 @@
 """From an image file of whatever kind to an upright 8-bit RGB image of the size that the annotations mean."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -33,21 +35,48 @@ def read_rgb(source: str | Path | bytes, width: int, height: int, place: str) ->
         DatasetError: the file is missing, unreadable or truncated, of another size than annotated, or holds
             floating-point or 32-bit pixels.
     """
+    with (
+        _reading(place, "restore the file, or take it out of the annotations"),
+        Image.open(BytesIO(source) if isinstance(source, bytes) else regular_file(source)) as image,
+    ):
+        _check_header(image, (width, height), place)
+        image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        upright = _turned(image, orientation, (width, height), place)
+        return _as_rgb(upright, place)
+
+
+def read_upright(path: Path) -> Image.Image:
+    """Reads one image without annotations completely, turned as its EXIF orientation asks; else as `read_rgb`.
+
+    Raises:
+        DatasetError: as `read_rgb`; the message names the file.
+    """
+    with _reading(str(path), "restore or remove the file"), Image.open(regular_file(path)) as image:
+        image.load()
+        return _as_rgb(ImageOps.exif_transpose(image), str(path))
+
+
+def check_head(path: Path) -> None:
+    """Makes sure by the head of a file that it is an image; what is cut off further on is not noticed.
+
+    Raises:
+        DatasetError: it is none, or cannot be opened; the message names it.
+    """
+    with _reading(str(path), "restore or remove the file"), Image.open(regular_file(path)):
+        pass
+
+
+@contextmanager
+def _reading(place: str, remedy: str) -> Iterator[None]:
+    """The context in which a file that Pillow cannot read is one error."""
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else regular_file(source)) as image:
-            _check_header(image, (width, height), place)
-            image.load()
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            upright = _turned(image, orientation, (width, height), place)
-            return _as_rgb(upright, place)
+        yield
     except DatasetError:
         raise
     # Pillow's decoders raise any of these on damaged files; DecompressionBombError guards against absurd sizes.
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        raise DatasetError(
-            f"{place}: the image cannot be read ({one_line(error)}): restore the file, or take it out of the "
-            "annotations."
-        ) from error
+        raise DatasetError(f"{place}: the image cannot be read ({one_line(error)}): {remedy}.") from error
 
 
 def _check_header(image: Image.Image, annotated: tuple[int, int], place: str) -> None:

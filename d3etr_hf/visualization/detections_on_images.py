@@ -5,15 +5,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from d3etr_hf.data import DataArguments, DetectionTransform, load_splits
-from d3etr_hf.data.images import ORIENTATIONS_THAT_SWAP_SIDES, read_rgb
+from d3etr_hf.data import DataArguments, load_splits
+from d3etr_hf.data.images import read_upright
 from d3etr_hf.errors import DatasetError, PictureError
 from d3etr_hf.evaluation import predict_detections
+from d3etr_hf.evaluation.image_detections import ImagesForModel
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.visualization.detection_grid import draw_detection_grid
@@ -81,7 +82,7 @@ def read_folder(folder: str | Path, first: int | None = None) -> ChosenImages:
         if len(images) == first:
             break
         try:
-            images.append(_read_upright(path))
+            images.append(read_upright(path))
             names.append(path.name)
         except DatasetError:
             skipped.append(path.name)
@@ -94,46 +95,10 @@ def read_folder(folder: str | Path, first: int | None = None) -> ChosenImages:
     return ChosenImages(names, images, None, [])
 
 
-def _read_upright(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            lying = image.getexif().get(ExifTags.Base.Orientation, 1) in ORIENTATIONS_THAT_SWAP_SIDES
-            width, height = image.size[::-1] if lying else image.size
-    # as in read_rgb: what Pillow's decoders raise on files that are damaged, or no images
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path}: no readable image ({error})") from error
-    return read_rgb(path, width, height, str(path))
-
-
 def ground_truth_rows(target: dict) -> Tensor:
     """The boxes (n, 4) xyxy and class_labels (n,) of a target as rows (n, 6): x, y, width, height, score 1, label."""
     boxes, labels = target["boxes"], target["class_labels"]
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], torch.ones(len(boxes), 1), labels[:, None]], dim=1)
-
-
-class ImagesForModel(torch.utils.data.Dataset):
-    """Images as one model takes them, each as `DetectionTransform` makes an example of it, without objects.
-
-    Args:
-        images: RGB, of any sizes.
-        names: what an error calls them.
-        image_processor: the model's own.
-    """
-
-    def __init__(self, images: Sequence[Image.Image], names: Sequence[str], image_processor: BaseImageProcessor):
-        self.images, self.names = images, names
-        self.transform = DetectionTransform(image_processor)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict:
-        """Raises: DatasetError: the image is so narrow that it cannot be resized."""
-        nothing = {"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.int64)}
-        try:
-            return self.transform(self.images[index], {"image_id": index, **nothing})
-        except DatasetError as error:
-            raise DatasetError(f"{self.names[index]}: {error}") from error
 
 
 def common_classes(*class_names: Sequence[str]) -> tuple[list[str], list[Tensor]]:

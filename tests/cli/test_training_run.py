@@ -690,3 +690,16 @@ def test_model_that_goes_on_keeps_its_own_image_processor(shapes, teacher, tmp_p
     assert runs.build_trainer(new, *others).processing_class.resample == theirs
     loaded = ModelArguments(model=str(tmp_path / "model"))
     assert runs.build_trainer(loaded, *others).processing_class.resample == 0
+
+
+def test_it_is_said_who_learns_and_who_teaches(shapes, teacher, tmp_path, caplog):
+    """Guards a teacher that is announced as if it trained."""
+    with caplog.at_level(logging.INFO, logger="d3etr_hf"):
+        trainer = runs.build_trainer(*arguments(shapes, tmp_path / "run", teacher))
+    count = sum(parameter.numel() for parameter in trainer.teacher.detector.parameters())
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("parameters" in line for line in said) == 2
+    assert f"teacher: Conditional DETR, {count:,} parameters, from {teacher}; it teaches and stays as it is" in said
+    (learns,) = [line for line in said if line.startswith("trained: Conditional DETR, ")]
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    assert f"{trained:,} parameters in " in learns and learns.endswith("and 0 in 0 that stay as they are")

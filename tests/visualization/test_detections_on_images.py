@@ -17,11 +17,11 @@ from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.data.transforms import DetectionTransform
 from d3etr_hf.errors import DatasetError, PictureError
 from d3etr_hf.evaluation import predict_detections
+from d3etr_hf.evaluation.image_detections import ImagesForModel
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.visualization import attention_picture, detection_grid, detections_on_images
 from d3etr_hf.visualization.detections_on_images import (
     ChosenImages,
-    ImagesForModel,
     choose_images,
     common_classes,
     detection_columns,
