@@ -84,7 +84,7 @@ def run(main: Callable[[], None]) -> None:
             print(f"{program}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; call it again with the same arguments to go on", file=sys.stderr)
+        print(f"{program}: interrupted; the same call does what is not done yet", file=sys.stderr)
         sys.exit(130)
 
 
