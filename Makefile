@@ -13,9 +13,9 @@ help: ## Show this list
 venv: $(INSTALLED) ## Make .venv with the package and the development tools; made anew where its inputs changed
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@echo "Installing into .venv (a few minutes the first time)"
+	@echo "Installing into .venv (a minute or two the first time)"
 	@python3 -m venv .venv
-	@$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off \
+	@$(PYTHON) -m pip install --no-compile --disable-pip-version-check --progress-bar off \
 		--constraint constraints.txt --editable '.[dev]' \
 		| grep --line-buffered -oE '^(Collecting [^ ]+|Installing collected packages|Successfully installed)'
 	@touch $@

@@ -24,10 +24,10 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def shipped_configurations() -> Path:
-    """The folder `configs/` that comes with the package: the installed one, or the checkout's."""
-    installed = PACKAGE / "configs"
-    return installed if installed.is_dir() else PACKAGE.parent / "configs"
+def shipped(name: str) -> Path:
+    """A folder that comes with the package, `configs` or `model_cards`: the installed one, or the checkout's."""
+    installed = PACKAGE / name
+    return installed if installed.is_dir() else PACKAGE.parent / name
 
 
 def find_configuration(path: str) -> Path:
@@ -37,11 +37,11 @@ def find_configuration(path: str) -> Path:
         FileNotFoundError: neither is there; the message names both.
         OSError: what is there is no file.
     """
-    here, shipped = Path(path), shipped_configurations().parent / path
-    for place in (here, shipped):
+    here, there = Path(path), shipped("configs").parent / path
+    for place in (here, there):
         if place.exists():
             return regular_file(place)
-    places = "" if here.is_absolute() else f": neither {here.resolve()} nor {shipped}"
+    places = "" if here.is_absolute() else f": neither {here.resolve()} nor {there}"
     raise FileNotFoundError(f"no such configuration file{places}")
 
 

@@ -126,6 +126,10 @@ class NonFiniteCostError(UserError, ValueError):
         self.what, self.layer, self.image = what, layer, image
 
 
+class EvaluationError(UserError, ValueError):
+    """Not every image of a split was evaluated, so that the others would count as without a detection."""
+
+
 class PictureError(UserError, ValueError):
     """A picture cannot be drawn as asked."""
 

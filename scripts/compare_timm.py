@@ -2,7 +2,8 @@
 
     python scripts/compare_timm.py
 
-Needs timm (pip install 'd3etr_hf[timm]'); random weights and batch norm statistics, nothing is downloaded.
+Needs timm (pip install timm) and the torchvision of torch's own build; random weights and batch norm statistics,
+nothing is downloaded.
 """
 
 import itertools

@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"
 ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 MODELS = sorted(CONFIGS.rglob("*model.yaml"))
-COMPARISONS = sorted((CONFIGS / "families").glob("*.yaml"))
+COMPARISONS = sorted(path for name in ("families", "evidence") for path in (CONFIGS / name).glob("*.yaml"))
 RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(ACCELERATE) - set(MODELS) - set(COMPARISONS))
 TYPES = {
     "scripts/train.py": (ModelArguments, DataArguments, D3etrTrainingArguments),

@@ -12,7 +12,7 @@ from d3etr_hf.configurations import (
     find_configuration,
     read_yaml,
     read_yaml_file,
-    shipped_configurations,
+    shipped,
     write_yaml,
 )
 from d3etr_hf.data import DataArguments
@@ -29,9 +29,8 @@ def test_working_directory_comes_before_what_is_shipped(tmp_path, monkeypatch):
     """Anywhere else than in the repository a recipe still finds the model that it names."""
     monkeypatch.chdir(tmp_path)
     name = "configs/shapes/student_model.yaml"
-    assert find_configuration(name) == shipped_configurations() / "shapes" / "student_model.yaml"
-    shipped = read_model_options(ModelArguments(model_config=name))
-    assert shipped["d_model"] > 0
+    assert find_configuration(name) == shipped("configs") / "shapes" / "student_model.yaml"
+    assert read_model_options(ModelArguments(model_config=name))["d_model"] > 0
     own = tmp_path / name
     own.parent.mkdir(parents=True)
     own.write_text("d_model: 8")
@@ -42,16 +41,14 @@ def test_a_file_that_is_nowhere_is_named_in_both_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DetectorLoadError) as caught:
         read_model_options(ModelArguments(model_config="configs/none.yaml"))
-    assert f"neither {tmp_path / 'configs/none.yaml'} nor {shipped_configurations() / 'none.yaml'}" in str(
-        caught.value
-    )
+    assert f"neither {tmp_path / 'configs/none.yaml'} nor {shipped('configs') / 'none.yaml'}" in str(caught.value)
 
 
 def test_an_installed_package_ships_its_own(tmp_path, monkeypatch):
     """A wheel has them beside its modules, a checkout beside the package."""
     monkeypatch.setattr(configurations, "PACKAGE", tmp_path)
     (tmp_path / "configs").mkdir()
-    assert shipped_configurations() == tmp_path / "configs"
+    assert shipped("configs") == tmp_path / "configs"
 
 
 def test_yaml_is_read_back_as_it_was_written():

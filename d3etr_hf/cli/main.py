@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "ONNX, checked against PyTorch",
     "predict": "detections on images of your own: a picture each, and one JSON file",
     "visualize": "pictures of detections and of attention",
+    "analyze": "what each decoder layer adds and costs, and what distillation can bring",
     "benchmark": "parameters, FLOPs and milliseconds of saved detectors",
     "demo": "everything, from synthetic data to a published student's card",
     "make-shapes": "the synthetic data set",
@@ -56,6 +57,7 @@ def usage() -> str:
 def run_command(name: str) -> None:
     """Runs a subcommand on the arguments in `sys.argv`."""
     sys.argv[0] = f"d3etr {name}"  # as --help and errors call it
+    import_module("d3etr_hf.optional_torchvision")  # before anything imports Transformers
     run(import_module(f"d3etr_hf.cli.{name.replace('-', '_')}").main)
 
 

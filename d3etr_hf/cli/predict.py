@@ -102,9 +102,7 @@ def predict_into(arguments: PredictionArguments) -> None:
     finally:
         write_json(out / PREDICTIONS, records)
     found = sum(len(record["detections"]) for record in records)
-    print(
-        f"{out / PREDICTIONS}: {found} detections on {len(records)} images, with scores above {arguments.threshold:g}"
-    )
+    print(f"{out / PREDICTIONS}: {found} detections on {len(records)} images, scores above {arguments.threshold:g}")
 
 
 def picture_names(files: Sequence[Path]) -> list[str]:

@@ -31,7 +31,8 @@ def without_distillation(training_arguments: D3etrTrainingArguments) -> None:
         CommandLineError: an option of the distillation was given, which plain training would pass over in silence.
     """
     fields = D3etrTrainingArguments.__dataclass_fields__
-    given = [name for name in DISTILLATION_OPTIONS if getattr(training_arguments, name) != fields[name].default]
+    names = (*DISTILLATION_OPTIONS, "teacher_cache")
+    given = [name for name in names if getattr(training_arguments, name) != fields[name].default]
     if given:
         raise CommandLineError(f"{given} belong to distillation, which plain training does not do: d3etr distill")
     training_arguments.auxiliary_queries, training_arguments.adaptive_matching = "none", False

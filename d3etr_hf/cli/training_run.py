@@ -25,6 +25,7 @@ from d3etr_hf.models.loading import (
 )
 from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
+from d3etr_hf.publishing.licenses import require_license
 from d3etr_hf.publishing.publish import resume_command
 from d3etr_hf.publishing.run_folder import PICTURES, links_to_hub, restore_weights
 from d3etr_hf.runs.description import describe_run
@@ -46,6 +47,7 @@ from d3etr_hf.runs.output_folder import (
     describe_launch,
     read_record,
     refuse_split_launch,
+    refuse_to_resume_finished,
 )
 from d3etr_hf.training.checks import check_best_metric
 from d3etr_hf.training.heartbeat import watching_processes
@@ -127,9 +129,12 @@ def begin(
     output = Path(training_arguments.output_dir)
     longer = check_output_folder(output, configuration, launch)
     if (output / RESULTS).exists() and not longer:
+        refuse_to_resume_finished(output, training_arguments)
         return finished_results(output, training_arguments, card_arguments), None
     if training_arguments.push_to_hub:
         card_arguments.check_places()
+        if card_arguments.license is None:
+            require_license(output, {})
     held.enter_context(holding(output, "another training run"))
     check_output_folder(output, configuration, launch)  # another call may have come in between
     checkpoint = checkpoint_to_go_on_from(output, training_arguments)

@@ -1,5 +1,6 @@
 """Detection data: reading, checking, augmenting and batching."""
 
+from d3etr_hf import optional_torchvision  # noqa: F401
 from d3etr_hf.data.coco import find_coco_split, load_coco_split
 from d3etr_hf.data.collate import DetectionCollator
 from d3etr_hf.data.data_arguments import DataArguments, build_augmentation, load_splits, with_side_divisor

@@ -10,8 +10,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from d3etr_hf.data.coco import find_coco_split, load_coco_split
 from d3etr_hf.data.dataset import DetectionDataset
-from d3etr_hf.data.hub_datasets import load_hub_split
+from d3etr_hf.data.hub_datasets import load_hub_split, name_of_folder
 from d3etr_hf.data.image_sizes import see_the_same, set_image_size, size_of, takes_fixed_size
+from d3etr_hf.data.strong_augmentation import Mosaic, StrongAugmentation
 from d3etr_hf.data.transforms import Augmentation, CropSizes, DetectionTransform
 from d3etr_hf.errors import DatasetError
 
@@ -22,6 +23,7 @@ DETR_AUGMENTATION_SHORT_SIDES = range(480, 801, 32)
 SQUARE_SIDE, SQUARE_MULTIPLE = 640, 32
 SQUARE_AUGMENTATION_SIDES = range(480, 801, 32)
 SMALLEST_SIDE = 16
+DRAW_SIZES = ("multiscale", "paper", "strong")  # augmentations
 
 
 @dataclass
@@ -65,21 +67,33 @@ class DataArguments:
             "else the family's own. It holds for a teacher that takes squares, too."
         },
     )
-    augmentation: Literal["none", "flip", "multiscale", "paper"] = field(
+    augmentation: Literal["none", "flip", "multiscale", "paper", "strong"] = field(
         default="paper",
         metadata={
             "help": "Of training images: none; flip (horizontal); multiscale (flip, random short side, or of squares "
             "one random side for a whole batch); paper (as multiscale, and every second image is cropped first, as in "
-            "Conditional DETR)."
+            "Conditional DETR); strong (as multiscale after colours, zooming out and crops by overlap, as RT-DETR)."
         },
     )
     augmentation_short_sides: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Short sides, or sides of squares, that multiscale and paper draw from; by default 480 to 800 in "
-            "steps of 32, times short_side / 800, or for squares times image_size / 640 in multiples of 32 and of "
-            "what the model needs (if image_size is no such multiple, paper keeps to it)."
+            "help": "Short sides, or sides of squares, that multiscale, paper and strong draw from; by default 480 to "
+            "800 in steps of 32, times short_side / 800, or for squares times image_size / 640 in multiples of 32 and "
+            "of what the model needs (if image_size is no such multiple, paper and strong keep to it)."
         },
+    )
+    strong_end_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Share of the training after which augmentation strong is multiscale (D-FINE: 0.99)."},
+    )
+    mosaic: float = field(
+        default=0.0,
+        metadata={"help": "Share of training images that are put together with three others in one, 0 to 1."},
+    )
+    mosaic_end_fraction: float = field(
+        default=0.5,
+        metadata={"help": "Share of the training after which there are no more mosaics (DEIM: about half)."},
     )
     max_train_images: int | None = field(default=None, metadata={"help": "Train on the first so many images only."})
     max_val_images: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images only."})
@@ -121,8 +135,9 @@ class DataArguments:
             raise ValueError("give image_size, or short_side and long_side, as the model takes images: not both.")
         if self.image_size is not None and self.image_size < SMALLEST_SIDE:
             raise ValueError(f"image_size is {self.image_size}: it must be at least {SMALLEST_SIDE} pixels.")
-        if self.augmentation not in ("none", "flip", "multiscale", "paper"):
-            raise ValueError(f"augmentation is {self.augmentation!r}: choose none, flip, multiscale or paper.")
+        if self.augmentation not in ("none", "flip", *DRAW_SIZES):
+            raise ValueError(f"augmentation is {self.augmentation!r}: choose none, flip, multiscale, paper or strong.")
+        self._check_strong_augmentation()
         if self.augmentation_short_sides is not None:
             self._check_augmentation_short_sides(self.augmentation_short_sides)
         for name, value in (("max_train_images", self.max_train_images), ("max_val_images", self.max_val_images)):
@@ -131,11 +146,25 @@ class DataArguments:
         if self.dataset_workers < 1:
             raise ValueError(f"dataset_workers is {self.dataset_workers}: it must be at least 1.")
 
+    def _check_strong_augmentation(self) -> None:
+        for name in ("strong_end_fraction", "mosaic", "mosaic_end_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to 1.")
+        if self.mosaic > 0 and self.augmentation == "none":
+            raise ValueError(f"mosaic is {self.mosaic}, and augmentation none: leave mosaic out, or choose another.")
+        for name, acts in (
+            ("strong_end_fraction", self.augmentation == "strong"),
+            ("mosaic_end_fraction", self.mosaic > 0),
+        ):
+            if not acts and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                whose = "augmentation strong" if name.startswith("strong") else "mosaic above 0"
+                raise ValueError(f"{name} has no effect without {whose}: leave it out.")
+
     def _check_augmentation_short_sides(self, short_sides: list[int]) -> None:
-        if self.augmentation not in ("multiscale", "paper"):
+        if self.augmentation not in DRAW_SIZES:
             raise ValueError(
                 f"augmentation_short_sides has no effect with augmentation {self.augmentation!r}: leave it out, or "
-                "choose multiscale or paper."
+                "choose multiscale, paper or strong."
             )
         if not short_sides or min(short_sides) < SMALLEST_SIDE:
             raise ValueError(
@@ -181,8 +210,11 @@ def load_splits(
             set_image_size(teacher_processor, *size)
         if see_the_same(image_processor, teacher_processor):
             teacher_processor = None
+    train = train.with_transform(DetectionTransform(image_processor, augmentation, teacher_processor))
+    if arguments.mosaic > 0:
+        train.mosaic = Mosaic(arguments.mosaic, arguments.mosaic_end_fraction)
     return (
-        train.with_transform(DetectionTransform(image_processor, augmentation, teacher_processor)),
+        train,
         val.with_transform(DetectionTransform(image_processor)),
     )
 
@@ -221,6 +253,8 @@ def augmentation_for(
         DatasetError: the image processor has no size, or one that the augmentation cannot vary.
     """
     size = size_of(image_processor)
+    if size.max_height and size.max_height == size.max_width:  # an image that fits into a square has its long side
+        return build_augmentation(arguments, size.max_height, size.max_height)
     if takes_fixed_size(image_processor):
         return build_fixed_size_augmentation(arguments, size.height, size.width, side_divisor)
     if not (size.shortest_edge and size.longest_edge):
@@ -243,6 +277,8 @@ def build_augmentation(arguments: DataArguments, short_side: int, long_side: int
     short_sides = arguments.augmentation_short_sides or [
         round(side * factor) for side in DETR_AUGMENTATION_SHORT_SIDES
     ]
+    if arguments.augmentation == "strong":
+        return StrongAugmentation(arguments.strong_end_fraction, short_sides=short_sides, long_side=long_side)
     crop = CropSizes().scaled(factor) if arguments.augmentation == "paper" else None
     return Augmentation(short_sides, long_side, crop)
 
@@ -280,8 +316,11 @@ def build_fixed_size_augmentation(
         )
     else:
         sides = []
+    batch_sizes = [(side, side) for side in sides]
+    if arguments.augmentation == "strong":
+        return StrongAugmentation(arguments.strong_end_fraction, batch_sizes=batch_sizes)
     crop = CropSizes() if arguments.augmentation == "paper" else None
-    return Augmentation(crop=crop, batch_sizes=[(side, side) for side in sides])
+    return Augmentation(crop=crop, batch_sizes=batch_sizes)
 
 
 def _load(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]:
@@ -301,7 +340,7 @@ def _load(arguments: DataArguments) -> tuple[DetectionDataset, DetectionDataset]
         folder = Path(arguments.data_folder)
         roots = None if anywhere else [folder]
         train, val = (
-            load_coco_split(*find_coco_split(folder, split), name=f"{folder.name}/{split}", roots=roots)
+            load_coco_split(*find_coco_split(folder, split), name=f"{name_of_folder(folder)}/{split}", roots=roots)
             for split in ("train", "val")
         )
         return train, val

@@ -11,6 +11,7 @@ from PIL import Image
 
 from d3etr_hf.data.images import read_rgb
 from d3etr_hf.data.sampling import TrainingSample, drawing_from
+from d3etr_hf.data.strong_augmentation import Mosaic
 
 BOX_FEATURES = {
     "image_id": datasets.Value("int64"),
@@ -32,7 +33,10 @@ class DetectionDataset(torch.utils.data.Dataset):
             pixels; boxes (n, 4) float32 xyxy in pixels, inside the image, no crowds; class_labels (n,) int64.
         annotations_digest: a hash of the annotations as they were given; it changes with each of them.
         transform: called on `(image, target)` by `__getitem__`; None gives `{"image": ..., "target": ...}`.
+        mosaic: puts four images into one, in training alone; None for none.
     """
+
+    mosaic: Mosaic | None = None
 
     def __init__(
         self,
@@ -105,16 +109,26 @@ class DetectionDataset(torch.utils.data.Dataset):
             return self._example(self.rows[index])
         row = self.rows[index.index]
         with drawing_from(index.image_seed(row["image_id"])):
-            return self._example(row) | {"sample": index}
+            return self._example(row, index.progress) | {"sample": index}
 
-    def _example(self, row: dict) -> dict:
-        image = self._read_image(row)
-        target = {
-            "image_id": row["image_id"],
-            "boxes": torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4),
-            "class_labels": torch.tensor(row["class_labels"], dtype=torch.int64),
-        }
-        return {"image": image, "target": target} if self.transform is None else self.transform(image, target)
+    def _example(self, row: dict, progress: float | None = None) -> dict:
+        """
+        Args:
+            progress: share of the training that is done; None outside of training.
+        """
+        found = self._read_example(row)
+        if self.mosaic is not None and progress is not None:
+            found = self.mosaic(found, lambda index: self._read_example(self.rows[index]), len(self), progress)
+        image, boxes, class_labels = found
+        target = {"image_id": row["image_id"], "boxes": boxes, "class_labels": class_labels}
+        if self.transform is None:
+            return {"image": image, "target": target}
+        return self.transform(image, target if progress is None else target | {"progress": progress})
+
+    def _read_example(self, row: dict) -> tuple[Image.Image, torch.Tensor, torch.Tensor]:
+        """The image, its boxes (n, 4) float32 xyxy in pixels, and class labels (n,) int64."""
+        boxes = torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4)
+        return self._read_image(row), boxes, torch.tensor(row["class_labels"], dtype=torch.int64)
 
     def __getstate__(self) -> dict:
         """Without the parsed ground truth: hundreds of megabytes that data loader workers do not need, and that a copy

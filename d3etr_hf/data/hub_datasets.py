@@ -50,7 +50,7 @@ def load_hub_split(
     Args:
         path_or_name: Hub id, or a local folder of Parquet files.
         split: as the data set calls it, for example `validation`.
-        name: for messages; by default `path_or_name/split`.
+        name: by default `path_or_name/split`, of a folder its last part alone: names are published.
         workers: processes that prepare the data set.
         cache_dir: of `datasets`; None for its own default.
         allow_images_elsewhere: whether images of which a row holds the path alone may lie outside of the folder and
@@ -60,28 +60,33 @@ def load_hub_split(
         DatasetError: the data set or the split is not there, a column or a field is missing, images are missing or
             elsewhere, or see `check_coco`.
     """
-    name = name or f"{path_or_name}/{split}"
+    place, name = f"{path_or_name}/{split}", name or f"{name_of_folder(path_or_name)}/{split}"
     splits = _load_splits(path_or_name, workers, cache_dir)
     _check_splits(splits, split, path_or_name)
     names = _category_names(splits)
     described = splits[split].select_columns(list(IMAGE_COLUMNS))
-    coco = _as_coco(described, names, name)
-    checked = check_coco(coco, source=name)
+    coco = _as_coco(described, names, place)
+    checked = check_coco(coco, source=place)
     if checked.report:
         warnings.warn(checked.report, stacklevel=2)
     # Undecoded, because the decoder of `datasets` turns images by EXIF whatever size the annotations mean.
     images = splits[split].select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     given = [path_or_name, *([] if cache_dir is None else [cache_dir]), *caches()]
-    _check_images(images, None if allow_images_elsewhere else given, name)
+    _check_images(images, None if allow_images_elsewhere else given, place)
     columns = datasets.Dataset.from_dict(checked.columns(), features=datasets.Features(BOX_FEATURES))
     return DetectionDataset(
         name=name,
         class_names=checked.class_names,
         category_ids=checked.category_ids,
         rows=datasets.concatenate_datasets([images, columns], axis=1),
-        load_ground_truth=partial(_ground_truth, described, names, name),
+        load_ground_truth=partial(_ground_truth, described, names, place),
         annotations_digest=_digest_of(coco),
     )
+
+
+def name_of_folder(path: str | Path) -> str:
+    """The last part of a local folder's path, "." and a trailing slash seen through; a Hub id as it is."""
+    return Path(os.path.abspath(path)).name if os.path.isdir(path) else str(path)
 
 
 def _load_splits(path_or_name: str | Path, workers: int, cache_dir: str | Path | None) -> datasets.DatasetDict:

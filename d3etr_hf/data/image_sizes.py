@@ -4,6 +4,7 @@ Families are of two kinds. Some resize by the short side, keep the proportions, 
 others take images of one fixed size, as a rule squares, whose proportions are lost, and know no padding.
 """
 
+import math
 from typing import Any
 
 from transformers.image_processing_utils import BaseImageProcessor
@@ -50,7 +51,7 @@ def set_image_size(
                 "or leave the size out."
             )
         if image_size is not None:
-            image_processor.size = SizeDict(height=image_size, width=image_size)
+            _set_size(image_processor, height=image_size, width=image_size)
         return
     if image_size is not None:
         raise DatasetError(
@@ -58,7 +59,26 @@ def set_image_size(
             "give short_side and long_side instead, or leave the size out."
         )
     if short_side is not None:
-        image_processor.size = SizeDict(shortest_edge=short_side, longest_edge=long_side)
+        _set_size(image_processor, shortest_edge=short_side, longest_edge=long_side)
+
+
+def _set_size(image_processor: Any, **sides: int) -> None:
+    """Set the size, in pixels, and forget what images of another were padded to: a batch has its own largest sides."""
+    image_processor.size, image_processor.pad_size = SizeDict(**sides), None
+
+
+def fit_padding(image_processor: Any) -> None:
+    """Forget a size to pad to, in place, that not every image fits into: all sides are padded to a batch's largest.
+
+    Transformers would fail at the first image of another shape.
+    """
+    if image_processor.pad_size is None:
+        return
+    padded, size = SizeDict(**dict(image_processor.pad_size)), size_of(image_processor)
+    heights, widths = (size.height, size.max_height), (size.width, size.max_width)
+    height, width = (next(filter(None, (*sides, size.longest_edge)), math.inf) for sides in (heights, widths))
+    if padded.height < height or padded.width < width:
+        image_processor.pad_size = None
 
 
 def describe_image_size(image_processor: BaseImageProcessor) -> dict[str, int]:

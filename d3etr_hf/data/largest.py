@@ -1,11 +1,14 @@
 """The largest batch that training can draw: as large as augmentation makes images, with as many objects as one has."""
 
+import copy
+
 import pyarrow.compute as pc
 import torch
 from transformers.image_processing_utils import BaseImageProcessor
 
 from d3etr_hf.data.dataset import DetectionDataset
 from d3etr_hf.data.image_sizes import size_of, takes_fixed_size
+from d3etr_hf.data.strong_augmentation import MOSAIC_IMAGES
 from d3etr_hf.data.transforms import Augmentation, CropSizes, DetectionTransform, resized_size
 
 Sides = tuple[int, int]  # height and width in pixels
@@ -25,15 +28,17 @@ class LargestImages:
     def __init__(self, dataset: DetectionDataset) -> None:
         self.images = len(dataset)
         table = dataset.rows.select_columns(["width", "height", "class_labels"]).with_format("arrow")[:]
-        self.objects: int = pc.max(pc.list_value_length(table["class_labels"])).as_py()
+        together = 1 if dataset.mosaic is None else MOSAIC_IMAGES
+        self.objects: int = together * pc.max(pc.list_value_length(table["class_labels"])).as_py()
         shapes = set(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
         transform: DetectionTransform = dataset.transform
         self._sides = drawn_sides(shapes, transform.image_processor, transform.augmentation)
         self._teacher_sides: list[Sides] = []
         if transform.teacher_processor is not None:
-            crop = None if transform.augmentation is None else transform.augmentation.crop
-            crop_only = None if crop is None else Augmentation(crop=crop)
-            self._teacher_sides = drawn_sides(shapes, transform.teacher_processor, crop_only)
+            cuts_only = copy.copy(transform.augmentation)
+            if cuts_only is not None:
+                cuts_only.short_sides, cuts_only.batch_sizes = None, ()
+            self._teacher_sides = drawn_sides(shapes, transform.teacher_processor, cuts_only)
 
     def sides(self, images: int) -> Sides:
         """Height and width to which the largest batch of so many images is padded, pixels."""
@@ -77,6 +82,10 @@ def drawn_sides(
         short_side, long_side = max(augmentation.short_sides), augmentation.long_side
     if augmentation is not None and augmentation.crop is not None:
         shapes = shapes | {cut for shape in shapes for cut in _extreme_crops(shape, augmentation.crop)}
+    if augmentation is not None and augmentation.aspects is not None:
+        shapes = shapes | {
+            (round(max(shape) * aspect), max(shape)) for shape in shapes for aspect in augmentation.aspects
+        }
     widths_and_heights = [resized_size(shape, short_side, long_side) for shape in shapes]
     return [(height, width) for width, height in widths_and_heights]
 

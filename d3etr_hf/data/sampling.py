@@ -18,6 +18,7 @@ class TrainingSample(NamedTuple):
         epoch: from 0.
         step: optimizer step within the epoch, from 0.
         repeated: whether it only fills up the last step, so that every process has a batch; it counts for nothing.
+        progress: share of the training that is done when its step begins; 0 where that is not known.
     """
 
     index: int
@@ -25,6 +26,7 @@ class TrainingSample(NamedTuple):
     epoch: int
     step: int
     repeated: bool = False
+    progress: float = 0.0
 
     def image_seed(self, image_id: int) -> int:
         """What all that is drawn for this image in this epoch comes from."""
@@ -49,10 +51,21 @@ class TrainingSampler(Sampler[TrainingSample]):
         batch_size: images of one batch on all processes together.
         accumulated: batches of an optimizer step.
         fill_up: hand out images from the beginning again, marked `repeated`, until the last batch is full.
+        drop_last: whether a last batch that is not full is left out by who reads.
+
+    Attributes:
+        total_steps: optimizer steps of the training; None where that is not known.
     """
 
     def __init__(
-        self, dataset: Dataset, seed: int, shuffle: bool, batch_size: int, accumulated: int = 1, fill_up: bool = False
+        self,
+        dataset: Dataset,
+        seed: int,
+        shuffle: bool,
+        batch_size: int,
+        accumulated: int = 1,
+        fill_up: bool = False,
+        drop_last: bool = False,
     ) -> None:
         self.images = len(dataset)  # type: ignore[arg-type]
         self.seed = seed
@@ -60,6 +73,9 @@ class TrainingSampler(Sampler[TrainingSample]):
         self.epoch = 0
         self.step_size = batch_size * accumulated
         self.length = -(-self.images // batch_size) * batch_size if fill_up else self.images
+        batches = self.length // batch_size if drop_last else -(-self.length // batch_size)
+        self.epoch_steps = -(-batches // accumulated)
+        self.total_steps: int | None = None
 
     def __iter__(self) -> Iterator[TrainingSample]:
         order = list(range(self.images))
@@ -69,7 +85,8 @@ class TrainingSampler(Sampler[TrainingSample]):
             ).tolist()
         for place in range(self.length):
             index, step = order[place % self.images], place // self.step_size
-            yield TrainingSample(index, self.seed, self.epoch, step, repeated=place >= self.images)
+            done = 0.0 if self.total_steps is None else (self.epoch * self.epoch_steps + step) / self.total_steps
+            yield TrainingSample(index, self.seed, self.epoch, step, place >= self.images, done)
 
     def __len__(self) -> int:
         return self.length

@@ -37,7 +37,12 @@ class Augmentation:
     """Horizontal flip of every second image, for half of them a random crop if asked for, and a random size.
 
     It leaves resizing to the image processor: pixels are interpolated once, and as at inference.
+
+    Attributes:
+        aspects: the least and largest width/height of crops that are of no `crop`; None where there are none.
     """
+
+    aspects: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -83,6 +88,10 @@ class Augmentation:
         boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([image.width, image.height] * 2))
         kept = (boxes[:, 2:] - boxes[:, :2] > THINNEST_SIDE).all(1)
         return image, boxes[kept], class_labels[kept]
+
+    def at(self, progress: float) -> "Augmentation":
+        """What is left of it when this share of the training is done."""
+        return self
 
     def draw_size(self) -> dict[str, int] | None:
         """The size that one image is resized to, as image processors take it; None for the processor's own."""
@@ -151,7 +160,8 @@ class DetectionTransform:
 
         Args:
             image: RGB.
-            target: `image_id` int, `boxes` (n, 4) float32 xyxy in pixels of the image, `class_labels` (n,) int64.
+            target: `image_id` int, `boxes` (n, 4) float32 xyxy in pixels of the image, `class_labels` (n,) int64; in
+                training `progress`, the share of it that is done.
 
         Returns:
             `pixel_values` (3, H, W) float32, and `labels` with `image_id` (1,), `class_labels` (n,), `boxes` (n, 4)
@@ -165,8 +175,9 @@ class DetectionTransform:
         original_size = (image.height, image.width)
         boxes, class_labels, size = target["boxes"], target["class_labels"], None
         if self.augmentation is not None:
-            image, boxes, class_labels = self.augmentation(image, boxes, class_labels)
-            size = self.augmentation.draw_size()
+            augmentation = self.augmentation.at(target.get("progress", 0.0))
+            image, boxes, class_labels = augmentation(image, boxes, class_labels)
+            size = augmentation.draw_size()
         try:
             example: dict[str, Any] = {"pixel_values": make_pixels(self.image_processor, image, size)}
             if self.teacher_processor is not None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from d3etr_hf.evaluation.coco_average_precision import coco_average_precision
 from d3etr_hf.evaluation.detections import detect, select_detections, to_coco_detections
 from d3etr_hf.evaluation.prediction import average_precision_of, predict_detections
+from d3etr_hf.evaluation.thresholds import best_thresholds
 
 if TYPE_CHECKING:
     from d3etr_hf.evaluation.coco_metric import CocoAveragePrecision
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CocoAveragePrecision",
     "average_precision_of",
+    "best_thresholds",
     "coco_average_precision",
     "detect",
     "predict_detections",

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from d3etr_hf.data import DetectionCollator, DetectionDataset
+from d3etr_hf.errors import EvaluationError
 from d3etr_hf.evaluation.coco_average_precision import coco_average_precision
 from d3etr_hf.evaluation.detections import detect, to_coco_detections
 from d3etr_hf.models.detector import Detector
@@ -47,9 +48,17 @@ def average_precision_of(
         image_ids: int64 (images,), of the rows; by default the data set's own order.
 
     Raises:
+        EvaluationError: an image of the data set has no row, not even an empty one.
         ValueError: a detection is not finite.
     """
-    image_ids = dataset.rows["image_id"] if image_ids is None else image_ids
+    all_ids = dataset.rows["image_id"]
+    image_ids = all_ids if image_ids is None else image_ids
+    if missing := sorted({*all_ids} - {int(image_id) for image_id in image_ids}):
+        raise EvaluationError(
+            f"{len(missing)} of the {len(all_ids)} images of {dataset.name} were not evaluated, the first with id "
+            f"{missing[0]}, and would count as images without a detection: an option, or a sampler of your own, "
+            "leaves them out"
+        )
     return coco_average_precision(
         dataset.ground_truth, to_coco_detections(detections, image_ids, dataset.category_ids)
     )

@@ -1,5 +1,6 @@
 """Detectors that emit, per decoder layer and query group, predictions and attention maps in one common type."""
 
+from d3etr_hf import optional_torchvision  # noqa: F401
 from d3etr_hf.models.conditional_detr import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.d_fine import D3etrDFineForObjectDetection
 from d3etr_hf.models.dab_detr import D3etrDabDetrForObjectDetection

@@ -59,11 +59,12 @@ def _read(path: str, backbone_class: Any, config: PreTrainedConfig, what: str) -
         )
     check_field_values(fields, type(config), f"{what}: config.json")
     with library_errors(f"{what} cannot be read"):
-        check_weight_files(path, what, build_on_meta(backbone_class, type(config).from_dict(fields), what))
+        names = check_weight_files(path, what, build_on_meta(backbone_class, type(config).from_dict(fields), what))
         # not AutoBackbone.from_pretrained, which asks the Hub first and refuses folders
         return backbone_class.from_pretrained(
             path,
             out_features=config.out_features,
+            key_mapping=names or None,
             dtype=torch.float32,
             output_loading_info=True,
             use_safetensors=True,

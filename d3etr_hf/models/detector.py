@@ -5,8 +5,10 @@ abstract here (CONTRIBUTING.md, "Add a family"). Nothing outside `models/` knows
 """
 
 import copy
+import functools
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -228,6 +230,12 @@ class Detector(StockModel):
                 return f"{prefix}{layer_map[int(layer)]}.{rest}"
         return name
 
+    def __init_subclass__(cls, **kwargs):
+        """Let `forward` say the stock class's arguments, which trainers and exporters read by name and place."""
+        super().__init_subclass__(**kwargs)
+        if "stock_class" in vars(cls):
+            cls.forward = _with_arguments_of(cls.stock_class.forward, cls.forward)  # type: ignore[method-assign]
+
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         self.query_adapters = nn.ModuleDict()
@@ -239,8 +247,8 @@ class Detector(StockModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """As in Transformers, in float32 by default; what the checkpoint lacks starts as in the paper."""
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", torch.float32)
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -339,6 +347,20 @@ class Detector(StockModel):
     def saved_tensors(self, stock: PreTrainedModel) -> dict[str, torch.Tensor] | None:
         """What a checkpoint holds; None for what Transformers writes, which is each tied tensor under one name."""
         return None
+
+
+def _with_arguments_of(stock: Callable, forward: Callable) -> Callable:
+    """The same forward pass, whose signature is the stock one's and `request`."""
+    parameters = list(inspect.signature(stock).parameters.values())
+    place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    parameters.insert(place, inspect.signature(forward).parameters["request"])
+
+    @functools.wraps(forward)
+    def passed_on(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    passed_on.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return passed_on
 
 
 def class_names_of(config) -> list[str]:

@@ -17,7 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from d3etr_hf.data.image_sizes import PIXEL_SETTINGS, set_image_size, size_of, takes_fixed_size
+from d3etr_hf.data.image_sizes import PIXEL_SETTINGS, fit_padding, set_image_size, size_of, takes_fixed_size
 from d3etr_hf.data.transforms import resized_size
 from d3etr_hf.errors import DetectorLoadError, ImageSizeError, one_line
 from d3etr_hf.models.detector import Detector
@@ -162,6 +162,7 @@ def image_processor_of(
         own = type(own)(**{name: getattr(theirs, name) for name in PIXEL_SETTINGS})
     require_fixed_size(FAMILIES[model_type], own, f"the image processor of {source!r}")
     set_image_size(own, short_side, long_side, image_size)
+    fit_padding(own)
     return own
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from d3etr_hf.models.initialisation import is_resnet
 from d3etr_hf.models.new_classes import with_new_classes
 from d3etr_hf.models.new_models import check_model_options, new_model, read_model_config
 from d3etr_hf.models.other_detector import OtherDetector, load_other_detector
+from d3etr_hf.models.places import refuse_other_place
 from d3etr_hf.models.timm_names import (
     DILATED,
     DILATED_STRIDE,
@@ -99,8 +99,9 @@ def load_detector(path: str, role: str = "model") -> Detector:
     """
     what = f"{role} {path!r}"
     family, config, timm = _check_checkpoint(path, what)
-    check_weight_files(path, what, build_on_meta(family, config, what))
-    names = None if timm is None else TIMM_NAMES
+    names = check_weight_files(path, what, build_on_meta(family, config, what))
+    if timm is not None:
+        names |= TIMM_NAMES
     with (
         quiet_loading(),
         library_errors(f"{what}: the weights could not be read, or do not fit its config.json", AGAIN),
@@ -108,7 +109,7 @@ def load_detector(path: str, role: str = "model") -> Detector:
         model, info = family.from_pretrained(
             path,
             config=config,
-            key_mapping=names,
+            key_mapping=names or None,
             output_loading_info=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # which are told by name below
@@ -181,13 +182,7 @@ def _check_checkpoint(path: str, what: str) -> tuple[type[Detector], PreTrainedC
 
 
 def _read_config(path: str, what: str) -> PreTrainedConfig:
-    if Path(path).is_file():
-        raise DetectorLoadError(
-            f"{what} is a file: give the folder that holds config.json and model.safetensors (a pickle becomes one by "
-            f"d3etr convert {path} NEW_FOLDER)"
-        )
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise DetectorLoadError(f"{what}: there is no such folder, and it is no Hub id (owner/name)")
+    refuse_other_place(path, what)
     with library_errors(
         f"{what}: no model configuration could be read from there",
         "give a folder with a config.json, or the id of a model on the Hub",

@@ -146,7 +146,7 @@ def load_other_detector(path: str, model_type: str, role: str = "teacher") -> Ot
     """
     what = f"{role} {path!r}"
     config = read_config(path, what)
-    check_weight_files(path, what, build_on_meta(AutoModelForObjectDetection.from_config, config, what))
+    names = check_weight_files(path, what, build_on_meta(AutoModelForObjectDetection.from_config, config, what))
     with (
         quiet_loading(),
         library_errors(f"{what} is a {model_type!r} model, which Transformers does not load as a detector"),
@@ -154,6 +154,7 @@ def load_other_detector(path: str, model_type: str, role: str = "teacher") -> Ot
         model, info = AutoModelForObjectDetection.from_pretrained(
             path,
             config=config,
+            key_mapping=names or None,
             dtype=torch.float32,
             trust_remote_code=False,
             output_loading_info=True,

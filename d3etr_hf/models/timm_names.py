@@ -12,9 +12,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, ResNetConfig
 from transformers.utils import CONFIG_NAME
 
-from d3etr_hf.errors import DetectorLoadError
+from d3etr_hf.errors import DetectorLoadError, one_line
 from d3etr_hf.files import regular_file
 from d3etr_hf.models.configuration_checks import check_fields
+from d3etr_hf.optional_torchvision import PUT_RIGHT
 
 # layer type and blocks of each stage (He et al., CVPR 2016, table 1)
 RESNETS = {
@@ -93,15 +94,24 @@ def refuse_missing_timm(config: PreTrainedConfig, what: str, reason: str | None 
     """Unless it is there, or without a reason of the caller's, Transformers' own ResNet can take the place.
 
     Raises:
-        DetectorLoadError: the backbone is timm's, and timm is not installed.
+        DetectorLoadError: the backbone is timm's, and timm is not installed or cannot be imported.
     """
     timm = timm_backbone(config)
     reason = None if timm is None else reason or why_not_native(timm)
-    if reason is not None and importlib.util.find_spec("timm") is None:
-        raise DetectorLoadError(
-            f"{what} has a timm backbone ({timm.backbone!r}: {reason}) and timm is not installed: "
-            "pip install 'd3etr_hf[timm]'"
-        )
+    problem = None if reason is None else _why_no_timm()
+    if problem is not None:
+        raise DetectorLoadError(f"{what} has a timm backbone ({timm.backbone!r}: {reason}) and timm {problem}")
+
+
+def _why_no_timm() -> str | None:
+    """Why timm cannot be used, and what to do; None where it can."""
+    if importlib.util.find_spec("timm") is None:
+        return "is not installed: pip install timm, which needs the torchvision of torch's version and build"
+    try:
+        importlib.import_module("timm")
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return f"cannot be imported ({one_line(error)}): {PUT_RIGHT}"
+    return None
 
 
 def why_not_native(backbone: Any) -> str | None:

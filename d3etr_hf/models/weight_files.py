@@ -20,6 +20,8 @@ AGAIN = "copy or download the checkpoint again"
 FLOATING = re.compile(r"B?F\d")
 COUNTER = "num_batches_tracked"  # a frozen batch norm counts nothing, and files have it all the same
 SHOWN = 3
+# what wrappers put before the names of tensors: DataParallel, torch.compile, Lightning, a module of one's own
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 # who reports tensors that do not fit, and words of the report
 REPORTS = {"transformers.modeling_utils": "LOAD REPORT", "d3etr_hf.models.detector": "start afresh"}
 
@@ -47,7 +49,7 @@ def quiet_loading() -> Iterator[None]:
             each.removeFilter(quiet)
 
 
-def check_weight_files(path: str, what: str, model: nn.Module) -> None:
+def check_weight_files(path: str, what: str, model: nn.Module) -> dict[str, str]:
     """Refuse weights that are no safetensors, lie elsewhere, or hold other numbers than a model's.
 
     Whole numbers and complex ones would be taken for weights in silence.
@@ -57,9 +59,14 @@ def check_weight_files(path: str, what: str, model: nn.Module) -> None:
         what: the checkpoint, as the errors call it.
         model: of the checkpoint's configuration; may be on the meta device.
 
+    Returns:
+        `from_pretrained`'s `key_mapping` that takes away what wrappers put before every name, which is told by one
+        warning; empty as a rule.
+
     Raises:
         DetectorLoadError: the message names the file.
     """
+    found: set[str] = set()
     whole = {name.rpartition(".")[2] for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
     for file in _weight_files(path, what):
         try:
@@ -75,6 +82,30 @@ def check_weight_files(path: str, what: str, model: nn.Module) -> None:
             if not FLOATING.match(kind) and name.rpartition(".")[2] not in whole | {COUNTER}
         }
         _refuse(what, file.name, [f"{name} ({kind})" for name, kind in wrong.items()], "no floating point numbers")
+        found |= kinds.keys()
+    prefix = _prefix_of_wrappers(found)
+    if not prefix:
+        return {}
+    logger.warning(
+        f"{what}: all names of its tensors begin with {prefix!r}, as a wrapper (DataParallel, torch.compile and the "
+        "like) calls them: read without it"
+    )
+    return {f"^{re.escape(prefix)}": ""}
+
+
+def _prefix_of_wrappers(names: Collection[str]) -> str:
+    """What all names of tensors begin with that no detector calls its own parts."""
+    prefix = ""
+    while names:
+        for wrapper in WRAPPERS:
+            # detectors have a part that is called model, but none within it
+            twice = wrapper != "model." or any(name.startswith("model.model.") for name in names)
+            if twice and all(name.startswith(wrapper) for name in names):
+                prefix, names = prefix + wrapper, [name.removeprefix(wrapper) for name in names]
+                break
+        else:
+            return prefix
+    return prefix
 
 
 def _weight_files(path: str, what: str) -> list[Path]:

@@ -1,5 +1,6 @@
 """What passes between models, matching and losses: queries, predictions, attention, ground truth."""
 
+from d3etr_hf import optional_torchvision  # noqa: F401
 from d3etr_hf.outputs.attention_maps import AttentionMap, SampledAttention
 from d3etr_hf.outputs.groups import (
     AUXILIARY,

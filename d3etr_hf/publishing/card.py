@@ -1,23 +1,24 @@
 """The model card: a Jinja template filled with what was measured, and metadata that the Hub parses back."""
 
-import hashlib
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from d3etr_hf.configurations import option, write_yaml
 from d3etr_hf.errors import PublishError
-from d3etr_hf.files import write_whole
-from d3etr_hf.models.timm_names import read_config
+from d3etr_hf.files import sha256_of, write_whole
+from d3etr_hf.models.loading import family_of_checkpoint
 from d3etr_hf.publishing import card_texts
 from d3etr_hf.publishing.citations import citations_for
-from d3etr_hf.publishing.onnx_check import CHECK as ONNX_CHECK
-from d3etr_hf.publishing.onnx_check import MODEL as ONNX_MODEL
-from d3etr_hf.publishing.onnx_check import check_in_words, onnx_snippet
-from d3etr_hf.publishing.privacy import anonymise_configuration
-from d3etr_hf.publishing.run_folder import PICTURES, is_hub_id, read_configuration, read_json
+from d3etr_hf.publishing.licenses import IDENTIFIER, license_in
+from d3etr_hf.publishing.onnx_precision import FILES
+from d3etr_hf.publishing.onnx_record import CHECK as ONNX_CHECK
+from d3etr_hf.publishing.onnx_record import MODEL as ONNX_MODEL
+from d3etr_hf.publishing.onnx_record import check_in_words, onnx_snippet, read_checks
+from d3etr_hf.publishing.privacy import anonymise, anonymise_configuration, write_published_json
+from d3etr_hf.publishing.run_folder import PICTURES, is_hub_id, read_configuration
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 CARD, TRAINING = "README.md", "training.yaml"
@@ -25,6 +26,7 @@ MOST_CLASSES_UNFOLDED = 12
 # the Hub knows these relations: adapter, merge, quantized, finetune
 RELATION = "finetune"
 RESERVED_TITLES = ("teacher", "student", "this student")
+NO_COMPARISON = ["none"]
 
 
 @dataclass
@@ -35,14 +37,23 @@ class CardArguments:
     teacher_id: str | None = option(None, "Hub id to link the teacher to, where it was trained from a local folder.")
     dataset_id: str | None = option(None, "Hub id to link the data set to, where it was read from a local folder.")
     compare: list[str] = option(
-        [], "Further detectors for the results table, each as 'title=folder', such as 'student alone=runs/alone'."
+        [],
+        "Further detectors for the results table, each as 'title=folder', such as 'student alone=runs/alone'; without "
+        "it those that are measured already stay, and 'none' takes them out.",
     )
 
     def __post_init__(self):
+        if self.license is not None and not IDENTIFIER.fullmatch(self.license):
+            raise ValueError(
+                f"license={self.license!r} is no identifier of the Hub's: lower case, without blanks, such as "
+                "apache-2.0, mit, other"
+            )
         for name in ("teacher_id", "dataset_id"):
             value = getattr(self, name)
             if value is not None and not is_hub_id(value):
                 raise ValueError(f"{name}={value!r} is no Hub id: give owner/name")
+        if self.compare == NO_COMPARISON:
+            return
         for entry in self.compare:
             if not all(part.strip() for part in entry.rpartition("=")):
                 raise ValueError(f"compare: {entry!r} must be 'title=folder', such as 'student alone=runs/alone'")
@@ -50,6 +61,8 @@ class CardArguments:
         for title in titles:
             if titles.count(title) > 1 or title.casefold() in RESERVED_TITLES:
                 raise ValueError(f"compare: the title {title!r} is given twice, or is the teacher's or student's own")
+            if anonymise(title) != title:
+                raise ValueError(f"compare: the title {title!r} holds a path or a secret, and is published: change it")
 
     def for_trainer(self) -> dict:
         """The same as arguments of `D3etrTrainer.push_to_hub`, which are named as in Transformers."""
@@ -64,16 +77,17 @@ class CardArguments:
         """Before hours are spent: whether what is to be compared is there.
 
         Raises:
-            PublishError: there is no model at one of the places.
+            DetectorLoadError: there is no detector at one of the places.
         """
-        for title, path in self.compared().items():
-            try:
-                read_config(path, repr(path))
-            except (OSError, ValueError) as error:
-                raise PublishError(f"compare: {title}={path}: no model could be found there ({error})") from error
+        for title, path in (self.compared() or {}).items():
+            family_of_checkpoint(path, f"compare: {title!r},")
 
-    def compared(self) -> dict[str, str]:
-        """Title → folder."""
+    def compared(self) -> dict[str, str] | None:
+        """Title → folder; None where nothing is said of them."""
+        if not self.compare:
+            return None
+        if self.compare == NO_COMPARISON:
+            return {}
         return {title.strip(): path.strip() for title, _, path in (entry.rpartition("=") for entry in self.compare)}
 
 
@@ -83,7 +97,7 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
     Args:
         folder: of the run, with its pictures.
         metrics: from `measure_run`.
-        arguments: licence and links.
+        arguments: licence and links; without a licence that of the card there is stays.
         repo_id: where it will be published: its code examples then load it from there, else from its folder.
 
     Returns:
@@ -92,6 +106,9 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
     Raises:
         PublishError: the Hub's client does not accept the metadata.
     """
+    metrics = anonymise(metrics)
+    if arguments.license is None:
+        arguments = replace(arguments, license=license_in(folder))
     configuration = read_configuration(folder)
     training = publishable_configuration(configuration)
     write_whole(folder / TRAINING, training)
@@ -100,7 +117,7 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
         data = card_data(metrics, arguments, title)
     except ValueError as error:
         raise PublishError(f"{folder}: the card's metadata are not valid: {error}") from error
-    texts = _texts(metrics, arguments, repo_id, check_of_onnx(folder, metrics["weights"]))
+    texts = _texts(metrics, arguments, repo_id, checks_of_onnx(folder, metrics["weights"]))
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -112,19 +129,21 @@ def write_card(folder: Path, metrics: dict, arguments: CardArguments, repo_id: s
         **texts,
     )
     path = folder / CARD
-    card.save(path)
+    write_whole(path, str(card))
     return path
 
 
-def _texts(metrics: dict, arguments: CardArguments, repo_id: str | None, onnx_check: dict | None) -> dict:
+def _texts(metrics: dict, arguments: CardArguments, repo_id: str | None, onnx_checks: dict[str, dict]) -> dict:
     """What the template takes that follows from the figures alone."""
-    validation = metrics["data"]["val"]
+    validation, threshold = metrics["data"]["val"], card_texts.suggested_threshold(metrics)
     return {
         "summary": summary(metrics, arguments),
         "highlights": card_texts.highlights(metrics),
         "evaluated_on": f"On the {validation['images']:,} images of {validation['name']}.",
         "results_table": card_texts.results_table(metrics),
         "class_table": card_texts.class_table(metrics),
+        "threshold_table": card_texts.threshold_table(metrics),
+        "threshold": threshold,
         "folded": len(validation["classes"]) > MOST_CLASSES_UNFOLDED,
         "cost_table": card_texts.cost_table(metrics),
         "cost_note": card_texts.cost_note(metrics),
@@ -133,31 +152,48 @@ def _texts(metrics: dict, arguments: CardArguments, repo_id: str | None, onnx_ch
         "option_table": card_texts.option_table(metrics["training"]) if is_distilled(metrics) else None,
         "needs_timm": metrics["student"]["backbone"] == "timm_backbone",
         "limitations": card_texts.limitations(metrics),
+        "licenses": license_lines(metrics, arguments),
         "versions": card_texts.versions(metrics),
         "citation_note": "Please cite the method and what it builds on.",
         "citations": "\n\n".join(citations_for(metrics)),
-        "onnx_snippet": onnx_snippet(repo_id).rstrip() if onnx_check else None,
-        "onnx_check": check_in_words(onnx_check) if onnx_check else None,
-        "onnx_images": onnx_check["takes"] if onnx_check else None,
+        **onnx_texts(onnx_checks, repo_id, threshold),
     }
 
 
-def check_of_onnx(folder: Path, weights: str) -> dict | None:
-    """What `d3etr export` found out about the folder's ONNX file; None without one.
+def checks_of_onnx(folder: Path, weights: str) -> dict[str, dict]:
+    """What `d3etr export` found out about the folder's ONNX files, by their names.
 
     Raises:
-        PublishError: the file is unchecked, or was exported from other weights than are published beside it.
+        PublishError: a file is unchecked, or was exported from other weights than are published beside it.
     """
-    if not (folder / ONNX_MODEL).exists():
-        return None
-    check = read_json(folder / ONNX_CHECK)
-    content = hashlib.sha256((folder / ONNX_MODEL).read_bytes()).hexdigest()
-    if check is None or (check.get("weights"), check.get("onnx")) != (weights, content):
-        raise PublishError(
-            f"{folder / ONNX_MODEL} was not exported from these weights by `d3etr export`: export it again, or "
-            "remove it"
-        )
-    return check
+    found = {name: check for name, check in read_checks(folder).items() if (folder / name).exists()}
+    for name in FILES.values():
+        if not (folder / name).exists():
+            continue
+        check = found.get(name, {})
+        if (check.get("weights"), check.get("onnx")) != (weights, sha256_of(folder / name)):
+            raise PublishError(
+                f"{folder / name} was not exported from these weights by `d3etr export`: export it again, or remove it"
+            )
+    if found:
+        write_published_json(folder / ONNX_CHECK, found)
+    return found
+
+
+def onnx_texts(checks: dict[str, dict], repo_id: str | None, threshold: float) -> dict:
+    """What the template takes about ONNX files: code for the first, the images that it takes, a line about each."""
+    if not checks:
+        return {"onnx_snippet": None}
+    name, first = next(iter(checks.items()))
+    alone = list(checks) == [ONNX_MODEL]
+    return {
+        "onnx_snippet": onnx_snippet(repo_id, threshold, name).rstrip(),
+        "onnx_images": first["takes"],
+        "onnx_checks": [
+            check_in_words(check) if alone else f"`{file}` ({check['precision']}): {check_in_words(check)}"
+            for file, check in checks.items()
+        ],
+    }
 
 
 def card_data(metrics: dict, arguments: CardArguments, name: str) -> ModelCardData:
@@ -166,8 +202,7 @@ def card_data(metrics: dict, arguments: CardArguments, name: str) -> ModelCardDa
     tags = ["object-detection", metrics["student"]["family"]["tag"]]
     if is_distilled(metrics):
         tags += ["knowledge-distillation", "d3etr"]
-    learned = is_distilled(metrics) or metrics["training"]["inherited"]
-    base_model = (links.get("teacher") if learned else None) or links.get("started_from")
+    base_model = (links.get("teacher") if learned(metrics) else None) or links.get("started_from")
     more = {"base_model_relation": RELATION} if base_model else {}
     if "energy" in metrics["training"]:
         grams = 1000 * metrics["training"]["energy"]["kilograms_of_co2"]
@@ -207,6 +242,28 @@ def links_of(metrics: dict, arguments: CardArguments) -> dict[str, str]:
 def is_distilled(metrics: dict) -> bool:
     """Whether the run learned from a teacher's outputs."""
     return bool(card_texts.learned_parts(metrics["training"]["options"]))
+
+
+def learned(metrics: dict) -> bool:
+    """Whether the run has anything of its teacher: its outputs, or weights."""
+    return is_distilled(metrics) or bool(metrics["training"]["inherited"])
+
+
+def license_lines(metrics: dict, arguments: CardArguments) -> list[str]:
+    """The licences of this model and of those that it comes of, as far as they are known, or where they are told."""
+    links, licenses = links_of(metrics, arguments), metrics.get("licenses", {})
+    sources = {}
+    if learned(metrics) and "teacher" in metrics:
+        sources["teacher"] = ("Its teacher", metrics["teacher"]["name"])
+    if "started_from" in metrics["training"]:
+        sources["started_from"] = ("The model that its training started from", metrics["training"]["started_from"])
+    lines = [f"This model: {arguments.license}."] if arguments.license else []
+    for role, (what, name) in sources.items():
+        if role in licenses:
+            lines.append(f"{what}, {linked(links.get(role), name)}: {licenses[role]}, as its card says.")
+        elif role in links:
+            lines.append(f"{what}, {linked(links[role], name)}: as its page says.")
+    return lines
 
 
 def summary(metrics: dict, arguments: CardArguments) -> str:

@@ -13,6 +13,7 @@ METRIC_TITLES = {
 }
 SIZES = {"AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
 WEAKEST = 3
+DEFAULT_THRESHOLD = 0.4
 STUDENT = "**this student**"
 
 
@@ -75,6 +76,30 @@ def class_table(metrics: dict) -> str:
         for name in data["val"]["classes"]
     ]
     return table(["class", "training objects", "validation objects", *models], rows)
+
+
+def threshold_table(metrics: dict) -> str | None:
+    """Of each class and of all: the best threshold, with F1, precision and recall; None where none was measured."""
+    thresholds = metrics["student"].get("thresholds", {})
+    rows = dict(thresholds.get("classes", {}))
+    if len(rows) != 1 and "all" in thresholds:
+        rows["**all classes**"] = thresholds["all"]
+    return (
+        table(
+            ["class", "threshold", "F1", "precision", "recall"],
+            [
+                [name, repr(row["threshold"]), *(percent(row[key]) for key in ("F1", "precision", "recall"))]
+                for name, row in rows.items()
+            ],
+        )
+        if rows
+        else None
+    )
+
+
+def suggested_threshold(metrics: dict) -> float:
+    """What the card's code shows detections above: the best threshold over all classes, where it was measured."""
+    return metrics["student"].get("thresholds", {}).get("all", {}).get("threshold", DEFAULT_THRESHOLD)
 
 
 def cost_table(metrics: dict) -> str:

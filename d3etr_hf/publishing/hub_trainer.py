@@ -11,6 +11,8 @@ from d3etr_hf.errors import PublishError
 from d3etr_hf.files import write_json, write_whole
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.card import CardArguments
+from d3etr_hf.publishing.licenses import licenses_of, require_license
+from d3etr_hf.publishing.privacy import write_published_json
 from d3etr_hf.publishing.publish import prepare, resume_command
 from d3etr_hf.publishing.run_folder import PublishedRun, hash_of_weights, links_to_hub, read_json
 from d3etr_hf.publishing.upload import (
@@ -31,6 +33,7 @@ from d3etr_hf.runs.output_folder import (
     RESULTS,
     describe_launch,
 )
+from d3etr_hf.training.processes import on_main_process
 from d3etr_hf.training.trainer import DistillationTrainer
 
 logger = logging.get_logger(__name__)
@@ -64,7 +67,7 @@ class D3etrTrainer(DistillationTrainer):
             results["seconds"] = seconds
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
-            write_json(folder / HISTORY, self.state.log_history)
+            write_published_json(folder / HISTORY, self.state.log_history)
             results["weights"] = hash_of_weights(folder)  # by which a card knows whose results these are
             write_json(folder / RESULTS, results)
         return results
@@ -158,9 +161,11 @@ class D3etrTrainer(DistillationTrainer):
 
         Raises:
             HubError: the upload failed; the message names the command that resumes it. Nothing local is lost.
-            PublishError, PrivacyError: there is nothing to publish, or a file holds a secret.
+            PublishError, PrivacyError: there is nothing to publish, or no licence, or a file holds a secret.
         """
         arguments = self._card_arguments(**card)
+        if arguments.license is None:
+            on_main_process(lambda: require_license(Path(self.args.output_dir), self._licenses_of_sources()))
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
@@ -183,6 +188,9 @@ class D3etrTrainer(DistillationTrainer):
         private = self.args.hub_private_repo if private is None else private
         command = resume_command(folder, self.hub_model_id, arguments, private, push["revision"])
         return upload(folder, self.hub_model_id, command, private=private, **push)
+
+    def _licenses_of_sources(self) -> dict[str, str]:
+        return licenses_of(teacher=self._name_of_teacher(), started_from=self.model.name_or_path)
 
     @staticmethod
     def _card_arguments(license=None, finetuned_from=None, dataset=None, compare=None) -> CardArguments:

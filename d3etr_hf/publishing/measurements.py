@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from d3etr_hf.data import DetectionDataset, DetectionTransform
 from d3etr_hf.errors import PublishError
-from d3etr_hf.evaluation import average_precision_of, predict_detections
-from d3etr_hf.files import write_json
+from d3etr_hf.evaluation import average_precision_of, best_thresholds, predict_detections
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
-from d3etr_hf.publishing.privacy import anonymise
+from d3etr_hf.publishing.licenses import licenses_of
+from d3etr_hf.publishing.privacy import write_published_json
 from d3etr_hf.publishing.run_folder import (
     PublishedRun,
     describe_data,
@@ -29,6 +30,8 @@ from d3etr_hf.publishing.run_folder import (
 from d3etr_hf.runs.environment import describe_environment
 from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, RESULTS
 from d3etr_hf.training.teacher import with_classes_of
+
+logger = logging.get_logger(__name__)
 
 METRICS = "metrics.json"
 
@@ -52,16 +55,16 @@ def read_metrics(folder: Path) -> dict | None:
     return known
 
 
-def is_measured(folder: Path, compared: Mapping[str, str]) -> bool:
-    """Whether `metrics.json` is of these weights, and holds these detectors."""
+def is_measured(folder: Path, compared: Mapping[str, str] | None) -> bool:
+    """Whether `metrics.json` is of these weights, and holds these detectors; None for those that it holds."""
     known = read_metrics(folder)
     if known is None or known["weights"] != hash_of_weights(folder):
         return False
-    return compared.keys() == _rows_that_hold(known, compared).keys()
+    return compared is None or compared.keys() == _rows_that_hold(known, compared).keys()
 
 
-def select_rows(folder: Path, compared: Mapping[str, str]) -> dict:
-    """The metrics of a measured run with the rows of these detectors alone, in the file too."""
+def select_rows(folder: Path, compared: Mapping[str, str] | None) -> dict:
+    """The metrics of a measured run with the rows of these detectors alone, in the file too; None keeps all."""
     known = read_metrics(folder)
     return _write(folder, known, _rows_that_hold(known, compared))
 
@@ -71,20 +74,24 @@ def measure_run(run: PublishedRun, compared: Mapping[str, str] | None = None, ag
 
     Args:
         run: the finished run.
-        compared: title → folder or Hub id of further detectors for the results table, such as the student alone.
+        compared: title → folder or Hub id of further detectors for the results table, such as the student alone;
+            None for those that are measured already, on the same data and beside the same student.
         again: measure anew what has been measured.
 
     Returns:
         `student` and, as far as they exist, `teacher` and `compared` (title → the same): COCO `metrics` in 0..1,
-        `family`, parameters, FLOPs and milliseconds (see `inference_cost`), steps and seconds of training; `data`;
-        `training`; `links`; `environment` of the measurement; `weights`, the SHA-256 of the student's.
+        `thresholds` of the student (see `best_thresholds`), `family`, parameters, FLOPs and milliseconds (see
+        `inference_cost`), steps and seconds of training; `data`; `training`; `links`; `licenses` of the teacher and of
+        what was started from; `environment` of the measurement; `weights`, the SHA-256 of the student's.
 
     Raises:
         PublishError: the run recorded no evaluation.
         DetectorLoadError, IncompatibleTeacherError: a detector cannot be loaded, or knows other classes.
     """
-    compared = compared or {}
-    if again or not is_measured(run.folder, {}):
+    measured = None if run.data_moved or not is_measured(run.folder, None) else read_metrics(run.folder)
+    if compared is None and measured is None:
+        _warn_of_lost_rows(run.folder)
+    if again or measured is None:
         remove_pictures(run.folder)
         configuration = read_configuration(run.folder)
         known = {
@@ -93,11 +100,14 @@ def measure_run(run: PublishedRun, compared: Mapping[str, str] | None = None, ag
             "data": describe_data(run.train, run.val),
             "training": describe_training(run, configuration),
             "links": (run.record(ENVIRONMENT) or {}).get("links", {}),
+            "licenses": licenses_of(teacher=run.teacher_name, started_from=configuration.get("model")),
             "environment": describe_environment(),
             "weights": hash_of_weights(run.folder),
         }
     else:
-        known = read_metrics(run.folder)
+        known = measured
+    if compared is None:
+        return _write(run.folder, known, {} if measured is None else _rows_that_hold(measured, None))
     rows = _rows_that_hold(known, compared)
     for title, path in compared.items():
         if title not in rows:
@@ -105,16 +115,27 @@ def measure_run(run: PublishedRun, compared: Mapping[str, str] | None = None, ag
     return _write(run.folder, known, {title: rows[title] for title in compared})
 
 
+def _warn_of_lost_rows(folder: Path) -> None:
+    """Of which detectors nothing is known any more: they were measured beside other weights, or on other data."""
+    if rows := (read_metrics(folder) or {}).get("compared"):
+        logger.warning(
+            f"{folder}: {', '.join(rows)} was measured beside other weights or on other data, and is left out of the "
+            "results: name it again by --compare"
+        )
+
+
 def _write(folder: Path, known: dict, rows: dict) -> dict:
     """Keep the metrics with these further detectors; as a second run would read them."""
     content = {name: value for name, value in known.items() if name != "compared"}
-    write_json(folder / METRICS, anonymise(content | ({"compared": rows} if rows else {})))
+    write_published_json(folder / METRICS, content | ({"compared": rows} if rows else {}))
     return read_metrics(folder)
 
 
-def _rows_that_hold(known: dict, compared: Mapping[str, str]) -> dict:
-    """The rows that were measured of these very detectors; one whose folder is gone since still holds."""
+def _rows_that_hold(known: dict, compared: Mapping[str, str] | None) -> dict:
+    """The rows that were measured of these very detectors, None for all; one whose folder is gone still holds."""
     rows = known.get("compared", {})
+    if compared is None:
+        return dict(rows)
     return {
         title: rows[title]
         for title, path in compared.items()
@@ -126,8 +147,8 @@ def _identity(path: str) -> str:
     return hash_of_weights(Path(path)) if Path(path).is_dir() else path
 
 
-def _student_metrics(run: PublishedRun, batch_size: int) -> dict[str, float]:
-    """What the run measured at its end, if of these weights and data; else, where that is not known, measured now.
+def _recorded_metrics(run: PublishedRun) -> dict[str, float] | None:
+    """What the run measured at its end, if of these weights and data; None where that is not known.
 
     Raises:
         PublishError: the results are of other weights, or there are none.
@@ -140,19 +161,34 @@ def _student_metrics(run: PublishedRun, batch_size: int) -> dict[str, float]:
             "or train again"
         )
     if of_weights is None or run.data_moved:
-        metrics = _evaluate(run.student, run.val, batch_size, "student")
-    else:
-        metrics = {name: value for name, value in results.items() if name.startswith(("AP", "AR"))}
+        return None
+    metrics = {name: value for name, value in results.items() if name.startswith(("AP", "AR"))}
     if "AP" not in metrics:
         raise PublishError(f"{run.folder / RESULTS} holds no AP: a card needs a validation split with objects")
     return metrics
+
+
+def _measure_student(run: PublishedRun, batch_size: int) -> dict:
+    """The student's metrics, the thresholds that it is best used with, and how long it was trained.
+
+    Raises:
+        PublishError: see `_recorded_metrics`, or the validation split has no objects.
+    """
+    metrics, val = _recorded_metrics(run), run.val
+    student = with_classes_of(run.student, val.class_names, "student")
+    detections = predict_detections(student, val, batch_size, "student")
+    metrics = average_precision_of(detections, val) if metrics is None else metrics
+    if "AP" not in metrics:
+        raise PublishError(f"{val.name} has no objects: a card needs a validation split with some")
+    thresholds = {"thresholds": best_thresholds(detections, val)}
+    return {"metrics": metrics, **thresholds, **_length_of_training(str(run.folder))}
 
 
 def _measure_models(run: PublishedRun, batch_size: int) -> dict:
     """Student and teacher: metrics, family, cost, and both timed by turns."""
     for model, _ in run.models.values():
         _on_device(model)
-    rows = {"student": {"metrics": _student_metrics(run, batch_size), **_length_of_training(str(run.folder))}}
+    rows = {"student": _measure_student(run, batch_size)}
     rows["student"]["backbone"] = run.student.backbone_type
     if run.teacher is not None:
         metrics = _evaluate(run.teacher, run.teacher_val, batch_size, "teacher")

@@ -1,23 +1,26 @@
 """A detector's ONNX file, kept only if onnxruntime computes with it on real images what PyTorch does."""
 
-import hashlib
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from tqdm import tqdm
+from transformers.utils import logging
 
 from d3etr_hf.configurations import option, read_yaml_file
-from d3etr_hf.data import DataArguments, DetectionCollator, load_splits
+from d3etr_hf.data import DataArguments, DetectionCollator, DetectionDataset, load_splits
 from d3etr_hf.errors import OnnxExportError
+from d3etr_hf.evaluation import average_precision_of, select_detections
 from d3etr_hf.evaluation.timing import seconds_of
-from d3etr_hf.files import write_json
+from d3etr_hf.files import sha256_of
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import image_processor_of
 from d3etr_hf.models.loading import load_detector
+from d3etr_hf.models.places import refuse_other_place
 from d3etr_hf.outputs.boxes import centre_to_corners
 from d3etr_hf.publishing.onnx_export import (
     AXES,
@@ -31,23 +34,19 @@ from d3etr_hf.publishing.onnx_export import (
     require_packages,
     size_for_export,
 )
+from d3etr_hf.publishing.onnx_precision import FILES, FLOAT32, convert_precision, refuse_loss, run_errors
+from d3etr_hf.publishing.onnx_record import record_check
 from d3etr_hf.publishing.run_folder import hash_of_weights, merged_data_arguments
 from d3etr_hf.runs.output_folder import CONFIGURATION
 
-MODEL, CHECK = "model.onnx", "onnx_check.json"
+logger = logging.get_logger(__name__)
+
 # Float32 rounding comes to some thousandths of these (BCCD: 0.002 pixels and 6e-6); a mask or a layer that was
 # converted wrongly is far above. Half a pixel is less than annotators agree on.
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.5, 1e-3
 # Scale, multiple and remainder of the sides that images are checked at too: odd sides are a multiple of no backbone's
 # stride, multiples of 64 of every one's.
 OTHER_SIZES = ((0.87, 2, 1), (0.71, 2, 1), (0.58, 64, 0))
-# the groups of images that are compared, as `check_in_words` tells of them
-GROUPS = {
-    "one_by_one": "alone",
-    "other_sizes": "at other sizes",
-    "padded_batch": "as a padded batch",
-    "batch": "as a batch",
-}
 
 
 @dataclass
@@ -55,31 +54,52 @@ class ExportArguments:
     """Which detector is exported, and how it is checked."""
 
     folder: str = field(metadata={"help": "The detector: the output folder of a run, a checkpoint, or a Hub id."})
-    output: str | None = option(None, "The ONNX file; by default model.onnx in the folder. A Hub id needs it.")
+    output: str | None = option(
+        None,
+        "The ONNX file; by default model.onnx (model_fp16.onnx, model_int8.onnx) in the folder. A Hub id needs it.",
+    )
     check_images: int = option(20, "How many validation images it is compared with PyTorch on.")
+    precision: Literal["fp32", "fp16", "int8"] = option(
+        FLOAT32,
+        "What it computes in: fp16 halves the file, for accelerators; int8 has the weights of matrix products in 8 "
+        "bits, for CPUs.",
+    )
+    ap_images: int | None = option(
+        None, "How many validation images its average precision is measured on: by default all; 0 leaves it out."
+    )
 
     def __post_init__(self):
+        if self.ap_images is not None and self.ap_images < 0:
+            raise ValueError(f"ap_images is {self.ap_images}: it must be at least 0")
         if self.check_images < 1:
             raise ValueError(f"check_images is {self.check_images}: it must be at least 1")
 
 
 def export_and_check(
-    folder: str, output: str | None = None, check_images: int = 20, data_arguments: DataArguments | None = None
+    folder: str,
+    output: str | None = None,
+    check_images: int = 20,
+    data_arguments: DataArguments | None = None,
+    precision: str = FLOAT32,
+    ap_images: int | None = None,
 ) -> dict:
     """Export a saved detector to ONNX, and keep the file only if onnxruntime computes with it what PyTorch does.
 
     Compared are `check_images` validation images one by one, some of them at other sizes, and a padded batch; of a
-    file for images of one size, images of that size and a batch of them, padded if the family reads padding. The
-    figures are also written to `onnx_check.json` beside the file. A failure leaves whatever was there before.
+    file for images of one size, images of that size and a batch of them, padded if the family reads padding. A file in
+    another precision is made of the one in float32, which is checked first; it may differ by what rounding costs.
+    The figures are also kept in `onnx_check.json` beside the file. A failure leaves whatever was there before.
 
     Args:
         folder: a folder with a checkpoint, or a Hub id.
-        output: the file; by default `model.onnx` in the folder.
+        output: the file; by default in the folder, by the name that its precision has in `FILES`.
         check_images: the first so many validation images.
         data_arguments: where they are; by default where the folder's run (`run.yaml`) had them.
+        precision: `fp32`, `fp16` or `int8`.
+        ap_images: AP is measured on the first so many validation images; None for all, 0 for not at all.
 
     Returns:
-        The figures of `compare_with_onnx`, and what they were measured with; in `takes`, which images the file is for.
+        The figures of `OnnxTrial`, and what they were measured with; in `takes`, which images the file is for.
 
     Raises:
         OnnxExportError: a package is missing, it is not known where the file or the images are, the detector cannot
@@ -87,32 +107,84 @@ def export_and_check(
         DetectorLoadError, DatasetError: the detector or its data cannot be read.
     """
     require_packages()
-    path = _output_path(folder, output)
-    data_arguments = data_arguments or _data_of_run(Path(folder))
+    refuse_other_place(folder, f"model {folder!r}")
+    path = _output_path(folder, output, precision)
     detector = load_detector(folder)
+    trial, metadata = _prepare(detector, folder, data_arguments or _data_of_run(Path(folder)), check_images, ap_images)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures = _write_checked(trial, path, metadata, precision)
+    weights = {"weights": hash_of_weights(Path(folder))} if Path(folder).is_dir() else {}
+    weights["onnx"] = sha256_of(path)
+    check = {"data": trial.val.name, **weights, "takes": metadata["takes"], "precision": precision, **figures}
+    check["opset"], check["megabytes"] = OPSET, round(path.stat().st_size / 1e6, 2)
+    check["versions"] = {package: version(package) for package in ("torch", "transformers", *NEEDED)}
+    record_check(path, check)
+    return check
+
+
+@dataclass
+class OnnxTrial:
+    """What an ONNX file is tried on.
+
+    Attributes:
+        detector: on the CPU.
+        val: the validation split, as the detector sees it.
+        size: height and width in pixels of all images that the file takes; None for any.
+        check_images, ap_images: as `export_and_check` takes them.
+    """
+
+    detector: Detector
+    val: DetectionDataset
+    size: tuple[int, int] | None
+    check_images: int
+    ap_images: int | None
+
+    def figures_of(self, path: Path) -> dict:
+        """Those of `compare_with_onnx`, and `AP` with `AP_images` where it is asked for, and there are objects of the
+        detector's classes."""
+        examples = [self.val[index] for index in range(min(self.check_images, len(self.val)))]
+        figures = compare_with_onnx(self.detector, path, examples, self.size)
+        count = len(self.val) if self.ap_images is None else min(self.ap_images, len(self.val))
+        if count and self.val.class_names != self.detector.class_names:
+            logger.warning_once(f"{self.val.name} has other classes than the detector: its AP is not measured")
+            return figures
+        if count == 0 or any(value != value for group in figures["differences"].values() for value in group.values()):
+            return figures
+        metrics = evaluate_onnx(self.detector, path, self.val.select(range(count)), self.size)
+        return figures | ({"AP": metrics["AP"], "AP_images": count} if "AP" in metrics else {})
+
+
+def _prepare(
+    detector: Detector, folder: str, data_arguments: DataArguments, check_images: int, ap_images: int | None
+) -> tuple[OnnxTrial, dict[str, str]]:
+    """What the detector's file is tried on, and what it tells of itself."""
     processor = image_processor_of(detector.config.model_type, folder)
     size = size_for_export(detector, processor)
     metadata = describe_for_onnx(detector, processor, size)  # first: the data arguments may set another size
     _, val = load_splits(data_arguments, processor)
-    examples = [val[index] for index in range(min(check_images, len(val)))]
     _refuse_another_size(folder, size, size_for_export(detector, processor))
+    return OnnxTrial(detector, val, size, check_images, ap_images), metadata
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
+
+def _write_checked(trial: OnnxTrial, path: Path, metadata: dict[str, str], precision: str) -> dict:
+    """Write the file if it passes; its figures."""
+    plain, unfinished = (path.with_name(f"{path.name}{end}.unfinished") for end in (".float32", ""))
     try:
-        export_onnx(detector, unfinished, metadata, size)
-        figures = compare_with_onnx(detector, unfinished, examples, size)
+        export_onnx(trial.detector, plain, metadata, trial.size)
+        figures = trial.figures_of(plain)
         _refuse_differences(figures, path)
+        if precision == FLOAT32:
+            plain.replace(path)
+            return figures
+        convert_precision(plain, unfinished, precision)
+        with run_errors(path, precision):
+            converted = trial.figures_of(unfinished)
+        refuse_loss(converted, figures, path, precision)
         unfinished.replace(path)
+        return converted | ({"AP_float32": figures["AP"]} if "AP" in figures else {})
     finally:
-        unfinished.unlink(missing_ok=True)
-    weights = {"weights": hash_of_weights(Path(folder))} if Path(folder).is_dir() else {}
-    weights["onnx"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    check = {"data": val.name, **weights, "takes": metadata["takes"], **figures, "opset": OPSET}
-    check["megabytes"] = round(path.stat().st_size / 1e6, 2)
-    check["versions"] = {package: version(package) for package in ("torch", "transformers", *NEEDED)}
-    write_json(path.with_name(CHECK), check)
-    return check
+        for each in (plain, unfinished):
+            each.unlink(missing_ok=True)
 
 
 @torch.inference_mode()
@@ -152,6 +224,28 @@ def compare_with_onnx(
         "milliseconds": {name: 1000 * torch.tensor(times).median().item() for name, times in seconds.items()},
         "threads": torch.get_num_threads(),
     }
+
+
+@torch.inference_mode()
+def evaluate_onnx(
+    detector: Detector, path: Path, val: DetectionDataset, size: tuple[int, int] | None = None
+) -> dict[str, float]:
+    """COCO metrics (0..1) of an ONNX file by onnxruntime, an image at a time.
+
+    Args:
+        detector: whose file it is.
+        path: the ONNX file.
+        val: with the detector's `DetectionTransform`.
+        size: as in `compare_with_onnx`.
+    """
+    session, collate, detections = _session(path), DetectionCollator(), []
+    for index in tqdm(range(len(val)), desc=f"average precision of {path.name}", leave=False):
+        batch = collate([val[index]])
+        batch = batch if size is None else _on_canvas(batch, *size)
+        logits, _, boxes = _run_onnx(session, batch)
+        sizes = torch.tensor([label["orig_size"] for label in batch["labels"]])
+        detections.append(select_detections(detector.scores, logits, boxes, sizes))
+    return average_precision_of(torch.cat(detections), val)
 
 
 def groups_of(
@@ -199,58 +293,10 @@ def _session(path: Path):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def check_in_words(check: dict) -> str:
-    """One sentence about `export_and_check`, for a report or a card."""
-    box, score = (max(group[key] for group in check["differences"].values()) for key in ("box_pixels", "score"))
-    times = check["milliseconds"]
-    *groups, last = (words for name, words in GROUPS.items() if name in check["differences"])
-    compared = f"{', '.join(groups)} and {last}" if groups else last
-    return (
-        f"On {check['images']} images of {check['data']}, {compared}, boxes differ "
-        f"from PyTorch's by at most {box:.2g} pixels and scores by {score:.2g}; an image takes "
-        f"{times['onnxruntime']:.1f} ms, with PyTorch {times['pytorch']:.1f} ms (CPU, {check['threads']} threads)."
-    )
-
-
-def onnx_snippet(repo_id: str | None = None) -> str:
-    """Python that detects objects with onnxruntime and the image processor.
-
-    Args:
-        repo_id: where the model is on the Hub; None reads it from the current folder.
-    """
-    if repo_id is None:
-        return SNIPPET.format(hub="", path='"model.onnx"', model_id=".")
-    hub = "from huggingface_hub import hf_hub_download\n"
-    return SNIPPET.format(hub=hub, path=f'hf_hub_download("{repo_id}", "model.onnx")', model_id=repo_id)
-
-
-SNIPPET = """\
-import json
-import numpy as np
-import onnxruntime
-{hub}from PIL import Image
-from transformers import AutoImageProcessor
-
-session = onnxruntime.InferenceSession({path})
-processor = AutoImageProcessor.from_pretrained("{model_id}", backend="pil")
-metadata = session.get_modelmeta().custom_metadata_map
-names, padding = json.loads(metadata["id2label"]), json.loads(metadata["padding"])
-
-image = Image.open("photograph.jpg").convert("RGB")
-inputs = dict(processor(images=image, return_tensors="np", **padding))
-inputs.setdefault("pixel_mask", np.ones_like(inputs["pixel_values"][:, 0], dtype=np.int64))
-scores, boxes = session.run(["scores", "pred_boxes"], inputs)
-for query, label in np.argwhere(scores[0] > 0.4):
-    x, y, width, height = boxes[0, query] * [*image.size, *image.size]
-    corners = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-    print(names[str(label)], f"{{scores[0, query, label]:.2f}}", np.round(corners, 1).tolist())
-"""
-
-
-def _output_path(folder: str, output: str | None) -> Path:
+def _output_path(folder: str, output: str | None, precision: str) -> Path:
     if output is None and not Path(folder).is_dir():
-        raise OnnxExportError(f"{folder!r} is no folder here: say with --output where its {MODEL} goes")
-    return Path(folder) / MODEL if output is None else Path(output)
+        raise OnnxExportError(f"{folder!r} is no folder here: say with --output where its {FILES[precision]} goes")
+    return Path(folder) / FILES[precision] if output is None else Path(output)
 
 
 def _data_of_run(folder: Path) -> DataArguments:

@@ -18,8 +18,10 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from d3etr_hf.errors import HubError
-from d3etr_hf.publishing.privacy import anonymise, refuse_secrets
+from d3etr_hf.publishing.onnx_precision import FILES
+from d3etr_hf.publishing.privacy import absolute_paths_in, anonymise, refuse_secrets
 from d3etr_hf.publishing.run_folder import PICTURES, WEIGHTS, WEIGHTS_INDEX
+from d3etr_hf.runs.output_folder import CONFIGURATION, read_run_options
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +29,7 @@ STATE = "trainer_state.json"
 MODEL_FILES = (WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors", "config.json", "preprocessor_config.json")
 CARD_FILES = ("README.md", "metrics.json", "training.yaml", "log_history.json")
 # All that may leave a run's folder; whatever else lies there stays.
-PUBLISHED_FILES = (*MODEL_FILES, *CARD_FILES, *PICTURES, "model.onnx", "onnx_check.json")
+PUBLISHED_FILES = (*MODEL_FILES, *CARD_FILES, *PICTURES, *FILES.values(), "onnx_check.json")
 # All that may be pushed of a checkpoint; no pickle, which runs code where it is loaded.
 CHECKPOINT_FILES = (*MODEL_FILES, "query_adapters.safetensors", "trained.safetensors", STATE)
 
@@ -76,7 +78,7 @@ def describe_upload(folder: Path, repo_id: str | None) -> str:
         PrivacyError: a file holds a secret.
     """
     paths = files_to_publish(folder)
-    refuse_secrets(paths)
+    refuse_secrets(paths, places=_places_of_run(folder))
     sizes = [path.stat().st_size for path in paths]
     staying = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path not in paths)
     lines = [f"To {HfApi().endpoint}/{repo_id or '(no repo_id yet)'} would go, from {folder}:"]
@@ -114,7 +116,7 @@ def upload(
         PrivacyError: a file holds a secret; nothing was sent.
     """
     paths = files_to_publish(folder)
-    refuse_secrets(paths, [token])
+    refuse_secrets(paths, [token], _places_of_run(folder))
     _QUEUE.run_as_future(int).result()  # a push that is still under way must not overwrite the finished model
     api, names = HfApi(token=token), [path.name for path in paths]
     # of an earlier upload: an ONNX file or shards of other weights must not stay beside the new ones
@@ -198,6 +200,12 @@ def _copy_files(folder: Path, patterns: Sequence[str], target: Path) -> list[str
 def _warn_of_push(folder: Path, repo_id: str, reason: str, token: str | None) -> None:
     reason = _without_token(reason, token)
     logger.warning(f"{folder} was not pushed to {repo_id}: {reason}. Training goes on; the next save pushes again")
+
+
+def _places_of_run(folder: Path) -> set[str]:
+    """The absolute paths that the run of a folder was given, which are nobody else's business."""
+    path = folder / CONFIGURATION
+    return absolute_paths_in(read_run_options(path)) if path.exists() else set()
 
 
 def _names_in(folder: Path, patterns: Sequence[str]) -> list[str]:

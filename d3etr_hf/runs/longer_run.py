@@ -9,7 +9,9 @@ STEPS, EPOCHS = "max_steps", "num_train_epochs"
 DEFAULTS = {STEPS: -1, EPOCHS: 3.0}
 CONSTANT = ("constant", "constant_with_warmup")
 # below 1 they are shares of the whole training
-SHARES = ("warmup_steps", "eval_steps", "save_steps", "logging_steps")
+SHARES = ("warmup_steps", "eval_steps", "save_steps", "logging_steps", "distillation_end", "strong_end_fraction")
+# what follows from the length whenever it is switched on
+PLANNED = ("mosaic", "distillation_decay")
 
 
 def is_longer(old: dict[str, Any], new: dict[str, Any], changed: list[str]) -> bool:
@@ -39,11 +41,12 @@ def refuse_planned_length(output: Path, old: dict[str, Any], new: dict[str, Any]
     """
     constant = new.get("lr_scheduler_type") in CONSTANT and new.get("learning_rate_drop") is None
     shares = [name for name in SHARES if 0 < (new.get(name) or 0) < 1]
+    shares += [name for name in PLANNED if new.get(name)]
     if constant and not shares:
         return
     lengths = ", ".join(f"{name} {old.get(name, DEFAULTS[name]):g}" for name in changed)
     asked = ", ".join(f"{name} {new.get(name, DEFAULTS[name]):g}" for name in changed)
-    cause = f"{shares[0]} is a share of it" if constant else "its learning rate was planned for it"
+    cause = f"{shares[0]} follows it" if constant else "its learning rate was planned for it"
     raise OutputFolderError(
         f"{output} holds this run with {lengths}, and cannot go on to {asked}: {cause}. Train its model on in another "
         f"run: --model {output} --output_dir NEW_FOLDER, without model_config"

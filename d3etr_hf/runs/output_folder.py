@@ -62,6 +62,7 @@ PLACES = {
     "teacher",
     "model",
     "backbone_weights",
+    "teacher_cache",
 }
 
 
@@ -160,15 +161,21 @@ def _refuse_changed_options(output: Path, old: dict, new: dict) -> bool:
     if is_longer(old, new, changed):
         refuse_planned_length(output, old, new, changed)
         return True
-    if changed:
-        raise OutputFolderError(
-            f"{output} holds another run: it differs in "
-            + ", ".join(
-                f"{key} ({old.get(key, 'default')!r} there, {new.get(key, 'default')!r} here)" for key in changed[:3]
-            )
-            + "; choose another output_dir, or remove the folder"
+    if not changed:
+        return False
+    remedy = "choose another output_dir, or remove the folder"
+    if set(changed) <= {"max_steps", "num_train_epochs"}:
+        remedy += (
+            f"; to train its model for more steps, begin another run with its weights: --model {output} --output_dir "
+            "ANOTHER_FOLDER (in place of model_config)"
         )
-    return False
+    raise OutputFolderError(
+        f"{output} holds another run: it differs in "
+        + ", ".join(
+            f"{key} ({old.get(key, 'default')!r} there, {new.get(key, 'default')!r} here)" for key in changed[:3]
+        )
+        + f"; {remedy}"
+    )
 
 
 def _refuse_renamed_options(path: Path, values: dict) -> None:
@@ -178,6 +185,16 @@ def _refuse_renamed_options(path: Path, values: dict) -> None:
         names = ", ".join(f"{old!r} is called {new!r} now" for old, new in renamed.items())
         raise OutputFolderError(
             f"{path} is of an earlier version: {names}; rename it in that file to go on, or choose another output_dir"
+        )
+
+
+def refuse_to_resume_finished(output: Path, training_arguments: D3etrTrainingArguments) -> None:
+    """Raises: OutputFolderError: a checkpoint is named, and the run is finished: there is nothing to go on with."""
+    asked = training_arguments.resume_from_checkpoint
+    if asked is not None:
+        raise OutputFolderError(
+            f"resume_from_checkpoint={quoted(asked)}: {output} holds this run finished; leave the option out for its "
+            f"results, or start another run from these weights: --model {asked} --output_dir ANOTHER_FOLDER"
         )
 
 

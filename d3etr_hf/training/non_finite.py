@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,6 @@ from d3etr_hf.errors import NonFiniteCostError, NonFiniteLossError, UnsupportedO
 from d3etr_hf.training.checkpoints import checkpoints_of
 from d3etr_hf.training.kept_step import Batch, KeptStep, write_step
 from d3etr_hf.training.optimization import keeps_running_statistics
-from d3etr_hf.training.training_arguments import DISTILLATION_OPTIONS
 
 if TYPE_CHECKING:
     from d3etr_hf.training.trainer import DistillationTrainer
@@ -207,7 +206,7 @@ class NonFiniteGuard(TrainerCallback):
             labels=batch.inputs["labels"],
             config=json.loads(trainer.model.config.to_json_string(use_diff=False)),
             teacher=None if trainer.teacher is None else trainer.teacher.name,
-            options={name: getattr(trainer.args, name) for name in (*DISTILLATION_OPTIONS, "detection_weight")},
+            options=asdict(trainer.distillation) | {"layer_map": trainer.args.layer_map},  # those of this step
             mixed_precision=trainer.accelerator.mixed_precision,
             device=batch.counts.device.type,
         )

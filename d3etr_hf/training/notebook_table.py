@@ -3,12 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker
 
 STEP, LOSS = "Step", "Loss"
 # by metric, as COCO calls them
 SCORES = {"eval_AP": "AP", "eval_AP50": "AP50"}
+
+
+def show_table(trainer: Trainer) -> None:
+    """Let a trainer show this table where it would show Transformers' own."""
+    if trainer.pop_callback(NotebookProgressCallback) is not None:
+        trainer.add_callback(NotebookTable())
 
 
 class NotebookTable(NotebookProgressCallback):

@@ -94,6 +94,12 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "eval_do_concat_batches": ((True,), "apart, batches lose the shape of the detections"),
     "eval_use_gather_object": ((False,), "detections are tensors of one size"),
     "remove_unused_columns": ((False,), "it would drop the boxes"),
+    "do_train": ((True,), "this is for training; a model alone is evaluated by `d3etr evaluate`"),
+    "do_eval": (
+        (True,),
+        "a run ends with an evaluation, of which its results are; eval_strategy 'no' has none before",
+    ),
+    "do_predict": ((False,), "training predicts nothing; a model's detections are drawn by `d3etr visualize`"),
 }
 
 JSON_OPTIONS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
@@ -205,6 +211,7 @@ def _share_and_number(args) -> bool:
 STEPS = "must be a number of steps from 1, or a share of the training between 0 and 1"
 CONDITIONS: tuple[tuple[str | tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ("output_dir", lambda args: args.output_dir == "", "name a folder"),
+    ("teacher_cache", lambda args: args.teacher_cache == "", "name a folder"),
     ("max_steps", lambda args: args.max_steps == 0 or args.max_steps < -1, "must be 1 or more, or -1 to go by epochs"),
     (
         ("num_train_epochs", "max_steps"),
@@ -269,6 +276,11 @@ CONDITIONS: tuple[tuple[str | tuple[str, ...], Callable[[Any], bool], str], ...]
             args.learning_rate_drop is not None and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         ),
         "learning_rate_drop takes the schedule's place: leave one of the two out",
+    ),
+    (
+        ("ddp_static_graph", "distillation_interval", "distillation_end"),
+        lambda args: args.ddp_static_graph and (args.distillation_interval, args.distillation_end) != (1, 1),
+        "steps with and without distillation are not alike: leave ddp_static_graph out",
     ),
     (
         ("bf16_full_eval", "fp16_full_eval"),

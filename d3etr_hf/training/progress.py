@@ -26,12 +26,9 @@ def show_progress(trainer: Trainer) -> None:
     elif trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(LogLinesBesideBar())
     elif is_in_notebook():
-        from transformers.utils.notebook import NotebookProgressCallback
+        from d3etr_hf.training.notebook_table import show_table
 
-        from d3etr_hf.training.notebook_table import NotebookTable
-
-        if trainer.pop_callback(NotebookProgressCallback) is not None:
-            trainer.add_callback(NotebookTable())
+        show_table(trainer)
 
 
 class Pace:

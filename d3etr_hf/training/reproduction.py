@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from d3etr_hf.errors import DamagedFileError, NonFiniteLossError, one_line, quoted
 from d3etr_hf.models.configuration_checks import check_fields
-from d3etr_hf.models.detector import Detector
+from d3etr_hf.models.detector import ADAPTERS, Detector
 from d3etr_hf.models.families import FAMILIES
 from d3etr_hf.models.loading import load_teacher
 from d3etr_hf.models.trial import build_errors
@@ -58,6 +58,8 @@ def reproduce_step(path: str | Path, use_cpu: bool = False) -> Reproduction:
     found = Reproduction(kept, _not_finite(state))
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer_of(kept, path, folder, use_cpu)
+        if not trainer.model.query_adapters:  # a step without distillation uses none
+            state = {name: value for name, value in state.items() if not name.startswith(f"{ADAPTERS}.")}
         try:
             trainer.model.load_state_dict(state)
         except RuntimeError as error:

@@ -52,9 +52,13 @@ class ResumableTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As Trainer, but from whole checkpoints only; True stands for the newest of them.
 
+        Where none is given that of the training arguments counts, which Trainer passes over.
+
         Raises:
             CheckpointError: the checkpoint is not whole or not there; with True, none is.
         """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         if resume_from_checkpoint is True:
             resume_from_checkpoint = on_main_process(self._newest_checkpoint)
         with watching_processes(self.args.ddp_timeout):

@@ -24,11 +24,12 @@ def training_sampler(
         batch_size * together,
         args.gradient_accumulation_steps,
         fill_up=accelerator.num_processes > 1 and not args.dataloader_drop_last,
+        drop_last=args.dataloader_drop_last,
     )
 
 
 class FollowEpochs(TrainerCallback):
-    """Tells the sampler which epoch begins.
+    """Tells the sampler which epoch begins, of how long a training.
 
     Accelerate's data loaders do so too, but not those of several processes that skip the batches which were done
     before an interruption.
@@ -39,3 +40,4 @@ class FollowEpochs(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.sampler is not None:
             self.sampler.set_epoch(int(state.epoch or 0))
+            self.sampler.total_steps = state.max_steps

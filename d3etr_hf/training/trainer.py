@@ -1,6 +1,7 @@
 """`DistillationTrainer`: Transformers' Trainer with a teacher, a second query group and COCO evaluation."""
 
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
@@ -10,7 +11,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from d3etr_hf.data import DetectionCollator, DetectionDataset
 from d3etr_hf.data.sampling import TrainingSampler
-from d3etr_hf.errors import NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
+from d3etr_hf.errors import EvaluationError, NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
 from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
 from d3etr_hf.models.other_detector import OtherDetector
@@ -36,6 +37,7 @@ from d3etr_hf.training.resumable_trainer import ResumableTrainer
 from d3etr_hf.training.sampling import FollowEpochs, training_sampler
 from d3etr_hf.training.stopping import GracefulStop, start_worker
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors, teacher_pixels
+from d3etr_hf.training.teacher_cache import TeacherCache
 from d3etr_hf.training.term_log import StartAfresh, TermLog
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from d3etr_hf.training.weight_average import WeightAverage
@@ -88,7 +90,7 @@ class DistillationTrainer(ResumableTrainer):
         if teacher is not None:
             aligned = Teacher(teacher, model.class_names, model.decoder_depth, args.layer_map)
         # what is learned from whom, without what this teacher does not have
-        self.distillation = terms_in_common(args.distillation, teacher)
+        self.distillation = self._whole_distillation = terms_in_common(args.distillation, teacher)
         if aligned is not None and runs_teacher(aligned, self.distillation):
             check_image_processors(of_student, teacher_processing_class, data)
             check_images(teacher, teacher_processing_class, {"train_dataset": data}, "teacher")
@@ -107,8 +109,9 @@ class DistillationTrainer(ResumableTrainer):
         self.teacher_processing_class = teacher_processing_class
         # after Trainer has set the seed: learned queries are drawn
         attach_query_adapter(model, self.teacher, self.distillation)
+        self.criterion = self.model.criterion()
         self._prepare_objective()
-        self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
+        self.teacher_cache = self._make_teacher_cache()
         self._add_callbacks()
         if args.ema_decay is not None:  # after those that undo what a skipped step has done
             self.weight_average = WeightAverage(model, args.ema_decay, args.ema_warmup_steps, ADAPTERS)
@@ -117,9 +120,39 @@ class DistillationTrainer(ResumableTrainer):
         self._evaluated_dataset = None
 
     def _prepare_objective(self) -> None:
-        self.criterion = self.model.criterion()
+        """For the options that hold now."""
         teacher_criterion = None if self.teacher is None else self.teacher.criterion
         self.objective = D3etrObjective(self.distillation, self.criterion, teacher_criterion, self._skips_steps)
+        self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
+
+    def _follow_schedule(self) -> None:
+        """Set what of the distillation is on in the step that begins."""
+        now = self.args.schedule.at(self._whole_distillation, self.state.global_step, self.state.max_steps)
+        if now != self.distillation:
+            self.distillation = now
+            self._prepare_objective()
+
+    def _make_teacher_cache(self) -> TeacherCache | None:
+        """Where the teacher's outputs are kept; None where they are not."""
+        if self.args.teacher_cache is None:
+            return None
+        if not self._runs_teacher:
+            raise UnsupportedOptionError("teacher_cache: these options never run a teacher; leave it out")
+        cache = TeacherCache(
+            self.teacher,
+            self.args.teacher_cache,
+            self._maps,
+            self.accelerator.autocast,
+            self.accelerator.mixed_precision,
+        )
+        if self.train_dataset is not None:
+            cache.prepare(self.train_dataset)
+        return cache
+
+    @property
+    def _maps(self) -> GroupRequest:
+        """Which maps teacher and student return."""
+        return GroupRequest({}, self.distillation.reads_self_attention, self.distillation.reads_cross_attention)
 
     def _add_callbacks(self) -> None:
         self.guard = NonFiniteGuard(self)
@@ -162,6 +195,7 @@ class DistillationTrainer(ResumableTrainer):
         Returns:
             Images, objects, and for each group the objects that find a query in it, in the order of `_group_sizes`.
         """
+        self._follow_schedule()
         objects = [label["objects"] for batch in batch_samples for label in batch["labels"]]
         held = [sum(min(count, queries) for count in objects) for queries in self._group_sizes().values()]
         counts = [len(objects), sum(objects), *held, self.stop.tell()]
@@ -211,17 +245,19 @@ class DistillationTrainer(ResumableTrainer):
 
     def _terms(self, model, inputs: dict[str, torch.Tensor], targets: Targets, shares: Shares):
         """Teacher, student and objective on one batch: the student's output, terms and statistics."""
-        options = self.distillation
-        maps = options.reads_self_attention, options.reads_cross_attention
         teacher = assignment = None
         if self._runs_teacher:
-            teacher = self.teacher(teacher_pixels(inputs), GroupRequest({}, *maps), self.accelerator.autocast)
+            pixels = teacher_pixels(inputs)
+            if self.teacher_cache is None:
+                teacher = self.teacher(pixels, self._maps, self.accelerator.autocast)
+            else:
+                teacher = self.teacher_cache(pixels)
             # threads assign while the student's forward pass runs
             assignment = self.objective.start_teacher_assignment(teacher, targets)
-        request = GroupRequest(self._further_queries(teacher), *maps, targets)
+        request = self._maps._replace(queries=self._further_queries(teacher), targets=targets)
         pixels = {name: inputs[name] for name in ("pixel_values", "pixel_mask")}
         student: DetectorOutput = model(**pixels, request=request)
-        if teacher is not None and "teacher_pixel_values" in inputs:
+        if teacher is not None and (teacher.own_grid or "teacher_pixel_values" in inputs):
             teacher = teacher.on_memory(student.memory_mask)
         return student, *self.objective(student, teacher, targets, shares, assignment)
 
@@ -252,13 +288,15 @@ class DistillationTrainer(ResumableTrainer):
     def trial_step(self, batch: dict) -> None:
         """Forward and backward pass of one batch as if it were a whole step; gradients and what is logged go again.
 
-        All processes must call this. They do not exchange gradients.
+        All processes must call this. They do not exchange gradients. Nothing is kept of what the teacher says.
         """
         logs = self._term_log, self._norm_log
+        cache, self.teacher_cache = self.teacher_cache, None
         kept = [dict(log.sums) for log in logs]
         try:
             self.training_step(self.model, batch, self._get_num_items_in_batch([batch], self.args.device))
         finally:
+            self.teacher_cache = cache
             self.model.zero_grad()
             self.guard.forget()
             for log, sums in zip(logs, kept, strict=True):
@@ -358,6 +396,11 @@ class DistillationTrainer(ResumableTrainer):
 
     # evaluation
 
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Of all images: `dataloader_drop_last` leaves the rest of an epoch out of training, and of nothing else."""
+        with patch.object(self.args, "dataloader_drop_last", False):
+            return super().get_eval_dataloader(eval_dataset)
+
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """Remembers which data set is evaluated: the metric reads its untouched ground truth."""
         check_data(self.model, None, {"eval_dataset": dataloader.dataset})
@@ -389,11 +432,13 @@ class DistillationTrainer(ResumableTrainer):
             detections = torch.as_tensor(prediction.predictions)
             try:
                 found[0] = average_precision_of(detections, self._evaluated_dataset, prediction.label_ids)
+            except EvaluationError as error:
+                found[1] = error
             except ValueError as error:
-                found[1] = str(error)
-        metrics, reason = broadcast_object_list(found)
-        if reason is not None:
-            raise NonFiniteLossError(f"evaluation after step {self.state.global_step}: {reason}")
+                found[1] = NonFiniteLossError(f"evaluation after step {self.state.global_step}: {error}")
+        metrics, refusal = broadcast_object_list(found)
+        if refusal is not None:
+            raise refusal
         return metrics
 
 

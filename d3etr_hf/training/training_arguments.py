@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from d3etr_hf.configurations import option
 from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.distillation_schedule import DistillationSchedule
 from d3etr_hf.training.launch_checks import check_launcher
 from d3etr_hf.training.option_checks import check_options, wants_best
 from d3etr_hf.training.option_trials import check_what_options_build
@@ -26,7 +27,11 @@ def fields_of(dataclass_type: type) -> list[str]:
 
 
 # fields of the training arguments that plain training has no use for
-DISTILLATION_OPTIONS = (*(name for name in fields_of(Distillation) if name != "detection_weight"), "layer_map")
+DISTILLATION_OPTIONS = (
+    *(name for name in fields_of(Distillation) if name != "detection_weight"),
+    *fields_of(DistillationSchedule),
+    "layer_map",
+)
 
 
 @dataclass
@@ -129,6 +134,25 @@ class D3etrTrainingArguments(TrainingArguments):
         "last to last.",
     )
 
+    distillation_interval: int = option(
+        DistillationSchedule.distillation_interval,
+        "Distil on each so many-th step only, from the first: on the others the teacher is not asked, and the "
+        "student's own detection loss is left. Logged terms are means over all steps.",
+    )
+    distillation_end: float = option(
+        DistillationSchedule.distillation_end,
+        "Share of the training after which there is no distillation and no auxiliary group.",
+    )
+    distillation_decay: bool = option(
+        DistillationSchedule.distillation_decay,
+        "Let the weights of the distillation terms fall in a straight line, to 0 at `distillation_end`.",
+    )
+    teacher_cache: str | None = option(
+        None,
+        "Folder where the teacher's outputs are kept, so that it sees each image once and not every epoch; for "
+        "augmentation none. It is asked for each image alone, unpadded; runs of the same teacher share a folder.",
+    )
+
     # what is saved
     ema_decay: float | None = option(
         None,
@@ -158,6 +182,10 @@ class D3etrTrainingArguments(TrainingArguments):
         "steps, those that go on from a checkpoint and compiled models go without.",
     )
 
+    # of commands, which do one thing each
+    do_train: bool = option(True, "Training commands train; `d3etr evaluate` only evaluates.")
+    do_eval: bool = option(True, "Training commands evaluate at the end; when else, `eval_strategy` says.")
+
     # what a detector needs of Transformers' own arguments
     remove_unused_columns: bool = option(False, "The data set hands over finished examples; must stay off.")
     ddp_find_unused_parameters: bool | None = option(
@@ -186,10 +214,11 @@ class D3etrTrainingArguments(TrainingArguments):
         check_what_options_build(self)
         self.label_names = ["labels"]
         if self.ddp_find_unused_parameters is None:
-            # without the detection loss some part may get no gradient (heads, proposals, an adapter), and processes
-            # would wait for it
-            self.ddp_find_unused_parameters = self.detection_weight == 0
+            # without the detection loss some part may get no gradient (heads, proposals, an adapter), nor may an
+            # adapter in steps without distillation, and processes would wait for it
+            self.ddp_find_unused_parameters = self.detection_weight == 0 or not self.schedule.is_constant
         self._check_weights()
+        self.schedule.check(self.distillation)
         check_decay(self.ema_decay, self.ema_warmup_steps)
         if self.skip_nonfinite_steps < 0:
             raise ValueError(f"skip_nonfinite_steps={self.skip_nonfinite_steps}: must be 0 or more")
@@ -221,3 +250,8 @@ class D3etrTrainingArguments(TrainingArguments):
     def distillation(self) -> Distillation:
         """The options that the objective takes."""
         return Distillation(**{name: getattr(self, name) for name in fields_of(Distillation)})
+
+    @property
+    def schedule(self) -> DistillationSchedule:
+        """When they hold."""
+        return DistillationSchedule(**{name: getattr(self, name) for name in fields_of(DistillationSchedule)})

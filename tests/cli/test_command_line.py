@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.cli.main import COMMANDS, main, run
-from d3etr_hf.configurations import read_yaml, shipped_configurations
+from d3etr_hf.configurations import read_yaml, shipped
 from d3etr_hf.errors import CommandLineError, UserError
 from d3etr_hf.runs.description import describe_run
 
@@ -140,8 +140,7 @@ def test_a_bad_file_is_refused_with_its_name_and_key(configuration, text, messag
 
 
 def test_a_missing_or_unreadable_file_is_named(tmp_path):
-    shipped = shipped_configurations() / "none.yaml"
-    places = f"{Path('configs/none.yaml').resolve()} nor {shipped}"
+    places = f"{Path('configs/none.yaml').resolve()} nor {shipped('configs') / 'none.yaml'}"
     assert refusal("configs/none.yaml") == f"configs/none.yaml: no such configuration file: neither {places}"
     assert refusal(str(tmp_path)).startswith(f"{tmp_path}: cannot be read as a configuration file")
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff")

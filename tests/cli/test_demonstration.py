@@ -1,6 +1,8 @@
 """The demonstration, with runs of a few steps."""
 
 import json
+import re
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -8,7 +10,15 @@ import pytest
 from PIL import Image
 from tqdm.auto import tqdm
 
-from d3etr_hf.cli.demonstration import equal_time_steps, format_table, run_demo, show_progress, train_one
+from d3etr_hf.cli.demonstration import (
+    equal_time_steps,
+    format_table,
+    prepare_teacher,
+    run_demo,
+    show_progress,
+    train_one,
+)
+from d3etr_hf.configurations import shipped
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import DemoError
 
@@ -17,13 +27,13 @@ NAMES = ["teacher", "student_alone", "teacherless", "distilled", "student_alone_
 
 
 def test_whole_demonstration(tmp_path, monkeypatch, capsys, fresh_processes):
-    """Five models, one table, two pictures; called again it says that it is done and trains nothing.
+    """Five models, one table, three pictures; called again it says that it is done and trains nothing.
 
-    The teacher is launched as in earnest; the other commands run in processes that start faster.
+    One student is launched as in earnest; the other commands run in processes that start faster.
     """
 
     def train_faster(name: str, command: list[str], folder: Path) -> dict:
-        if name == "teacher":
+        if name == "student_alone":
             return train_one(name, command, folder)
         script = REPOSITORY / "scripts" / f"{command[0]}.py"
         result = fresh_processes.script(script, *command[1:], "--output_dir", folder / name)
@@ -33,17 +43,20 @@ def test_whole_demonstration(tmp_path, monkeypatch, capsys, fresh_processes):
     monkeypatch.chdir(tmp_path)  # away from the repository
     monkeypatch.setattr("d3etr_hf.cli.demonstration.train_one", train_faster)
     monkeypatch.setattr(
-        "d3etr_hf.cli.demonstration.make_shapes", lambda folder: make_shapes(folder, 32, 8, progress=False)
+        "d3etr_hf.cli.demonstration.make_shapes",
+        lambda folder, train_images=32: make_shapes(folder, 32, 8, progress=False),
     )
     overrides = ["--max_steps", "3", "--warmup_steps", "1", "--save_steps", "2", "--per_device_train_batch_size", "2"]
-    rows = run_demo(tmp_path / "demo", tmp_path / "shapes", overrides)
+    rows = run_demo(tmp_path / "demo", tmp_path / "shapes", overrides=overrides)
+    said = capsys.readouterr().out
+    assert re.search(r"The teacher \(7\d\d,\d{3} parameters\) has AP [89]\d\.\d", said)
     assert [row["name"] for row in rows] == NAMES
     assert rows == json.loads((tmp_path / "demo" / "results.json").read_text())
     for row in rows:
         assert 0 <= row["AP"] <= row["AP50"] <= 1 and row["seconds"] > 0
         assert (tmp_path / "demo" / row["name"] / "model.safetensors").exists()
-    assert rows[0]["parameters"] > rows[1]["parameters"] == rows[3]["parameters"]
-    assert [row["steps"] for row in rows[:4]] == [3, 3, 3, 3]
+    assert rows[0]["parameters"] >= 2 * rows[1]["parameters"] == 2 * rows[3]["parameters"]
+    assert [row["steps"] for row in rows[1:4]] == [3, 3, 3] and rows[0]["steps"] > 1000
     spent = json.loads((tmp_path / "demo" / "distilled" / "seconds.json").read_text())
     first_save = {"seconds": 4.0, "steps": 2}
     assert rows[4]["steps"] >= 1 and spent["steps"] == 3
@@ -54,14 +67,36 @@ def test_whole_demonstration(tmp_path, monkeypatch, capsys, fresh_processes):
     # 2 seconds a step against 0.5: four times the steps; and a run that has been started keeps its length
     assert equal_time_steps(tmp_path / "started", {"seconds": 5.0, "steps": 10}, finished) == 40
     assert equal_time_steps(tmp_path / "demo", {"seconds": 5.0, "steps": 10}, finished) == rows[4]["steps"]
-    for picture in ("detections.png", "curves.png"):
+    for picture in ("teacher.png", "detections.png", "curves.png"):
         assert Image.open(tmp_path / "demo" / picture).size[0] > 500
     card = (tmp_path / "demo" / "distilled" / "README.md").read_text()
     assert "| teacher |" in card and "| student alone, equal time |" in card and "attention.png" in card
     capsys.readouterr()
-    assert run_demo(tmp_path / "demo", tmp_path / "shapes", overrides) == rows
+    assert run_demo(tmp_path / "demo", tmp_path / "shapes", overrides=overrides) == rows
     assert "done already" in capsys.readouterr().out
     assert "student_alone_equal_time" in format_table(rows)
+
+
+def test_the_teacher_is_trained_where_that_is_asked_for(tmp_path, monkeypatch):
+    """By the command of its card, on twice as many scenes."""
+    called = []
+
+    def train(name, command, folder):
+        called.append((name, command))
+        shutil.copytree(shipped("model_cards") / "shapes_teacher", folder / name)
+
+    scenes = []
+    monkeypatch.setattr("d3etr_hf.cli.demonstration.train_one", train)
+    monkeypatch.setattr(
+        "d3etr_hf.cli.demonstration.make_shapes",
+        lambda folder, train_images: scenes.append((folder, train_images)) or folder,
+    )
+    make_shapes(tmp_path / "shapes", 2, 2, progress=False)
+    prepare_teacher(tmp_path, tmp_path / "shapes", train=True)
+    ((name, command),) = called
+    assert name == "teacher" and scenes == [(tmp_path / "teacher_data", 8000)]
+    assert command[:2] == ["train", str(shipped("configs") / "demo" / "teacher.yaml")]
+    assert command[2:] == ["--data_folder", str(tmp_path / "teacher_data")]
 
 
 def test_failed_run_names_its_log(tmp_path, monkeypatch):

@@ -429,6 +429,13 @@ def test_finished_run_holds_its_results_and_returns_them_without_training(shapes
     assert train_detector(*arguments(shapes, output)) == results
     assert files_of(output) == before
     assert f"{output} holds this run already" in caplog.text
+    with pytest.raises(OutputFolderError, match=r"checkpoint-2.: .* holds this run finished; leave .*--model .*-2 --"):
+        train_detector(*arguments(shapes, output, resume_from_checkpoint=str(output / "checkpoint-2")))
+    with pytest.raises(
+        OutputFolderError, match=rf"max_steps 4, and cannot go on to max_steps 6: .*--model {output} --output_dir"
+    ):
+        train_detector(*arguments(shapes, output, max_steps=6))
+    assert files_of(output) == before
 
 
 @pytest.mark.parametrize(

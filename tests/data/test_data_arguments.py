@@ -45,7 +45,7 @@ def test_every_argument_is_explained_and_can_be_given() -> None:
         ({"long_side": 800}, "give both short_side and long_side"),
         ({"image_size": 15}, "image_size is 15: it must be at least 16"),
         ({"image_size": 64, "short_side": 64, "long_side": 64}, "give image_size, or short_side and long_side"),
-        ({"augmentation": "papre"}, "augmentation is 'papre': choose none, flip, multiscale or paper"),
+        ({"augmentation": "papre"}, "augmentation is 'papre': choose none, flip, multiscale, paper or strong"),
         ({"augmentation": "flip", "augmentation_short_sides": [480]}, "has no effect with augmentation 'flip'"),
         ({"augmentation_short_sides": []}, "give at least one"),
         ({"augmentation_short_sides": [15, 480]}, "each at least 16"),

@@ -5,7 +5,7 @@ import datasets
 import pytest
 from PIL import ExifTags, Image
 
-from d3etr_hf.data.hub_datasets import load_hub_split
+from d3etr_hf.data.hub_datasets import load_hub_split, name_of_folder
 from d3etr_hf.errors import DatasetError
 
 NAMES = ["aeroplane", "bicycle", "cat"]
@@ -95,6 +95,17 @@ def test_both_forms_of_objects(tmp_path: Path, as_lists: bool) -> None:
         "categories": [{"id": label, "name": name} for label, name in enumerate(NAMES)],
     }
     assert [region["id"] for region in dataset.select([2]).ground_truth["annotations"]] == [3]
+
+
+@pytest.mark.parametrize("given", ["{folder}", "{folder}/", "parts", "parts/", "./parts", ".", "parts/.."])
+def test_a_folder_is_named_by_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """Names are published; nobody need know where the folder lies."""
+    folder = tmp_path / "somebody" / "parts"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder if given == "." else folder.parent)
+    name = "somebody" if given.endswith("..") else "parts"
+    assert name_of_folder(given.format(folder=folder)) == name
+    assert name_of_folder("user/parts") == "user/parts"
 
 
 def test_crowds_are_kept_in_the_ground_truth_only(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import importlib.util
 import io
 import json
 import os
@@ -113,6 +114,54 @@ def test_equals_pycocotools_on_the_untouched_file(ground_truth, metric, tmp_path
         metric.compute(predictions=predictions, ground_truth=ground_truth),
         metric.compute(predictions=predictions, ground_truth=annotation_file),
     ):
+        assert {name: found[name] for name in NAMES} == pytest.approx(expected, abs=1e-12)
+
+
+def tied_data(seed, classes=12):
+    """A coarse grid of boxes and scores, so that both tie within and across images; every fifth image is empty."""
+    generator = np.random.default_rng(seed)
+    images = [{"id": 7 * index + 2, "width": 400, "height": 400} for index in range(40)]
+    annotations, predictions = [], []
+    for image in images:
+        for _ in range(int(generator.integers(1, 9)) if image["id"] % 5 else 0):
+            side = float(generator.choice([16, 32, 64, 96, 128]))
+            box = [*(20.0 * generator.integers(0, 8, 2)).tolist(), side, side]
+            crowd, area = int(generator.random() < 0.2), side * side * float(generator.choice([0.25, 1]))
+            region = {"image_id": image["id"], "category_id": 3 * int(generator.integers(classes)), "bbox": box}
+            annotations.append(region | {"id": len(annotations) + 1, "area": area, "iscrowd": crowd})
+            for shift in 4.0 * generator.integers(0, 4, int(generator.integers(0, 4))):
+                score = float(generator.integers(1, 5)) / 5
+                predictions.append(region | {"bbox": [box[0] + shift, *box[1:]], "score": score})
+        for _ in range(int(generator.choice([0, 15, 130]))):  # more than the 100 that count
+            box = [*(20.0 * generator.integers(0, 8, 2)).tolist(), 32.0, 64.0]
+            category, score = 3 * int(generator.integers(classes)), float(generator.integers(1, 5)) / 5
+            predictions.append({"image_id": image["id"], "category_id": category, "bbox": box, "score": score})
+    categories = [{"id": 3 * index, "name": f"class {index}"} for index in range(classes)]
+    return {"info": {}, "images": images, "annotations": annotations, "categories": categories}, predictions
+
+
+@pytest.fixture(params=["faster_coco_eval", "pycocotools"])
+def module(request, monkeypatch):
+    """The module as it is imported with the extra, and without."""
+    if request.param == "pycocotools":
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    spec = importlib.util.spec_from_file_location("either", METRIC_FILE.with_name("coco_average_precision.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.COCOeval.__module__.startswith(request.param)
+    return module
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_either_library_gives_pycocotools_figures(tmp_path, module, seed):
+    """On ties of scores and boxes, crowd regions, all size ranges, images without anything and many classes."""
+    ground_truth, predictions = tied_data(seed)
+    annotation_file = tmp_path / "annotations.json"
+    annotation_file.write_text(json.dumps(ground_truth), encoding="utf-8")
+    for image_ids in (None, [image["id"] for image in ground_truth["images"][3:20]]):
+        expected = directly_by_pycocotools(annotation_file, predictions, image_ids)
+        found = module.coco_average_precision(ground_truth, predictions, image_ids)
+        assert len(expected) == 9 and 0.03 < expected["AP"] < 0.95
         assert {name: found[name] for name in NAMES} == pytest.approx(expected, abs=1e-12)
 
 

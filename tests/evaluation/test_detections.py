@@ -5,7 +5,9 @@ from transformers import RTDetrImageProcessorPil
 
 from d3etr_hf.data import DetectionCollator, DetectionTransform, find_coco_split, load_coco_split
 from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.errors import EvaluationError
 from d3etr_hf.evaluation import average_precision_of, select_detections, to_coco_detections
+from d3etr_hf.evaluation.detections import EMPTY_ROW_SCORE
 from d3etr_hf.outputs import SelectedScores, SigmoidScores, SoftmaxScores
 from tests.shapes_fixture import crop_every_other
 
@@ -184,3 +186,15 @@ def test_a_perfect_detector_of_squashed_images_has_an_ap_of_one(tmp_path):
     assert average_precision_of(detections, dataset)["AP"] == pytest.approx(1.0)
     swapped = select_detections(SCORES, logits, batch["targets"][..., 1:], sizes.flip(1))
     assert average_precision_of(swapped, dataset)["AP"] < 0.9
+
+
+def test_an_image_that_was_not_evaluated_is_no_image_without_detections(tmp_path):
+    """Told with numbers, where its objects would count as missed."""
+    dataset = load_coco_split(*find_coco_split(make_shapes(tmp_path, 1, 4, image_size=64, progress=False), "val"))
+    image_ids = dataset.rows["image_id"]
+    nothing = torch.full((4, 1, 6), EMPTY_ROW_SCORE)
+    assert average_precision_of(nothing, dataset, image_ids[::-1])["AP"] == 0
+    with pytest.raises(
+        EvaluationError, match=f"2 of the 4 images of .* not evaluated, the first with id {image_ids[1]}"
+    ):
+        average_precision_of(nothing[:2], dataset, torch.tensor([image_ids[0], image_ids[3]]))

@@ -3,6 +3,7 @@
 A toy detector, which shares no attribute with any of them, stands beside them wherever a promise is its own.
 """
 
+import inspect
 import json
 import math
 
@@ -497,10 +498,20 @@ def test_precision_of_a_loaded_model(any_family, tmp_path):
         ({}, torch.float32),
         ({"dtype": torch.bfloat16}, torch.bfloat16),
         ({"torch_dtype": torch.bfloat16}, torch.bfloat16),
+        ({"dtype": None, "torch_dtype": None}, torch.float32),
         ({"dtype": "auto"}, torch.float16),
     ):
         model = FAMILIES[any_family].from_pretrained(tmp_path, **options)
         assert model.dtype == dtype and all(p.dtype == dtype for p in model.parameters()), options
+
+
+def test_forward_takes_the_stock_arguments(any_family):
+    """By name and by place, as trainers and exporters read them; `request` is the only further one."""
+    model = model_of(any_family)
+    ours, stock = (inspect.signature(each.forward).parameters for each in (model, model.stock_class))
+    assert [name for name in ours if name != "request"] == [name for name in stock if name != "self"]
+    assert ours["request"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(ours.values())[:2] == list(stock.values())[1:3]
 
 
 def test_a_head_of_other_classes_starts_afresh(family, tmp_path):

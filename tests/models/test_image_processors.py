@@ -85,6 +85,42 @@ def test_image_processor_is_of_the_familys_class(tmp_path, family):
     assert {each["label"] for each in found} <= set(model.class_names)
 
 
+# as Transformers' example script saves it, of one fixed size, and of a short side within a square
+PADDED = [
+    {"size": {"max_height": 96, "max_width": 96}},
+    {"size": {"height": 96, "width": 96}},
+    {"size": {"shortest_edge": 64, "longest_edge": 96}},
+]
+
+
+@pytest.mark.parametrize("settings", PADDED)
+def test_padding_of_the_teachers_size_is_not_that_of_another(tmp_path, settings):
+    """The stock pipeline would fail at the first image that does not fit into what is inherited."""
+    padding = {"do_pad": True, "pad_size": {"height": 96, "width": 96}}
+    ConditionalDetrImageProcessorPil(**settings, **padding).save_pretrained(tmp_path)
+    inherited = image_processor_of("conditional_detr", str(tmp_path))
+    assert dict(inherited.pad_size)["height"] == 96  # nothing contradicts it
+    square = "height" in settings["size"]
+    size = {"image_size": 128} if square else {"short_side": 96, "long_side": 128}
+    student = tmp_path / "student"
+    tiny_model().save_pretrained(student)
+    for processor in (inherited, image_processor_of("conditional_detr", str(tmp_path), **size)):
+        processor.save_pretrained(student)
+        detect = pipeline("object-detection", model=str(student))
+        for shape in ((64, 48), (48, 64), (150, 151)):
+            assert detect(Image.new("RGB", shape), threshold=0.0)
+    assert json.loads((student / "preprocessor_config.json").read_text()).get("pad_size") is None
+
+
+def test_padding_that_was_saved_too_small_is_forgotten(tmp_path):
+    """By what went on from such a teacher before; one way round is enough to fail."""
+    for height, width, fits in ((96, 128, False), (128, 96, False), (128, 128, True)):
+        ConditionalDetrImageProcessorPil(
+            size={"shortest_edge": 96, "longest_edge": 128}, do_pad=True, pad_size={"height": height, "width": width}
+        ).save_pretrained(tmp_path)
+        assert (image_processor_of("conditional_detr", str(tmp_path)).pad_size is not None) == fits
+
+
 SQUARES = ["d_fine", "deimv2", "lw_detr", "rf_detr", "rt_detr", "rt_detr_v2"]
 SHORT_SIDES = ["conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"]
 

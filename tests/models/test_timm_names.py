@@ -2,16 +2,18 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForObjectDetection
+from transformers import AutoModelForObjectDetection, ConditionalDetrConfig
 
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.models.loading import ModelArguments, build_model, load_detector
+from d3etr_hf.models.timm_names import refuse_missing_timm
 from d3etr_hf.outputs import OWN, GroupRequest
 from tests.tiny import tiny_config, tiny_model
 
@@ -271,7 +273,7 @@ def test_missing_tensor_is_named(tmp_path):
 def test_other_timm_backbones_need_timm(tmp_path, changes, reason, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     (tmp_path / "config.json").write_text(json.dumps(DETR | changes))
-    with pytest.raises(DetectorLoadError, match=rf"timm backbone .*{reason}.*d3etr_hf\[timm\]"):
+    with pytest.raises(DetectorLoadError, match=rf"timm backbone .*{reason}.*pip install timm"):
         load_detector(str(tmp_path), "teacher")
 
 
@@ -307,3 +309,13 @@ def test_against_stock_transformers_with_timm(tmp_path, name, dilated):
     with torch.no_grad():
         torch.testing.assert_close(model(pixels_of()).logits, stock(pixels_of()).logits)
         torch.testing.assert_close(model(pixels_of()).pred_boxes, stock(pixels_of()).pred_boxes)
+
+
+def test_timm_beside_a_broken_torchvision_is_told(tmp_path, monkeypatch):
+    """timm imports torchvision, which raises where it is of another build than torch's."""
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    config = ConditionalDetrConfig(backbone_config={"model_type": "timm_backbone", "backbone": "resnet50d"})
+    with pytest.raises(DetectorLoadError, match="timm cannot be imported .*nms does not exist.*torchvision of"):
+        refuse_missing_timm(config, "teacher")

@@ -93,6 +93,29 @@ def test_stray_tensors_beside_a_whole_model_are_told_once(folder, load, caplog):
     assert f"the first {', '.join(names[:3])}" in told and "z.bias" not in told
 
 
+@pytest.mark.parametrize("family", ["conditional_detr", "rt_detr", "lw_detr"])
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_a_wrapper_are_read_without_it_and_told_once(tmp_path, family, prefix, caplog):
+    """And what is saved again has the stock model's names."""
+    folder = tmp_path / "detector"
+    tiny_model(model_type=family).to_stock().save_pretrained(folder)
+    expected, names = load_detector(str(folder)).state_dict(), set(load_file(folder / FILE))
+    wrapped = {f"{prefix}{name}": value for name, value in load_file(folder / FILE).items()}
+    save_file(wrapped, folder / FILE, {"format": "pt"})
+    caplog.clear()
+    found = load_teacher(str(folder))
+    torch.testing.assert_close(found.state_dict(), expected, atol=0, rtol=0)
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert f"begin with '{prefix}'" in told and str(folder) in told
+    found.save_pretrained(tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / FILE)) == names
+
+
+def test_a_prefix_of_some_tensors_alone_is_no_wrapper(folder):
+    edit(folder, {HEAD: None, f"module.{HEAD}": load_file(folder / FILE)[HEAD]})
+    refused(folder, f"1 tensors are missing, the first {HEAD}")
+
+
 def test_other_warnings_of_loading_are_heard(folder, monkeypatch, caplog):
     """Of Transformers and of this package; its report of the tensors alone is left to the errors."""
     family = FAMILIES["conditional_detr"]
@@ -132,7 +155,7 @@ def test_pickles_are_not_opened(folder, name, capfd):
     (folder / FILE).unlink()
     (folder / name).write_bytes(pickle.dumps(Hostile()))
     refused(folder, f"its weights are a pickle .'{name}'.*d3etr convert {folder / name} NEW_FOLDER")
-    refused(folder / name, f"is a file: give the folder.*d3etr convert {folder / name} NEW_FOLDER")
+    refused(folder / name, f"is a file: make a folder of it .*d3etr convert {folder / name} NEW_FOLDER")
     assert "was run" not in "".join(capfd.readouterr())
 
 

@@ -9,6 +9,9 @@ from d3etr_hf.cli.training_run import train_detector
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.publishing import inference_cost
+from d3etr_hf.publishing.card import CardArguments
+from d3etr_hf.publishing.publish import prepare
+from d3etr_hf.publishing.run_folder import load_run
 from tests.cli.test_training_run import SIDE, arguments
 from tests.hub_server import HubServer
 from tests.tiny import tiny_model
@@ -26,6 +29,15 @@ def finished_runs(tmp_path_factory):
     train_detector(*arguments(root / "data", root / "distilled", teacher=root / "teacher"))
     train_detector(*arguments(root / "data", root / "alone"))
     return root
+
+
+@pytest.fixture(scope="session")
+def prepared(finished_runs, tmp_path_factory):
+    """The distilled run with its card, compared with the student alone."""
+    folder = shutil.copytree(finished_runs / "distilled", tmp_path_factory.mktemp("prepared") / "student")
+    card = CardArguments(license="mit", compare=[f"student alone={finished_runs / 'alone'}"])
+    prepare(load_run(folder), card)
+    return folder
 
 
 @pytest.fixture(autouse=True)

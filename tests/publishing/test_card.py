@@ -21,18 +21,8 @@ from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.publishing.card import CardArguments, card_data, write_card
 from d3etr_hf.publishing.measurements import METRICS
-from d3etr_hf.publishing.publish import PublishArguments, prepare, publish
-from d3etr_hf.publishing.run_folder import load_run
+from d3etr_hf.publishing.publish import PublishArguments, publish, write_model_card
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
-
-
-@pytest.fixture(scope="module")
-def prepared(finished_runs, tmp_path_factory):
-    """The distilled run with its card, compared with the student alone."""
-    folder = shutil.copytree(finished_runs / "distilled", tmp_path_factory.mktemp("prepared") / "student")
-    card = CardArguments(license="mit", compare=[f"student alone={finished_runs / 'alone'}"])
-    prepare(load_run(folder), card)
-    return folder
 
 
 @pytest.fixture
@@ -128,12 +118,12 @@ def test_pictures_are_drawn_alike(prepared, finished_runs, tmp_path):
         assert (folder / name).read_bytes() == (prepared / name).read_bytes(), name
 
 
-def test_card_needs_neither_models_nor_data_again(prepared, finished_runs, tmp_path, monkeypatch):
+def test_card_needs_neither_models_nor_data_again(prepared, tmp_path):
     """What a failed upload left behind is published later, wherever teacher and data are by then."""
     folder = shutil.copytree(prepared, tmp_path / "elsewhere")
     configuration = read_yaml((folder / "run.yaml").read_text())
     (folder / "run.yaml").write_text(write_yaml(configuration | {"teacher": "gone", "data_folder": "gone"}))
-    assert "README.md" in publish(PublishArguments(str(folder), repo_id="user/student", dry_run=True), CardArguments())
+    write_model_card(folder, repo_id="user/student")
     assert "user/student" in (folder / "README.md").read_text()
 
 
@@ -153,14 +143,26 @@ def test_onnx_file_of_other_weights_is_not_published(prepared, metrics, tmp_path
         "milliseconds": {"pytorch": 2.0, "onnxruntime": 1.0},
     }
     for wrong in (None, check | {"weights": "other"}, check | {"onnx": "other"}):
-        (folder / "onnx_check.json").write_text(json.dumps(wrong))
+        (folder / "onnx_check.json").write_text(json.dumps(wrong and {"model.onnx": wrong}))
         with pytest.raises(PublishError, match="model.onnx was not exported from these weights"):
             write_card(folder, metrics, CardArguments())
-    (folder / "onnx_check.json").write_text(json.dumps(check))
+    (folder / "onnx_check.json").write_text(json.dumps({"model.onnx": check, "gone.onnx": check}))
     write_card(folder, metrics, CardArguments())
     text = (folder / "README.md").read_text()
+    assert json.loads((folder / "onnx_check.json").read_text()) == {"model.onnx": check}
     assert "batches of any number of images padded to 96 × 96 pixels:" in text
-    assert "at most 0.25 pixels" in text and "onnxruntime.InferenceSession" in text
+    assert "at most 0.25 pixels" in text and "onnxruntime.InferenceSession" in text and "`model.onnx`" not in text
+    int8 = check | {"precision": "int8", "AP": 0.25, "AP_float32": 0.5, "AP_images": 2, "megabytes": 0.5}
+    (folder / "model_int8.onnx").write_bytes(b"onnx")
+    checks = {"model.onnx": check | {"precision": "fp32"}, "model_int8.onnx": int8}
+    (folder / "onnx_check.json").write_text(json.dumps(checks))
+    lines = write_card(folder, metrics, CardArguments()).read_text().splitlines()
+    (told,) = [line for line in lines if line.startswith("`model_int8.onnx` (int8): On 2 images")]
+    assert told.endswith("AP 25.0, in float32 50.0 (images: 2); 0.5 MB.")
+    assert len([line for line in lines if line.startswith("`model.onnx` (fp32): On 2 images")]) == 1
+    (folder / "model_fp16.onnx").write_bytes(b"other")
+    with pytest.raises(PublishError, match="model_fp16.onnx was not exported from these weights"):
+        write_card(folder, metrics, CardArguments())
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -169,7 +171,9 @@ def test_code_in_the_card_runs(prepared, tmp_path, monkeypatch, capsys, index):
     folder = shutil.copytree(prepared, tmp_path / "model")
     Image.new("RGB", (90, 70), "orange").save(folder / "photograph.jpg")
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[index]
-    (folder / "snippet.py").write_text(code.replace("threshold=0.4", "threshold=0.0"))
+    threshold = json.loads((prepared / METRICS).read_text())["student"]["thresholds"]["all"]["threshold"]
+    assert f"threshold={threshold}" in code
+    (folder / "snippet.py").write_text(code.replace(f"threshold={threshold}", "threshold=0.0"))
     monkeypatch.chdir(folder)
     runpy.run_path("snippet.py")
     lines = capsys.readouterr().out.splitlines()
@@ -190,7 +194,7 @@ def test_training_yaml_builds_the_run_again(prepared):
 def test_what_was_not_measured_is_left_out(prepared, metrics, tmp_path):
     """No empty rows, no placeholder: neither for a teacher, nor for energy, time or sizes."""
     folder = shutil.copytree(prepared, tmp_path / "model")
-    for name in ("detections.png", "attention.png", "curves.png"):
+    for name in ("detections.png", "attention.png", "curves.png", "README.md"):
         (folder / name).unlink()
     bare = copy.deepcopy(metrics)
     del bare["teacher"], bare["compared"], bare["training"]["seconds"], bare["training"]["environment"]
@@ -244,6 +248,7 @@ def test_energy(metrics, tmp_path, prepared):
         ({"compare": ["=x"]}, "title=folder"),
         ({"compare": ["a=x", "a=y"]}, "given twice"),
         ({"compare": ["Teacher=x"]}, "teacher's or student's own"),
+        ({"compare": ["/mnt/nas/alone=x"]}, "holds a path or a secret"),
         ({"teacher_id": "teacher"}, "owner/name"),
         ({"dataset_id": "/data/coco"}, "owner/name"),
     ],
@@ -251,6 +256,24 @@ def test_energy(metrics, tmp_path, prepared):
 def test_arguments(fields, message):
     with pytest.raises(ValueError, match=message):
         CardArguments(**fields)
+
+
+@pytest.mark.parametrize(("classes", "folded"), [(1, False), (12, False), (13, True)])
+def test_thresholds_in_the_card(prepared, metrics, tmp_path, classes, folded):
+    """A line a class and one for all, folded where they are many; the code takes that of all."""
+    folder = shutil.copytree(prepared, tmp_path / "model")
+    names = [f"class {index}" for index in range(classes)]
+    for split in metrics["data"].values():
+        split["classes"] = dict.fromkeys(names, 3)
+    best = {"threshold": 0.35, "F1": 0.5, "precision": 0.25, "recall": 0.75}
+    metrics["student"]["thresholds"] = {"classes": dict.fromkeys(names, best), "all": best | {"threshold": 0.29}}
+    text = write_card(folder, metrics, CardArguments()).read_text()
+    assert text.count(" | 0.35 | 50.0 | 25.0 | 75.0 |") == classes and text.count("threshold=0.29") == 2
+    assert ("| **all classes** | 0.29 | 50.0 | 25.0 | 75.0 |" in text) == (classes > 1)
+    assert ("<details><summary>Thresholds of each class</summary>\n\n| class |" in text) == folded
+    del metrics["student"]["thresholds"]  # of an earlier version
+    text = write_card(folder, metrics, CardArguments()).read_text()
+    assert "threshold of the highest" not in text and text.count("threshold=0.4") == 2
 
 
 def test_class_names_do_not_break_tables(prepared, metrics, tmp_path):

@@ -19,10 +19,10 @@ from transformers.utils import PushInProgress
 
 from d3etr_hf.cli import publish as publish_command
 from d3etr_hf.cli.training_run import train_detector
-from d3etr_hf.errors import HubError
+from d3etr_hf.errors import HubError, PublishError
 from d3etr_hf.publishing import hub_trainer
 from d3etr_hf.publishing.card import CardArguments
-from d3etr_hf.publishing.publish import PublishArguments, publish
+from d3etr_hf.publishing.publish import PublishArguments, publish, write_model_card
 from d3etr_hf.visualization import run_pictures
 from tests.cli.test_training_run import arguments
 from tests.shapes_fixture import shapes_trainer
@@ -55,12 +55,13 @@ def small_pictures(request, monkeypatch):
 
 
 def run_arguments(runs, output, **options) -> tuple:
-    return arguments(runs / "data", output, teacher=runs / "teacher", **OPTIONS, **options)
+    run = arguments(runs / "data", output, teacher=runs / "teacher", **OPTIONS, **options)
+    return *run, CardArguments(license="mit")
 
 
 def test_run_with_push_to_hub(finished_runs, hub, tmp_path):
     """Weights, card and pictures arrive; the card's figures are the run's; the run equals one that was not pushed."""
-    results = train_detector(*run_arguments(finished_runs, tmp_path / "run"), CardArguments(license="mit"))
+    results = train_detector(*run_arguments(finished_runs, tmp_path / "run"))
     files = hub.files("user/student")
     assert files.keys() == MODEL | CARD | PICTURES
     card = ModelCard(files["README.md"].decode())
@@ -115,7 +116,7 @@ def test_hub_that_fails_at_the_end(finished_runs, hub, tmp_path, capsys):
     """Results, model and card are on disk; the message holds the command, and what it runs finishes the upload."""
     hub.fail("commit", 503)
     with pytest.raises(HubError) as error:
-        train_detector(*run_arguments(finished_runs, tmp_path / "run"), CardArguments(license="mit"))
+        train_detector(*run_arguments(finished_runs, tmp_path / "run"))
     command = f"d3etr publish {tmp_path / 'run'} --repo_id user/student --license mit"
     assert command in str(error.value)
     assert "AP 0." in capsys.readouterr().out
@@ -172,7 +173,7 @@ def test_push_after_another_training(finished_runs, hub, tmp_path):
         options = {"hub_model_id": "user/student", "seed": seed, "learning_rate": seed * 1e-3}
         trainer = shapes_trainer(finished_runs / "data", tmp_path / "run", student=tiny_model(seed=seed), **options)
         trainer.train()
-        trainer.push_to_hub()
+        trainer.push_to_hub(license="mit")
         card = ModelCard(hub.files("user/student")["README.md"].decode())
         found = {result.metric_type: result.metric_value for result in card.data.eval_results}
         assert found["AR_100"] == trainer.evaluate()["eval_AR_100"]
@@ -183,7 +184,7 @@ def test_push_in_mixed_precision(finished_runs, hub, tmp_path):
     """The card measures what was saved, whatever the live model runs in."""
     trainer = shapes_trainer(finished_runs / "data", tmp_path / "run", hub_model_id="user/student", bf16=True)
     trainer.train()
-    trainer.push_to_hub()
+    trainer.push_to_hub(license="mit")
     assert hub.files("user/student").keys() == MODEL | CARD | PICTURES
 
 
@@ -207,6 +208,25 @@ def test_publish_script(finished_runs, hub, tmp_path, monkeypatch, capsys):
     publish_command.main()
     assert "/user/student/commit/" in capsys.readouterr().out
     assert hub.repositories["user/student"].private and len(hub.files("user/student")) == 10
+
+
+def test_without_a_licence_nothing_is_sent(finished_runs, hub, tmp_path, monkeypatch):
+    """Told before a run trains one step, from Python as by the command; what the model has had once, it keeps."""
+    *run, _ = run_arguments(finished_runs, tmp_path / "run")
+    with pytest.raises(PublishError, match=r"run has no licence, without .*: give one by --license, such as apache"):
+        train_detector(*run)
+    assert not (tmp_path / "run").exists()
+    trainer = shapes_trainer(finished_runs / "data", tmp_path / "run", hub_model_id="user/student")
+    with pytest.raises(PublishError, match=r"has no licence.*\(in Python license=...\)"):
+        trainer.push_to_hub()
+    folder = shutil.copytree(finished_runs / "distilled", tmp_path / "student")
+    publication = PublishArguments(str(folder), "user/student")
+    with pytest.raises(PublishError, match="has no licence"):
+        publish(publication, CardArguments())
+    assert not hub.requests and not (folder / "README.md").exists()
+    write_model_card(folder, CardArguments(license="mit"))
+    publish(publication, CardArguments())
+    assert ModelCard(hub.files("user/student")["README.md"].decode()).data.license == "mit"
 
 
 def test_unknown_card_argument_is_refused(finished_runs, hub, tmp_path):
@@ -247,7 +267,16 @@ def test_two_processes_push_once(finished_runs, hub, tmp_path):
     """By the script itself: two saves and the end are three commits, the card tells of both processes."""
     command = [sys.executable, str(REPOSITORY / "scripts" / "distill.py"), str(finished_runs / "distilled/run.yaml")]
     command += ["--use_cpu", "true", "--output_dir", str(tmp_path / "run"), "--hub_strategy", "every_save"]
-    command += ["--push_to_hub", "true", "--hub_model_id", "user/student", "--hub_always_push", "true"]
+    command += [
+        "--license",
+        "mit",
+        "--push_to_hub",
+        "true",
+        "--hub_model_id",
+        "user/student",
+        "--hub_always_push",
+        "true",
+    ]
     environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
     environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

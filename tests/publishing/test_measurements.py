@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
 from d3etr_hf.cli.evaluate import evaluate_detector
 from d3etr_hf.configurations import read_yaml, write_yaml
@@ -30,6 +31,17 @@ def test_teacher_and_control_are_evaluated_as_by_the_script(distilled, finished_
     assert metrics["compared"]["student alone"]["steps"] == 4
     assert "steps" not in metrics["teacher"]  # a checkpoint without a run
     assert metrics["teacher"]["name"] == "teacher"  # its folder's last part only
+
+
+def test_thresholds_are_the_students(distilled, finished_runs):
+    """Of its own detections on the validation split, as the stock pipeline finds them."""
+    best = measure_run(load_run(distilled, teacher="none"))["student"]["thresholds"]["all"]
+    detect = pipeline("object-detection", model=str(distilled))
+    paths = sorted((finished_runs / "data" / "val").iterdir())
+    found = sum(len(each) for each in detect([str(path) for path in paths], threshold=best["threshold"], batch_size=1))
+    objects = len(json.loads((finished_runs / "data" / "annotations" / "val.json").read_text())["annotations"])
+    # precision times detections and recall times objects are both the number of those that are right
+    assert found and found * best["precision"] == pytest.approx(objects * best["recall"], abs=1e-6)
 
 
 def test_length_of_a_continued_training(finished_runs, distilled, tmp_path):

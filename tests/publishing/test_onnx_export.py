@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,19 +19,16 @@ from transformers.image_utils import SizeDict
 
 from d3etr_hf.cli import export
 from d3etr_hf.cli.command_line import parse_arguments
-from d3etr_hf.data import DataArguments
+from d3etr_hf.data import DataArguments, load_splits
 from d3etr_hf.errors import CommandLineError, DetectorLoadError, OnnxExportError
+from d3etr_hf.evaluation import average_precision_of, predict_detections
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing import onnx_check, onnx_export
-from d3etr_hf.publishing.onnx_check import (
-    ExportArguments,
-    check_in_words,
-    compare_with_onnx,
-    export_and_check,
-    onnx_snippet,
-)
+from d3etr_hf.publishing.onnx_check import ExportArguments, compare_with_onnx, export_and_check
 from d3etr_hf.publishing.onnx_export import export_onnx, size_for_export
+from d3etr_hf.publishing.onnx_precision import refuse_loss
+from d3etr_hf.publishing.onnx_record import check_in_words, onnx_snippet
 from tests.data.coco_files import coco, write_split
 from tests.tiny import TINY_CONFIGS, small_image_processor, tiny_model
 
@@ -66,6 +64,9 @@ def write_run(folder: Path) -> Path:
     """The folder of a run: a perturbed detector, its image processor, and its data, images of two shapes in noise."""
     content = coco(images=[{"id": 7, "file_name": "7.png", "width": 40, "height": 30}])
     content["images"] += [{"id": image, "file_name": f"{image}.png", "width": 30, "height": 52} for image in (3, 9)]
+    content["categories"] = [{"id": index, "name": name} for index, name in enumerate(tiny_model().class_names)]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 1
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
         _, images = write_split(folder / "data", content, split)
@@ -201,6 +202,7 @@ def test_a_file_that_differs_is_not_kept(run_folder, packages_found, tmp_path, m
     figures["differences"]["padded_batch"] |= changed
     monkeypatch.setattr(onnx_check, "export_onnx", lambda model, path, metadata, size: path.write_text("new"))
     monkeypatch.setattr(onnx_check, "compare_with_onnx", lambda model, path, examples, size: figures)
+    monkeypatch.setattr(onnx_check, "evaluate_onnx", lambda *arguments: {"AP": 0.25})
     (tmp_path / "model.onnx").write_text("old")
     output = str(tmp_path / "model.onnx")
     with pytest.raises(OnnxExportError, match=r"model.onnx: not written, .* \(padded batch: boxes differ by up to"):
@@ -211,7 +213,7 @@ def test_a_file_that_differs_is_not_kept(run_folder, packages_found, tmp_path, m
     figures["differences"] = FIGURES["differences"]
     check = export_and_check(str(run_folder), output)
     assert (tmp_path / "model.onnx").read_text() == "new"
-    assert json.loads((tmp_path / "onnx_check.json").read_text()) == check
+    assert json.loads((tmp_path / "onnx_check.json").read_text()) == {"model.onnx": check}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "onnx_check.json"]
 
 
@@ -224,14 +226,22 @@ def test_data_and_number_of_images(run_folder, packages_found, tmp_path, monkeyp
     )
     checkpoint = run_folder / "checkpoint-2"
     load_detector(str(run_folder)).save_pretrained(checkpoint)
-    export_and_check(str(checkpoint), str(tmp_path / "model.onnx"), 2)
-    export_and_check(str(checkpoint), str(tmp_path / "model.onnx"), 50)
+    evaluated = []
+    monkeypatch.setattr(onnx_check, "evaluate_onnx", lambda *all: evaluated.append(len(all[2])) or {"AP": 0.25})
+    assert "AP" not in export_and_check(str(checkpoint), str(tmp_path / "model.onnx"), 2, ap_images=0)
+    check = export_and_check(str(checkpoint), str(tmp_path / "model.onnx"), 50, ap_images=2)
+    assert (check["AP"], check["AP_images"]) == (0.25, 2)
     write_split(tmp_path / "other", coco())
     write_split(tmp_path / "other", coco(), "val")
     check = export_and_check(
         str(run_folder), str(tmp_path / "o" / "m.onnx"), 50, DataArguments(str(tmp_path / "other"))
     )
-    assert seen == [2, 3, 2] and check["data"] == "other/val" and (tmp_path / "o" / "onnx_check.json").exists()
+    assert (
+        seen == [2, 3, 2]
+        and evaluated == [2, 2]
+        and check["data"] == "other/val"
+        and (tmp_path / "o" / "onnx_check.json").exists()
+    )
 
 
 def test_words():
@@ -239,6 +249,31 @@ def test_words():
         "On 3 images of bccd/val, alone, at other sizes and as a padded batch, boxes differ from PyTorch's by at most "
         "0.03 pixels and scores by 2e-05; an image takes 10.0 ms, with PyTorch 20.0 ms (CPU, 1 threads)."
     )
+
+
+def test_words_of_another_precision():
+    """What it costs, and the size of the file."""
+    check = {"data": "x/val", "AP": 0.708, "AP_float32": 0.7113, "AP_images": 1200, "megabytes": 0.64, **FIGURES}
+    assert check_in_words(check).endswith("(CPU, 1 threads). AP 70.8, in float32 71.1 (images: 1,200); 0.64 MB.")
+
+
+@pytest.mark.parametrize(
+    ("precision", "changed", "ap", "told"),
+    [
+        ("fp16", {}, 0.48, None),
+        ("fp16", {}, 0.47, "for in fp16 AP is 47.0, and in float32 50.0, on 9 images; rounding may cost 2:"),
+        ("int8", {}, 0.41, None),
+        ("int8", {}, 0.39, "for in int8 AP is 39.0, .* rounding may cost 10:"),
+        ("fp16", {"score": math.nan}, 0.5, "no numbers .other sizes.: this detector's values are too large"),
+        ("int8", {"box_pixels": math.inf}, 0.5, "in int8 scores or boxes are no numbers"),
+    ],
+)
+def test_what_rounding_may_cost(precision, changed, ap, told):
+    figures = json.loads(json.dumps(FIGURES)) | {"AP": ap, "AP_images": 9}
+    figures["differences"]["other_sizes"] |= changed
+    context = contextlib.nullcontext() if told is None else pytest.raises(OnnxExportError, match=told)
+    with context:
+        refuse_loss(figures, {"AP": 0.5}, Path("model.onnx"), precision)
 
 
 def test_snippets_are_short_programs():
@@ -434,13 +469,75 @@ def test_snippet_pads_where_the_file_needs_it(padded, tmp_path, monkeypatch, cap
 
 def test_script_keeps_the_file_with_its_figures(exported):
     folder, printed = exported
-    check = json.loads((folder / "onnx_check.json").read_text())
+    check = json.loads((folder / "onnx_check.json").read_text())["model.onnx"]
     assert printed == check_in_words(check) + "\n"
     assert check["data"] == "data/val" and check["images"] == 3 and check["opset"] == 18
     for group in check["differences"].values():
         assert group["box_pixels"] < 1e-3 and group["score"] < 1e-5
     assert min(check["milliseconds"].values()) > 0
+    _, val = load_splits(DataArguments(str(folder.parent / "data")), load_image_processor(str(folder)))
+    detections = predict_detections(load_detector(str(folder)), val, 1)
+    assert check["AP"] == pytest.approx(average_precision_of(detections, val)["AP"], abs=1e-6)
+    assert check["AP_images"] == 3
     assert not list(folder.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_another_precision(exported, onnx, tmp_path, monkeypatch, precision):
+    """Beside the file in float32, smaller, run as that is; its AP is that of its own detections."""
+    import onnxruntime
+
+    folder, _ = exported
+    plain = folder / "model.onnx"
+    # what tracing takes is tested above
+    monkeypatch.setattr(
+        onnx_check, "export_onnx", lambda model, path, metadata, size: path.write_bytes(plain.read_bytes())
+    )
+    shutil.copytree(folder, tmp_path / "run")
+    check = export_and_check(str(tmp_path / "run"), precision=precision)
+    path = tmp_path / "run" / f"model_{precision}.onnx"
+    checks = json.loads((tmp_path / "run" / "onnx_check.json").read_text())
+    assert checks.keys() == {"model.onnx", path.name} and checks[path.name] == check
+    assert check["precision"] == precision and check["AP_float32"] == checks["model.onnx"]["AP"]
+    assert path.stat().st_size < plain.stat().st_size and not list(path.parent.glob("*.unfinished"))
+    kinds = {tensor.data_type for tensor in onnx.load(path).graph.initializer}
+    assert (onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.INT8) in kinds
+    metadata = onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map
+    assert metadata["takes"] == "images of any size"
+    model, inputs = load_detector(str(folder)), a_batch(2, 65, 97)
+    values = {name: value.numpy() for name, value in inputs.items()}
+    _, scores, boxes = onnxruntime.InferenceSession(str(path)).run(["logits", "scores", "pred_boxes"], values)
+    with torch.no_grad():
+        wanted = model.to_stock()(**inputs)
+    assert 1e-7 < np.abs(scores - wanted.logits.sigmoid().numpy()).max() < 0.05
+    assert scores.dtype == boxes.dtype == np.float32
+    np.testing.assert_allclose(boxes, wanted.pred_boxes, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("fault", ["graph", "converter"])
+def test_a_precision_that_does_not_run_is_one_error(exported, onnx, tmp_path, monkeypatch, fault):
+    """An operator that the runtime does not have, and a converter that fails; nothing is left."""
+    folder, _ = exported
+    plain = (folder / "model.onnx").read_bytes()
+    monkeypatch.setattr(onnx_check, "export_onnx", lambda model, path, metadata, size: path.write_bytes(plain))
+
+    def without_operator(source, target, precision):
+        model = onnx.load(source)
+        next(node for node in model.graph.node if node.op_type == "MatMul").op_type = "NoSuchOperator"
+        target.write_bytes(model.SerializeToString())
+
+    def failing(*arguments, **options):
+        raise ValueError("two\nlines")
+
+    if fault == "graph":
+        monkeypatch.setattr(onnx_check, "convert_precision", without_operator)
+    else:
+        monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", failing)
+    with pytest.raises(OnnxExportError) as caught:
+        export_and_check(str(folder), str(tmp_path / "out" / "x.onnx"), precision="int8")
+    told = {"graph": "does not run this detector in int8 (", "converter": "cannot convert this detector to int8 (two"}
+    assert told[fault] in str(caught.value) and "\n" not in str(caught.value)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_file_says_what_it_needs_and_nothing_of_this_machine(exported, onnx):

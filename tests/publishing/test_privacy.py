@@ -4,7 +4,7 @@ import pytest
 
 from d3etr_hf.errors import PrivacyError
 from d3etr_hf.publishing import privacy
-from d3etr_hf.publishing.privacy import REMOVED, anonymise, anonymise_configuration, refuse_secrets
+from d3etr_hf.publishing.privacy import REMOVED, absolute_paths_in, anonymise, anonymise_configuration, refuse_secrets
 
 TOKEN = "hf_" + "Abcdefghij" * 3 + "KLMN"
 
@@ -111,6 +111,29 @@ def test_part_of_a_longer_path_is_no_path_of_this_machine(machine, monkeypatch):
     file.write_text("data_folder: /data/shapes\n")
     with pytest.raises(PrivacyError, match="working directory"):
         refuse_secrets([file])
+
+
+def test_paths_of_a_run():
+    """Wherever they stand in its configuration; a mounted /data tells nothing of anybody."""
+    configuration = {
+        "data_folder": "/mnt/nas/ClientOfOurs/parts/",
+        "teacher": "runs/teacher",
+        "model": None,
+        "dataset_name": "user/data",
+        "more": [{"x": "C:\\work\\x"}, "/data", "/", 3, "~/x"],
+    }
+    assert absolute_paths_in(configuration) == {"/mnt/nas/ClientOfOurs/parts", "C:\\work\\x"}
+
+
+def test_paths_of_a_run_are_refused_in_files(machine):
+    places = {"/mnt/nas/parts", "/srv/x"}
+    file = machine / "config.json"
+    file.write_text('{"_name_or_path": "x/mnt/nas/parts", "other": "/mnt/nas/parts2", "y": "/srv"}')
+    refuse_secrets([file], places=places)
+    for path in ("/mnt/nas/parts", "/mnt/nas/parts/val", "/srv/x"):
+        file.write_text(f'{{"_name_or_path": "{path}"}}')
+        with pytest.raises(PrivacyError, match="config.json holds a path that the run was given"):
+            refuse_secrets([file], places=places)
 
 
 def test_root_is_no_secret(machine, monkeypatch):

@@ -20,6 +20,7 @@ from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.training.kept_step import read_step
 from d3etr_hf.training.reproduction import reproduce_step
 from d3etr_hf.training.trainer import DistillationTrainer
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.fresh_process import REPOSITORY
 from tests.shapes_fixture import SIDE, shapes_trainer, weights_of
 from tests.tiny import tiny_model
@@ -183,13 +184,21 @@ def test_no_more_steps_are_skipped_than_may_be(shapes, tmp_path, teacher):
     assert len(list((tmp_path / "not_finite").iterdir())) == 2
 
 
-@pytest.mark.parametrize(("model_type", "bf16"), [("conditional_detr", True), ("rt_detr", False)])
-def test_a_kept_step_is_taken_again_bit_by_bit(shapes, tmp_path, teacher, model_type, bf16, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("conditional_detr", {"bf16": True}),
+        ("rt_detr", {}),
+        ("conditional_detr", {"distillation_interval": 3}),  # so that it is a step without distillation
+        ("conditional_detr", {"distillation_decay": True}),
+    ],
+)
+def test_a_kept_step_is_taken_again_bit_by_bit(shapes, tmp_path, teacher, model_type, changes, monkeypatch, capsys):
     """Dropout, denoising queries and a teacher's queries of the image: every term is what it was."""
     folder = tmp_path / "teacher"
     tiny_model(seed=1, model_type=model_type).save_pretrained(folder)
     student = tiny_model(seed=2, model_type=model_type, dropout=0.1)
-    options = {"detection_weight": 2.0, "prediction_weight": 0.5, "max_steps": 4, "bf16": bf16}
+    options = {"detection_weight": 2.0, "prediction_weight": 0.5, "max_steps": 4} | changes
     trainer = shapes_trainer(
         shapes, tmp_path, student=student, teacher=type(student).from_pretrained(folder), **options
     )
@@ -226,6 +235,23 @@ def test_where_a_nan_begins_is_found(shapes, tmp_path, teacher):
     assert len(found.weights) == 1 and found.weights[0].endswith("decoder.layers.1.mlp.fc1.weight")
     (module,) = found.modules  # what follows makes NaN of NaN
     assert module.endswith("decoder.layers.1.mlp.fc1 (Linear)") and "matching cost" in found.refused
+
+
+@pytest.mark.parametrize("use_cpu", [False, True])
+def test_the_accelerator_is_left_alone_where_that_is_asked_for(shapes, tmp_path, teacher, monkeypatch, use_cpu):
+    trainer = trainer_of(shapes, tmp_path, teacher)
+    spoil_gradient(trainer, 1)
+    with pytest.raises(NonFiniteLossError) as stopped:
+        trainer.train()
+    asked = []
+    post_init = D3etrTrainingArguments.__post_init__
+    monkeypatch.setattr(
+        D3etrTrainingArguments, "__post_init__", lambda self: (asked.append(self.use_cpu), post_init(self))[1]
+    )
+    path = str(stopped.value).rsplit(" ", 1)[-1]
+    monkeypatch.setattr(sys, "argv", ["d3etr reproduce", path, "--use_cpu", str(use_cpu)])
+    reproduce.main()
+    assert asked == [use_cpu]
 
 
 def test_gradients_that_are_not_finite_are_found(shapes, tmp_path, teacher, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from transformers import TrainerCallback
 
 from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.training import stopping
 from d3etr_hf.training.checkpoints import newest_whole_checkpoint
 from d3etr_hf.training.stopping import launcher
 from tests.shapes_fixture import SIDE, shapes_trainer
@@ -81,6 +82,19 @@ def test_workers_pass_over_a_signal_to_all_processes(shapes, tmp_path, number):
     trainer.training_step = training_step
     trainer.train()
     assert told and trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_second_signal_ends_a_worker_unless_it_was_handed_on(later):
+    child = os.fork()
+    if child == 0:
+        stopping.HANDED_ON = -1.0 if later else 60.0
+        stopping.start_worker(None, 0)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == (-signal.SIGTERM if later else 0)
 
 
 def test_a_shell_that_exports_such_a_variable_is_no_launcher(monkeypatch):

@@ -213,6 +213,19 @@ def test_evaluation_equals_cocoeval_image_by_image(shapes, two_sizes, tmp_path, 
         assert stock_metrics(stock, *data, masked=False) != pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_evaluation_is_of_all_images_though_training_drops_the_last(shapes, tmp_path, batch_size):
+    """Those left over, or all of a split that is smaller than a batch, would count as missed without a word."""
+    options = {"dataloader_drop_last": True, "per_device_eval_batch_size": batch_size}
+    trainer = shapes_trainer(shapes, tmp_path, student=tiny_model(seed=4, num_queries=20), **options)
+    data = trainer.eval_dataset
+    assert len(data) % batch_size  # some are left over
+    found = trainer.evaluate()["eval_AR_100"]
+    detections = torch.cat([predict_detections(trainer.model, data.select([index]), 1) for index in range(len(data))])
+    assert found == pytest.approx(average_precision_of(detections, data)["AR_100"], abs=1e-6) and found > 0.01
+    assert trainer.args.dataloader_drop_last
+
+
 def test_every_evaluation_reads_the_ground_truth_of_its_own_data_set(shapes, tmp_path):
     """One trainer evaluates several: the images of the first must not be looked up for the next."""
     trainer = shapes_trainer(shapes, tmp_path, student=tiny_model(seed=4, num_queries=20))

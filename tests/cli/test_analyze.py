@@ -1,0 +1,55 @@
+"""`d3etr analyze`: tables, a file, and a verdict that follows from the figures."""
+
+import json
+import sys
+
+import pytest
+
+from d3etr_hf.cli import analyze
+from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.publishing import inference_cost
+from tests.tiny import tiny_model
+
+
+def test_with_and_without_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inference_cost, "MOST_ROUNDS", 5)
+    tiny_model().save_pretrained(tmp_path / "model")
+    load_image_processor(None, 64, 64).save_pretrained(tmp_path / "model")
+    make_shapes(tmp_path / "data", 1, 3, image_size=64, progress=False)
+    call = ["d3etr analyze", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    for further, layers in (([], 0), (["--data_folder", str(tmp_path / "data")], 3)):
+        monkeypatch.setattr(sys, "argv", [*call, *further])
+        analyze.main()
+        content = json.loads((tmp_path / "out" / "analysis.json").read_text())
+        assert len(content["layers"]) == layers and content["cost"]["parameters"] > 0
+        said = capsys.readouterr().out
+        assert all(sentence in said for sentence in content["verdict"]) and ("query sinks" in said) == bool(layers)
+
+
+def layer(ap, sink_mass=0.0, on_objects=0.5):
+    attention = {"self_sinks": 1.0, "self_sink_mass": sink_mass, "cross_sinks": 0.0, "cross_sink_mass": 0.0}
+    return {"AP": ap, "AP50": ap, **attention, "cross_on_objects": on_objects, "object_area": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("decoder", "layers", "expected", "absent"),
+    [
+        (0.1, [], "for speed it needs a smaller backbone", "Layer"),
+        (0.6, [], "saves about 30%.", "smaller backbone"),
+        (0.6, [layer(0.2), layer(0.296), layer(0.3)], "Layer 1 alone has AP 29.6", "sinks"),
+        (0.6, [layer(0.1), layer(0.2), layer(0.3)], "Each layer adds something up to the last", "can keep nearly"),
+        (
+            0.6,
+            [layer(0.3), layer(0.3, 0.4)],
+            "In layer 1 40% of self-attention goes to 1.0",
+            "little of where",
+        ),
+        (0.6, [layer(0.3, on_objects=0.3)], "it says little of where objects are", "something to copy"),
+    ],
+)
+def test_verdict(decoder, layers, expected, absent):
+    parts = {"backbone": 0.9 - decoder, "encoder": 0.1, "decoder": decoder}
+    cost = {"flops": 1000, "parts": {name: {"flops": 1000 * share} for name, share in parts.items()}}
+    said = " ".join(analyze.verdict(cost, layers))
+    assert expected in said and absent not in said
