@@ -67,9 +67,9 @@ MUTATIONS = [
      "per_layer.append(decoder.layernorm(hidden_states) if index + 1 == self.decoder_depth else hidden_states)",
      f"{MODEL_TESTS}::test_layer_predictions_are_normed_once_on_the_side"),
     # HF_NOTES 2: what is frozen
-    ("note 2: after loading", DETECTOR, "        model.settle()\n", "",
+    ("note 2: after loading", DETECTOR, "        model.freeze()\n", "",
      f"{INITIALISATION_TESTS}::test_resnet_freezes_stem_and_first_stage_when_built_and_when_loaded"),
-    ("note 2: after building", DETECTOR, "            self.settle()\n", "",
+    ("note 2: after building", DETECTOR, "            self.freeze()\n", "",
      f"{INITIALISATION_TESTS}::test_resnet_freezes_stem_and_first_stage_when_built_and_when_loaded"),
     # HF_NOTES 3: start values
     ("note 3: initialisation", DETECTOR, "            self.initialise()\n", "",

@@ -61,6 +61,18 @@ class Private:
 EAGER = ("module", "query", "key", "value", "attention_mask", "scaling", "dropout")
 TABLE = [
     Private(
+        "transformers.utils.notebook",
+        "NotebookProgressCallback",
+        "training/notebook_table.py",
+        "a notebook's table has no column a class",
+    ),
+    Private(
+        "transformers.utils.notebook",
+        "NotebookTrainingTracker",
+        "training/notebook_table.py",
+        "a notebook's table has no column for a validation loss",
+    ),
+    Private(
         "transformers.configuration_utils.PreTrainedConfig",
         "_attn_implementation_internal",
         "models/group_attention.py",

@@ -21,6 +21,7 @@ COMMANDS = {
     "publish": "a model card, and the upload to the Hub",
     "convert": "a stock checkpoint from what the authors of a detector published",
     "export": "ONNX, checked against PyTorch",
+    "predict": "detections on images of your own: a picture each, and one JSON file",
     "visualize": "pictures of detections and of attention",
     "analyze": "what each decoder layer adds and costs, and what distillation can bring",
     "benchmark": "parameters, FLOPs and milliseconds of saved detectors",
@@ -86,7 +87,7 @@ def run(main: Callable[[], None]) -> None:
             print(f"{program}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; call it again with the same arguments to go on", file=sys.stderr)
+        print(f"{program}: interrupted; the same call does what is not done yet", file=sys.stderr)
         sys.exit(130)
 
 

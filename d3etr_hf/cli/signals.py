@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from d3etr_hf.errors import TrainingStopped
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
+from d3etr_hf.training.checkpoints import checkpoints_of, was_saved
 from d3etr_hf.training.stopping import HANDED_ON, STOPPING, command_line_of, launcher
 
 logger = logging.get_logger(__name__)
@@ -38,6 +39,8 @@ def stopping_at_signals(trainer: D3etrTrainer) -> Iterator[None]:
             return
         if received:
             if time.monotonic() - first_came > HANDED_ON:
+                if trainer.is_world_process_zero():
+                    os.write(2, f"\nended at once: {what_is_kept(Path(trainer.args.output_dir))}\n".encode())
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             return
@@ -66,6 +69,27 @@ def stopping_at_signals(trainer: D3etrTrainer) -> Iterator[None]:
         raise TrainingStopped(_message(trainer, cause, command), received[0] if received else signal.SIGTERM)
     if received:
         logger.warning("the last step had been taken: the run is brought to its end; once more ends it at once")
+
+
+@contextmanager
+def saying_what_is_kept(output: Path) -> Iterator[None]:
+    """The context in which Ctrl-C outside of training's steps tells what there is of the run.
+
+    Raises:
+        TrainingStopped: it came.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise TrainingStopped(f"interrupted: {what_is_kept(output)}", signal.SIGINT) from None
+
+
+def what_is_kept(output: Path) -> str:
+    """What a run that ends now leaves, in words."""
+    whole = [folder for folder in checkpoints_of(output) if was_saved(folder)]
+    if not whole:
+        return "nothing was kept, since no checkpoint had been written; the same call begins again"
+    return f"what came after {whole[0]} is lost; the same call goes on from there"
 
 
 def _command() -> list[str] | None:

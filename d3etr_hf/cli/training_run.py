@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from d3etr_hf.cli.signals import stopping_at_signals
+from d3etr_hf.cli.signals import saying_what_is_kept, stopping_at_signals
 from d3etr_hf.data import DataArguments, check_places, load_splits, with_side_divisor
 from d3etr_hf.errors import DamagedFileError, DatasetError
 from d3etr_hf.files import write_json, write_whole
@@ -27,14 +27,16 @@ from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.publishing.licenses import require_license
 from d3etr_hf.publishing.publish import resume_command
-from d3etr_hf.publishing.run_folder import links_to_hub, restore_weights
+from d3etr_hf.publishing.run_folder import PICTURES, links_to_hub, restore_weights
 from d3etr_hf.runs.description import describe_run
 from d3etr_hf.runs.environment import describe_environment
 from d3etr_hf.runs.folder_lock import holding
 from d3etr_hf.runs.inputs import check_inputs, inputs_of, read_inputs
+from d3etr_hf.runs.longer_run import refuse_without_checkpoint
 from d3etr_hf.runs.output_folder import (
     CONFIGURATION,
     ENVIRONMENT,
+    HISTORY,
     INPUTS,
     LAUNCH,
     REMEDIES,
@@ -54,6 +56,7 @@ from d3etr_hf.training.step_probe import StepProbe
 from d3etr_hf.training.stopping import launcher
 from d3etr_hf.training.teacher import class_index_by_name, spread_layers
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+from d3etr_hf.visualization.curves_while_running import CurvesWhileRunning
 
 logger = logging.get_logger(__name__)
 
@@ -92,7 +95,7 @@ def train_detector(
     described = replace(model_arguments, model_config=read_model_options(model_arguments))
     configuration = describe_run(described, teacher_arguments, data_arguments, training_arguments)
     launch = describe_launch(training_arguments)
-    with ExitStack() as held, watching_processes(training_arguments.ddp_timeout):
+    with ExitStack() as held, watching_processes(training_arguments.ddp_timeout), saying_what_is_kept(output):
         results, checkpoint = on_main_process(
             lambda: begin(held, configuration, launch, training_arguments, card_arguments)
         )
@@ -101,6 +104,7 @@ def train_detector(
         stopwatch = Stopwatch(output)
         trainer = build_trainer(model_arguments, teacher_arguments, data_arguments, training_arguments)
         trainer.add_callback(stopwatch)
+        trainer.add_callback(CurvesWhileRunning(output, HISTORY))
         inputs = inputs_compared(trainer, checkpoint, model_arguments, teacher_arguments, data_arguments)
         # only now: a call that failed on its data or its teacher leaves the folder free for the next
         on_main_process(lambda: write_description(output, configuration, launch, inputs))
@@ -123,8 +127,8 @@ def begin(
         The results, where the run is finished already, and the checkpoint to go on from, None for the beginning.
     """
     output = Path(training_arguments.output_dir)
-    check_output_folder(output, configuration, launch)
-    if (output / RESULTS).exists():
+    longer = check_output_folder(output, configuration, launch)
+    if (output / RESULTS).exists() and not longer:
         refuse_to_resume_finished(output, training_arguments)
         return finished_results(output, training_arguments, card_arguments), None
     if training_arguments.push_to_hub:
@@ -133,7 +137,10 @@ def begin(
             require_license(output, {})
     held.enter_context(holding(output, "another training run"))
     check_output_folder(output, configuration, launch)  # another call may have come in between
-    return None, checkpoint_to_go_on_from(output, training_arguments)
+    checkpoint = checkpoint_to_go_on_from(output, training_arguments)
+    if (output / RESULTS).exists():
+        refuse_without_checkpoint(output, checkpoint)
+    return None, checkpoint
 
 
 def inputs_compared(
@@ -161,7 +168,12 @@ def inputs_compared(
 
 
 def write_description(output: Path, configuration: str, launch: dict, inputs: dict) -> None:
-    """Write down what a run is, so that a later call can tell whether it is the same."""
+    """Write down what a run is, so that a later call can tell whether it is the same.
+
+    A run that was finished and goes on has no results any more, nor pictures of what it found.
+    """
+    for name in (RESULTS, *PICTURES):
+        (output / name).unlink(missing_ok=True)
     write_whole(output / CONFIGURATION, configuration)
     write_json(output / LAUNCH, launch)
     write_json(output / INPUTS, inputs)
@@ -244,7 +256,25 @@ def build_trainer(
         processing_class=processor,
     )
     trainer.add_callback(StepProbe(trainer))
+    announce(trainer)
     return trainer
+
+
+def announce(trainer: D3etrTrainer) -> None:
+    """Say who learns, and from whom."""
+    trained = [parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad]
+    frozen = [parameter.numel() for parameter in trainer.model.parameters() if not parameter.requires_grad]
+    logger.info(
+        f"trained: {trainer.model.title}, {sum(trained):,} parameters in {len(trained)} tensors, and {sum(frozen):,} "
+        f"in {len(frozen)} that stay as they are"
+    )
+    if trainer.teacher is not None:
+        teacher = trainer.teacher.detector
+        count = sum(parameter.numel() for parameter in teacher.parameters())
+        logger.info(
+            f"teacher: {teacher.title}, {count:,} parameters, from {trainer.teacher.name}; it teaches and stays as it "
+            "is"
+        )
 
 
 def finish(trainer: D3etrTrainer, seconds: float, card_arguments: CardArguments) -> dict:

@@ -6,6 +6,8 @@
         --attention true --image 2 --detection 1
 
 Writes detections.png (one row per image; pages detections_1.png, ... beyond eight) and attention.png to --output_dir.
+Of --images all are drawn, of a data set the first six, unless --first says how many. `--image 2` is the image whose id
+is 2 in the data set's annotations; of --images, the second one.
 """
 
 from dataclasses import dataclass, field
@@ -17,16 +19,18 @@ import torch
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments, check_places
-from d3etr_hf.errors import PictureError
 from d3etr_hf.models.image_processors import image_processor_of
 from d3etr_hf.models.loading import family_of_checkpoint, load_detector
 from d3etr_hf.visualization.attention_picture import draw_attention_of
 from d3etr_hf.visualization.detections_on_images import (
     choose_images,
-    detection_columns,
+    common_classes,
     draw_detection_pages,
     model_titles,
 )
+
+# how many images of a data set are drawn where nothing else is said
+OF_DATA_SET = 6
 
 
 @dataclass
@@ -35,24 +39,28 @@ class PictureArguments:
 
     model: str = field(metadata={"help": "The detector: a folder or Hub id."})
     compare: str | None = option(None, "A second detector, for example the teacher: a folder or Hub id.")
-    images: str | None = option(None, "A folder of images, instead of a data set.")
+    images: list[str] | None = option(None, "Image files, folders and patterns, instead of a data set.")
     split: Literal["val", "train"] = option("val", "Which split of the data set.")
-    first: int = option(6, "How many images, the first ones.")
+    first: int | None = option(None, "How many images, the first ones; by default all `images`, six of a data set.")
     score_threshold: float = option(0.4, "Detections with a lower score are not drawn.")
     attention: bool = option(False, "Draw the decoder's cross-attention for one detection of the model, too.")
-    image: int = option(0, "With `attention`: which of the images, from 0.")
+    image: int | None = option(
+        None,
+        "With `attention`: of which image, by default the first; in a data set its image id, of `images` which one, "
+        "counted from 1.",
+    )
     detection: int = option(0, "With `attention`: which detection of the model, from 0, highest score first.")
     output_dir: str = option("runs/pictures", "Gets the pictures.")
     batch_size: int = option(8, "Images at a time; predictions depend a little on which images share a batch.")
     use_cpu: bool = option(False, "Do not use a GPU.")
 
     def __post_init__(self):
-        for name, lowest in (("first", 1), ("batch_size", 1), ("image", 0), ("detection", 0)):
-            if getattr(self, name) < lowest:
+        for name, lowest in (("first", 1), ("batch_size", 1), ("detection", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {lowest}")
         if not 0 <= self.score_threshold <= 1:
             raise ValueError(f"score_threshold is {self.score_threshold}: it must be in 0..1")
-        if not self.attention and (self.image or self.detection):
+        if not self.attention and (self.image is not None or self.detection):
             raise ValueError("image and detection choose what attention is drawn for: give --attention true too")
 
 
@@ -66,9 +74,9 @@ def main() -> None:
         check_places(data)
     for role, path in paths.items():
         family_of_checkpoint(path, role)
-    chosen = choose_images(arguments.images, data, arguments.split, arguments.first)
-    if arguments.image >= len(chosen.images):
-        raise PictureError(f"image is {arguments.image}: there are images 0..{len(chosen.images) - 1}, see 'first'")
+    source = choose_images(arguments.images, data, arguments.split)
+    attended = source.place_of(arguments.image)
+    first = arguments.first or (OF_DATA_SET if arguments.images is None else len(source.names))
     device = "cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu"
     titles = dict(zip(paths, model_titles(*paths.values()), strict=True))
     models = {}
@@ -80,13 +88,14 @@ def main() -> None:
         models[titles[role]] = detector, processor
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    columns, names = detection_columns(chosen, models, arguments.batch_size)
-    for path in draw_detection_pages(chosen.images, columns, names, output, arguments.score_threshold):
-        print(path)
+    pages = draw_detection_pages(source, models, output, first, arguments.batch_size, arguments.score_threshold)
+    for path, drawn in pages:
+        print(f"{path} ({', '.join(drawn)})")
     if arguments.attention:
         detectors = {title: model for title, (model, _) in models.items()}
         processors = {title: processor for title, (_, processor) in models.items()}
         path = output / "attention.png"
-        image = chosen.images[arguments.image]
+        image, _ = source.read(attended)
+        names, _ = common_classes(source.class_names, *(model.class_names for model in detectors.values()))
         draw_attention_of(image, detectors, processors, path, names, arguments.detection)
-        print(f"{path} ({chosen.names[arguments.image]})")
+        print(f"{path} ({source.names[attended]})")

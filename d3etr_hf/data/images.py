@@ -5,6 +5,8 @@ training. Where that is no picture, as of 16-bit files, whose values above 255 a
 refused.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -83,6 +85,41 @@ def decode(source: str | Path | bytes, width: int, height: int) -> Image.Image |
             return upright if isinstance(upright, ImageFault) else _as_rgb(upright)
     except DECODING_ERRORS as error:
         return unreadable(error)
+
+
+def read_upright(path: Path) -> Image.Image:
+    """Reads one image without annotations completely, turned as its EXIF orientation asks; else as `read_rgb`.
+
+    Raises:
+        DatasetError: as `read_rgb`; the message names the file.
+    """
+    with _opened(path) as image:
+        lying = orientation_of(image) in ORIENTATIONS_THAT_SWAP_SIDES
+        width, height = image.size[::-1] if lying else image.size
+    return read_rgb(path, width, height, str(path))
+
+
+def check_head(path: Path) -> None:
+    """Makes sure by the head of a file that it is an image of 8 bits; what is cut off further on is not noticed.
+
+    Raises:
+        DatasetError: it is none, or cannot be opened; the message names it.
+    """
+    with _opened(path) as image:
+        if fault := header_fault(image, *image.size):
+            raise DatasetError(f"{path}: {fault}.")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image that is opened and not decoded; what Pillow raises meanwhile is one error."""
+    try:
+        with Image.open(regular_file(path)) as image:
+            yield image
+    except DatasetError:
+        raise
+    except DECODING_ERRORS as error:
+        raise DatasetError(f"{path}: {unreadable(error)}.") from error
 
 
 def unreadable(error: Exception) -> ImageFault:

@@ -14,7 +14,9 @@ EMPTY_ROW_SCORE = -1.0
 MOST_DETECTIONS = 100  # of an image, as in COCO's evaluation
 
 
-def detect(model: torch.nn.Module, batch: Mapping[str, Any], scores: Scores, dtype: torch.dtype) -> Tensor:
+def detect(
+    model: torch.nn.Module, batch: Mapping[str, Any], scores: Scores, dtype: torch.dtype, top_k: int = 100
+) -> Tensor:
     """Detections of one batch, as training and evaluation alike find them.
 
     Args:
@@ -22,14 +24,15 @@ def detect(model: torch.nn.Module, batch: Mapping[str, Any], scores: Scores, dty
         batch: from `DetectionCollator`, on the model's device.
         scores: how the model's class logits are read.
         dtype: of the model's weights.
+        top_k: rows an image; evaluation counts a hundred, as COCO does.
 
     Returns:
-        (B, 100, 6) float32, rows of `select_detections`.
+        (B, top_k, 6) float32, rows of `select_detections`.
     """
     output = model(batch["pixel_values"].to(dtype), batch["pixel_mask"], request=GroupRequest())
     group = output.groups[OWN]
     sizes = torch.tensor([label["orig_size"] for label in batch["labels"]])
-    return select_detections(scores, group.logits[-1], group.boxes[-1], sizes)
+    return select_detections(scores, group.logits[-1], group.boxes[-1], sizes, top_k)
 
 
 def select_detections(

@@ -242,7 +242,7 @@ class Detector(StockModel):
         self.prepare_attention()
         if self.device.type != "meta":
             self.initialise()
-            self.settle()
+            self.freeze()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
@@ -259,7 +259,7 @@ class Detector(StockModel):
                 f"{sorted(new)[:3]}"
             )
             model.initialise(new)
-        model.settle()
+        model.freeze()
         return (model, info) if output_loading_info else model
 
     def forward(self, pixel_values=None, pixel_mask=None, *args, request: GroupRequest | None = None, **kwargs):
@@ -310,18 +310,6 @@ class Detector(StockModel):
         for name, parameter in self.named_parameters():
             if self.role_of(name) == role:
                 parameter.requires_grad_(False)
-
-    def settle(self) -> None:
-        """Let what the authors train train, and say how much that is."""
-        self.freeze()
-        counts = {True: [0, 0], False: [0, 0]}
-        for parameter in self.parameters():
-            counts[parameter.requires_grad][0] += 1
-            counts[parameter.requires_grad][1] += parameter.numel()
-        logger.info(
-            f"{counts[True][1]:,} parameters in {counts[True][0]} tensors train, "
-            f"{counts[False][1]:,} in {counts[False][0]} are frozen"
-        )
 
     def to_stock(self) -> PreTrainedModel:
         """The same detector as a plain Transformers model sharing this one's tensors, without query adapters."""

@@ -124,28 +124,32 @@ def load_detector(path: str, role: str = "model") -> Detector:
     return model
 
 
-def load_teacher(path: str) -> Detector | OtherDetector:
-    """Load a teacher: a checkpoint of one of the families, or any detector of Transformers, for its predictions.
+def load_teacher(path: str, role: str = "teacher") -> Detector | OtherDetector:
+    """Load what only predicts: a checkpoint of one of the families, or any detector of Transformers.
+
+    Args:
+        path: a folder or Hub id.
+        role: what it is for, as the errors call it.
 
     Raises:
         DetectorLoadError: as `load_detector`, or it gives no predictions that can be read.
     """
-    model_type = check_teacher(path)
-    return load_detector(path, "teacher") if model_type in FAMILIES else load_other_detector(path, model_type)
+    model_type = check_teacher(path, role)
+    return load_detector(path, role) if model_type in FAMILIES else load_other_detector(path, model_type, role)
 
 
-def check_teacher(path: str) -> str:
-    """The `model_type` of a teacher's checkpoint, by its configuration alone: before anything is loaded.
+def check_teacher(path: str, role: str = "teacher") -> str:
+    """The `model_type` of a checkpoint for `load_teacher`, by its configuration alone: before anything is loaded.
 
     Raises:
         DetectorLoadError: nothing there that could be a detector.
     """
-    model_type = _read_config(path, f"teacher {path!r}").model_type
+    model_type = _read_config(path, f"{role} {path!r}").model_type
     if model_type in FAMILIES:
-        family_of_checkpoint(path, "teacher")
+        family_of_checkpoint(path, role)
     elif model_type not in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
         raise DetectorLoadError(
-            f"teacher {path!r} is a {model_type!r} model, which is no detector in Transformers: it must be one of "
+            f"{role} {path!r} is a {model_type!r} model, which is no detector in Transformers: it must be one of "
             f"{', '.join(FAMILIES)}, or for its predictions alone any that AutoModelForObjectDetection loads"
         )
     return model_type

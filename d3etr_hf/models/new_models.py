@@ -1,8 +1,9 @@
 """New detectors from a `model_config`: every value is checked before anything is built of them."""
 
+import difflib
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from d3etr_hf.configurations import find_configuration, read_yaml_file
 from d3etr_hf.errors import ConfigurationError, DetectorLoadError, quoted
@@ -72,14 +73,23 @@ def check_model_options(options: Any, place: str) -> None:
     model_type = options.get("model_type", DEFAULT_FAMILY)
     family_of_type(model_type, place)
     config_class = CONFIG_MAPPING[model_type]
-    if unknown := sorted(map(str, set(options) - set(config_class().to_dict()))):
-        raise DetectorLoadError(f"{place}: {config_class.__name__} has no {quoted(unknown)}")
+    _refuse_unknown(options, config_class, f"{place}: ")
     backbone = options.get("backbone_config")
     check_backbone(backbone, place)
     backbone_class = CONFIG_MAPPING[backbone["model_type"]]
-    if unknown := sorted(
-        map(str, set(backbone) - set(backbone_class().to_dict()) - set(backbone_class.attribute_map))
-    ):
-        raise DetectorLoadError(f"{place}: backbone_config: {backbone_class.__name__} has no {quoted(unknown)}")
+    _refuse_unknown(backbone, backbone_class, f"{place}: backbone_config: ", set(backbone_class.attribute_map))
     check_attention(options, place)
     check_field_values(options, config_class, place)
+
+
+def _refuse_unknown(
+    options: dict, config_class: type[PreTrainedConfig], place: str, aliases: frozenset | set = frozenset()
+) -> None:
+    known = sorted(set(config_class().to_dict()) | aliases)
+    unknown = sorted(map(str, set(options) - set(known)))
+    if not unknown:
+        return
+    nearest = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
+    meant = ", ".join(f"{found[0]!r} for {quoted(name)}" for name, found in nearest.items() if found)
+    hint = f"; did you mean {meant}?" if meant else ""
+    raise DetectorLoadError(f"{place}{config_class.__name__} has no {quoted(unknown)}{hint}")

@@ -27,6 +27,7 @@ class OtherDetector(nn.Module):
     Args:
         model: a model of Transformers that returns `logits` `(B, N, C)` (sigmoid) or `(B, N, C + 1)` (softmax, no
             object last) and `pred_boxes` `(B, N, 4)` cxcywh in 0..1, for pixels alone.
+        role: what it is for, as the errors call it.
 
     Attributes:
         title: its class.
@@ -53,13 +54,13 @@ class OtherDetector(nn.Module):
     tag = citation = ""
     parts: ClassVar[dict[str, tuple[str, ...]]] = {}
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, role: str = "teacher"):
         super().__init__()
         self.model = model.eval()
         self.config, self.title, self.name_or_path = model.config, type(model).__name__, model.name_or_path
         self.class_names = class_names_of(model.config)
         self._read: list[int] | None = None
-        self._criterion = self._told_apart()
+        self._criterion = self._told_apart(role)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,10 +71,10 @@ class OtherDetector(nn.Module):
         return self.model.device
 
     @torch.no_grad()
-    def _told_apart(self) -> DetectionCriterion:
+    def _told_apart(self, role: str) -> DetectionCriterion:
         """How its scores are read, by the number of its outputs for an empty image."""
         image = torch.zeros(1, 3, TRIED_SIDE, TRIED_SIDE, dtype=self.dtype, device=self.model.device)
-        classes, what = len(self.class_names), f"teacher {self.name_or_path!r}, a {self.title},"
+        classes, what = len(self.class_names), f"{role} {self.name_or_path!r}, a {self.title},"
         try:
             output = self.model(pixel_values=image)
             outputs = output.logits.shape[-1]
@@ -81,8 +82,8 @@ class OtherDetector(nn.Module):
                 raise ValueError(f"pred_boxes has the shape {tuple(output.pred_boxes.shape)}")
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise DetectorLoadError(
-                f"{what} gives no logits and pred_boxes for pixels alone ({type(error).__name__}: {error}): it cannot "
-                "teach"
+                f"{what} gives no logits and pred_boxes for pixels alone ({type(error).__name__}: {error}): its "
+                "detections cannot be read"
             ) from error
         if outputs == classes:
             return FocalCriterion(*DETR_WEIGHTS, *DETR_WEIGHTS)
@@ -132,13 +133,18 @@ class OtherDetector(nn.Module):
         return DetectorOutput(groups={OWN: GroupOutput(logits=wide(output.logits)[None], boxes=boxes[None])})
 
 
-def load_other_detector(path: str, model_type: str) -> OtherDetector:
-    """Load a checkpoint of no family here, as a teacher of predictions.
+def load_other_detector(path: str, model_type: str, role: str = "teacher") -> OtherDetector:
+    """Load a checkpoint of no family here, for its predictions.
+
+    Args:
+        path: a folder or Hub id.
+        model_type: as Transformers calls it.
+        role: what it is for, as the errors call it.
 
     Raises:
         DetectorLoadError: `AutoModelForObjectDetection` loads nothing from there, or it cannot teach.
     """
-    what = f"teacher {path!r}"
+    what = f"{role} {path!r}"
     config = read_config(path, what)
     names = check_weight_files(path, what, build_on_meta(AutoModelForObjectDetection.from_config, config, what))
     with (
@@ -156,4 +162,4 @@ def load_other_detector(path: str, model_type: str) -> OtherDetector:
             ignore_mismatched_sizes=True,  # which are told by name below
         )
     check_loaded(model, info, what)
-    return OtherDetector(model)
+    return OtherDetector(model, role)

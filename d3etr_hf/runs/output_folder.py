@@ -8,6 +8,7 @@ from d3etr_hf.configurations import read_yaml, read_yaml_file
 from d3etr_hf.errors import CheckpointError, DamagedFileError, OutputFolderError, quoted
 from d3etr_hf.files import UNFINISHED, read_json
 from d3etr_hf.runs.folder_lock import LOCK
+from d3etr_hf.runs.longer_run import is_longer, refuse_planned_length
 from d3etr_hf.training.checkpoints import (
     check_whole,
     checkpoints_of,
@@ -87,13 +88,16 @@ def describe_launch(training_arguments: D3etrTrainingArguments) -> dict:
     }
 
 
-def check_output_folder(output: Path, configuration: str, launch: dict) -> None:
+def check_output_folder(output: Path, configuration: str, launch: dict) -> bool:
     """Make sure that an output folder is this run's, or free.
 
     Args:
         output: the folder, which need not exist.
         configuration: of the run, from `describe_run`; fields that cannot change its result do not count.
         launch: number of processes and precision, which the launcher decides.
+
+    Returns:
+        Whether it is this run's but for a longer training.
 
     Raises:
         OutputFolderError: it is a file or cannot be read, or holds another run, one of an earlier version, or files
@@ -103,19 +107,19 @@ def check_output_folder(output: Path, configuration: str, launch: dict) -> None:
     try:
         names = {path.name for path in output.iterdir() if path.suffix != UNFINISHED} - {LOCK}
     except FileNotFoundError:
-        return
+        return False
     except OSError as error:
         raise OutputFolderError(
             f"{output} cannot be used as a folder ({error.strerror}): choose another output_dir"
         ) from None
     if not names:
-        return
+        return False
     if CONFIGURATION not in names:
         raise OutputFolderError(
             f"{output} is not empty and holds no {CONFIGURATION} of a run: choose another output_dir, or empty it"
         )
     if RESULTS not in names and not any(map(was_saved, [*checkpoints_of(output), *put_aside(output)])):
-        return  # it stopped before it had saved anything: nothing is lost by another configuration
+        return False  # it stopped before it had saved anything: nothing is lost by another configuration
     old, new = read_run_options(output / CONFIGURATION), read_yaml(configuration) or {}
     if RESULTS not in names and INPUTS in names:
         # what is there is compared before the run goes on
@@ -123,7 +127,7 @@ def check_output_folder(output: Path, configuration: str, launch: dict) -> None:
     _refuse_renamed_options(output / CONFIGURATION, old)
     if LAUNCH in names:
         old, new = old | read_record(output / LAUNCH), new | launch
-    _refuse_changed_options(output, old, new)
+    return _refuse_changed_options(output, old, new)
 
 
 def _without_places(options: dict) -> dict:
@@ -150,11 +154,15 @@ def read_run_options(path: Path) -> dict:
     return values
 
 
-def _refuse_changed_options(output: Path, old: dict, new: dict) -> None:
+def _refuse_changed_options(output: Path, old: dict, new: dict) -> bool:
+    """Whether it is the same run for a longer time."""
     keys = sorted((old.keys() | new.keys()) - WITHOUT_EFFECT)
     changed = [key for key in keys if old.get(key) != new.get(key)]
+    if is_longer(old, new, changed):
+        refuse_planned_length(output, old, new, changed)
+        return True
     if not changed:
-        return
+        return False
     remedy = "choose another output_dir, or remove the folder"
     if set(changed) <= {"max_steps", "num_train_epochs"}:
         remedy += (

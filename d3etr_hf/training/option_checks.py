@@ -37,6 +37,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "torch_empty_cache_steps": (1, LARGEST),
     "save_total_limit": (1, LARGEST),
     "ema_warmup_steps": (0, LARGEST),
+    "early_stopping_patience": (1, LARGEST),
     "warmup_steps": (0, LARGEST),
     "eval_delay": (0, LARGEST),
     "seed": (0, LARGEST_SEED),
@@ -187,10 +188,11 @@ def _steps_are_wrong(name: str, strategy: str) -> Callable[[Any], bool]:
 
 
 def wants_best(args) -> bool:
-    """Whether a metric decides about what is saved or how fast is learned."""
+    """Whether a metric decides about what is saved, how fast is learned or when it ends."""
     return (
         args.load_best_model_at_end
         or args.save_strategy == "best"
+        or args.early_stopping_patience is not None
         or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
     )
 
@@ -247,6 +249,11 @@ CONDITIONS: tuple[tuple[str | tuple[str, ...], Callable[[Any], bool], str], ...]
         ("load_best_model_at_end", "save_strategy", "eval_strategy"),
         lambda args: args.load_best_model_at_end and args.save_strategy not in ("best", args.eval_strategy),
         "the best can only be loaded of what is saved and evaluated at the same time: make the two strategies agree",
+    ),
+    (
+        ("early_stopping_patience", "eval_strategy"),
+        lambda args: args.early_stopping_patience is not None and args.eval_strategy == "no",
+        "nothing is evaluated that could stop the training: set eval_strategy, for example to epoch",
     ),
     (
         ("load_best_model_at_end", "save_strategy", "lr_scheduler_type", "eval_strategy"),

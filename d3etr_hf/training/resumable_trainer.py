@@ -71,8 +71,8 @@ class ResumableTrainer(Trainer):
         return str(checkpoint)
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        """As Trainer, which would take one more step where the last one lies within an epoch and is done already."""
-        if self.state.global_step < self.state.max_steps:
+        """As Trainer, which would take one more step where the last one is done already: of all, or before a stop."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:

@@ -26,12 +26,14 @@ from d3etr_hf.training.checks import (
     terms_in_common,
 )
 from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.early_stopping import EarlyStopping
 from d3etr_hf.training.half_precision import SkippedSteps
 from d3etr_hf.training.launch_checks import check_launch
 from d3etr_hf.training.non_finite import NonFiniteGuard
 from d3etr_hf.training.object_counts import warn_of_more_objects
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.optimization import keeps_running_statistics, parameter_groups, single_drop
+from d3etr_hf.training.progress import show_progress
 from d3etr_hf.training.resumable_trainer import ResumableTrainer
 from d3etr_hf.training.sampling import FollowEpochs, training_sampler
 from d3etr_hf.training.stopping import GracefulStop, start_worker
@@ -102,6 +104,7 @@ class DistillationTrainer(ResumableTrainer):
         trainer_options.setdefault("data_collator", DetectionCollator())
         trainer_options.setdefault("compute_metrics", self._average_precision)
         super().__init__(model=model, args=args, **trainer_options)
+        show_progress(self)
         check_launch(self.accelerator, args)
         # the loss is already divided by what the whole step holds, accumulated batches included
         self.loss_is_scaled_for_ga = True
@@ -167,6 +170,8 @@ class DistillationTrainer(ResumableTrainer):
             self.stop,
         ):
             self.add_callback(callback)
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(self.args.early_stopping_patience))
 
     # data
 

@@ -163,6 +163,12 @@ class D3etrTrainingArguments(TrainingArguments):
         2000, "Steps after which the average keeps two thirds of `ema_decay` a step; it forgets the first ones fast."
     )
 
+    early_stopping_patience: int | None = option(
+        None,
+        "Evaluations one after another without a better `metric_for_best_model` (by default AP) after which the "
+        "training stops; by default it never does.",
+    )
+
     # logging
     log_each_layer: bool = option(False, "Log every loss term per decoder layer too.")
     log_gradient_norms: bool = option(

@@ -37,10 +37,12 @@ PANEL_PIXELS = 600  # longest side of the images that attention is laid over: sm
 COLOUR_MAP = "inferno"
 DIMMED = 0.6  # brightness of the grey image under the attention
 NOTE = (
-    "Colour: where the query of this detection looks (cross-attention, mean over heads), the root of its share of "
-    "the panel's maximum, which is the share of one memory cell."
+    "Left: an object that the detector found. Beside it, where in the image it looked to find it, layer by layer: "
+    "bright where it looked most, dark where hardly at all. The percentage is the share of all its attention that "
+    "falls on the brightest spot."
 )
-NOTE_ON_REFERENCE = "   +  reference point"
+NOTE_ON_TWO = " Where the rows are alike, {second} looks for the object where {first} does."
+NOTE_ON_REFERENCE = " + is the point from which it starts."
 
 
 def draw_attention_of(
@@ -126,7 +128,7 @@ def _draw_rows(
         draw_detections(axes, sheet.canvas, [[*each.box, each.score, label]], names)
         for layer, attention in enumerate(each.maps):
             percent = 100 * attention.max().item()
-            note = f"max {percent:.1f} %" if percent >= 1 else f"max {percent:.2f} %"
+            note = f"{percent:.1f} %" if percent >= 1 else f"{percent:.2f} %"
             axes = sheet.add_cell(row, 1 + layer, attention_overlay(grey, attention), f"layer {layer + 1}", note)
             _mark(axes, each)
             axes.set_xlim(0, image.width)
@@ -136,7 +138,9 @@ def _draw_rows(
 
 def _note(attentions: Mapping[str, QueryAttention]) -> str:
     has_point = any(each.reference_point is not None for each in attentions.values())
-    return NOTE + NOTE_ON_REFERENCE * has_point
+    titles = list(attentions)
+    of_two = NOTE_ON_TWO.format(first=titles[0], second=titles[1]) if len(titles) == 2 else ""
+    return NOTE + of_two + NOTE_ON_REFERENCE * has_point
 
 
 def _mark(axes: Axes, attention: QueryAttention) -> None:

@@ -99,7 +99,7 @@ def _draw_grid(
             axes.set_axis_off()
             if row == 0:
                 axes.set_title(written(title), fontsize=13, fontweight=title_weight(title), pad=5)
-            rows = _checked_rows(detections_of_images[row], class_names, f"column {title!r}, image {row}")
+            rows = checked_rows(detections_of_images[row], class_names, f"column {title!r}, image {row}")
             draw_detections(axes, canvas, [entry for entry in rows if entry[4] >= score_threshold], names)
         top -= cell_height + CELL_GAP
     figure.savefig(path, format="png")
@@ -115,7 +115,8 @@ def _check_columns(images: Sequence[Image.Image], columns: Mapping[str, Sequence
             )
 
 
-def _checked_rows(detections: Tensor, class_names: Sequence[str], place: str) -> list[list[float]]:
+def checked_rows(detections: Tensor, class_names: Sequence[str], place: str) -> list[list[float]]:
+    """Detections (n, 6) as lists, all of them finite and of classes that have a name; `place` is what errors say."""
     if detections.ndim != 2 or detections.shape[1] != 6:
         raise ValueError(
             f"{place}: detections have shape {tuple(detections.shape)}: pass (boxes, 6): x, y, width, "

@@ -1,6 +1,6 @@
-"""Detections on the images of a folder or a data set, ready to be drawn side by side."""
+"""Detections on images of files or of a data set, ready to be drawn side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,17 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import logging
 
-from d3etr_hf.data import DataArguments, DetectionTransform, load_splits
-from d3etr_hf.data.images import DECODING_ERRORS, ORIENTATIONS_THAT_SWAP_SIDES, orientation_of, read_rgb
-from d3etr_hf.errors import DatasetError, PictureError
+from d3etr_hf.data import DataArguments, load_splits
+from d3etr_hf.data.image_lists import find_images
+from d3etr_hf.data.images import read_upright
+from d3etr_hf.errors import PictureError
 from d3etr_hf.evaluation import predict_detections
+from d3etr_hf.evaluation.image_detections import ImagesForModel, readable
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.visualization.detection_grid import draw_detection_grid
-
-logger = logging.get_logger(__name__)
 
 ROWS_A_PAGE = 8
 LONGEST_TITLE = 30  # characters that fit over a column
@@ -26,7 +25,7 @@ LONGEST_TITLE = 30  # characters that fit over a column
 
 @dataclass(frozen=True)
 class ChosenImages:
-    """What is to be drawn: RGB images and their names; what only a data set has is None and empty for a folder.
+    """What is drawn on one page: RGB images and their names; what only a data set has is None and empty for files.
 
     Attributes:
         ground_truth: per image (boxes, 6): x, y, width, height in pixels, 1, label.
@@ -39,100 +38,96 @@ class ChosenImages:
     class_names: list[str]
 
 
-def choose_images(folder: str | None, data: DataArguments, split: str = "val", first: int = 6) -> ChosenImages:
-    """The first images of a folder, or of a split ("train" or "val") of the data set that `data` names.
+@dataclass(frozen=True)
+class ImageSource:
+    """Images that are read when they are needed: of files, or of a split of a data set.
+
+    Attributes:
+        what: what errors call them all.
+        numbers: by which users name each: its image id, or its place among the files from 1.
+        names: of each.
+        read: by place from 0 the image, RGB, and its ground truth as in `ChosenImages`, None for files.
+        class_names: as in `ChosenImages`.
+    """
+
+    what: str
+    numbers: list[int]
+    names: list[str]
+    read: Callable[[int], tuple[Image.Image, Tensor | None]]
+    class_names: list[str]
+
+    def pages(self, first: int) -> Iterator[ChosenImages]:
+        """The first images, eight at a time."""
+        count = min(first, len(self.names))
+        for start in range(0, count, ROWS_A_PAGE):
+            places = range(start, min(start + ROWS_A_PAGE, count))
+            images, truth = zip(*map(self.read, places), strict=True)
+            names = [self.names[place] for place in places]
+            yield ChosenImages(names, list(images), None if truth[0] is None else list(truth), self.class_names)
+
+    def place_of(self, number: int | None) -> int:
+        """The place from 0 of the image of that number; None for the first.
+
+        Raises:
+            PictureError: there is none.
+        """
+        if number is None:
+            return 0
+        if number not in self.numbers:
+            raise PictureError(
+                f"image is {number}: {self.what} in {min(self.numbers)}..{max(self.numbers)}, the first of them "
+                f"{', '.join(map(str, self.numbers[:3]))}"
+            )
+        return self.numbers.index(number)
+
+
+def choose_images(named: Sequence[str] | None, data: DataArguments, split: str = "val") -> ImageSource:
+    """The images of files, folders and patterns, or of a split ("train" or "val") of the data set that `data` names.
 
     Raises:
         PictureError: both are named, or neither.
         DatasetError: they cannot be read.
     """
     has_data = any((data.data_folder, data.dataset_name, data.train_annotations))
-    if has_data == (folder is not None):
+    if has_data == (named is not None):
         both = "not both" if has_data else "neither is there"
-        raise PictureError(f"give a folder of 'images' or a data set (data_folder, dataset_name, or paths): {both}")
-    if folder is not None:
-        return read_folder(folder, first)
+        raise PictureError(f"give 'images' or a data set (data_folder, dataset_name, or paths): {both}")
+    if named is not None:
+        return images_of_files(named)
     # only images and boxes are read from the splits, so any image processor will do, of a size of its own
     data = replace(data, short_side=None, long_side=None, image_size=None, augmentation_short_sides=None)
     train, val = load_splits(data, load_image_processor(None), trains=split == "train")
     chosen = {"train": train, "val": val}[split].with_transform(None)
-    examples = [chosen[index] for index in range(min(first, len(chosen)))]
-    return ChosenImages(
-        names=[f"{chosen.name}, image {example['target']['image_id']}" for example in examples],
-        images=[example["image"] for example in examples],
-        ground_truth=[ground_truth_rows(example["target"]) for example in examples],
-        class_names=chosen.class_names,
-    )
+    ids = [int(each) for each in chosen.rows["image_id"]]
+
+    def read(place: int) -> tuple[Image.Image, Tensor]:
+        example = chosen[place]
+        return example["image"], ground_truth_rows(example["target"])
+
+    what = f"{chosen.name} has {len(ids)} images, whose ids lie"
+    return ImageSource(what, ids, [f"{chosen.name}, image {each}" for each in ids], read, chosen.class_names)
 
 
-def read_folder(folder: str | Path, first: int | None = None) -> ChosenImages:
-    """The first images of a folder in order of their names, upright; subfolders and hidden files are passed over.
+def images_of_files(named: Sequence[str]) -> ImageSource:
+    """The images of files, folders and patterns, upright; see `find_images`.
 
-    What is no readable image is skipped, with one warning.
+    What is no image by its head is skipped, with one warning.
 
     Raises:
-        DatasetError: no such folder, or no image in it.
+        DatasetError: they name no image.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DatasetError(f"images {str(folder)!r}: there is no such folder")
-    names, images, skipped = [], [], []
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
-        if len(images) == first:
-            break
-        try:
-            images.append(_read_upright(path))
-            names.append(path.name)
-        except DatasetError:
-            skipped.append(path.name)
-    shown = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-    if not images:
-        found = f"none of its {len(skipped)} files is a readable image ({shown})" if skipped else "it holds no file"
-        raise DatasetError(f"images {str(folder)!r}: {found}; give a folder that has images in it, not in subfolders")
-    if skipped:
-        logger.warning(f"{folder}: skipped {len(skipped)} files that are no readable image: {shown}")
-    return ChosenImages(names, images, None, [])
-
-
-def _read_upright(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            lying = orientation_of(image) in ORIENTATIONS_THAT_SWAP_SIDES
-            width, height = image.size[::-1] if lying else image.size
-    except DECODING_ERRORS as error:
-        raise DatasetError(f"{path}: no readable image ({error})") from error
-    return read_rgb(path, width, height, str(path))
+    files = readable(find_images(named), skip_broken_images=True)
+    numbers = list(range(1, len(files) + 1))
+    what = f"there are {len(files)} images, counted from 1 in the order in which they are drawn, so it must lie"
+    return ImageSource(
+        what, numbers, [path.name for path in files], lambda place: (read_upright(files[place]), None), []
+    )
 
 
 def ground_truth_rows(target: dict) -> Tensor:
     """The boxes (n, 4) xyxy and class_labels (n,) of a target as rows (n, 6): x, y, width, height, score 1, label."""
     boxes, labels = target["boxes"], target["class_labels"]
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], torch.ones(len(boxes), 1), labels[:, None]], dim=1)
-
-
-class ImagesForModel(torch.utils.data.Dataset):
-    """Images as one model takes them, each as `DetectionTransform` makes an example of it, without objects.
-
-    Args:
-        images: RGB, of any sizes.
-        names: what an error calls them.
-        image_processor: the model's own.
-    """
-
-    def __init__(self, images: Sequence[Image.Image], names: Sequence[str], image_processor: BaseImageProcessor):
-        self.images, self.names = images, names
-        self.transform = DetectionTransform(image_processor)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict:
-        """Raises: DatasetError: the image is so narrow that it cannot be resized."""
-        nothing = {"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.int64)}
-        try:
-            return self.transform(self.images[index], {"image_id": index, **nothing})
-        except DatasetError as error:
-            raise DatasetError(f"{self.names[index]}: {error}") from error
 
 
 def common_classes(*class_names: Sequence[str]) -> tuple[list[str], list[Tensor]]:
@@ -196,14 +191,21 @@ def detection_columns(
 
 
 def draw_detection_pages(
-    images: Sequence[Image.Image], columns: Mapping, class_names: Sequence[str], folder: Path, score_threshold=0.4
-) -> list[Path]:
-    """`draw_detection_grid` to `detections.png`, or to `detections_1.png`, ... of eight images each; the paths."""
-    paths = []
-    for start in range(0, len(images), ROWS_A_PAGE):
-        rows = slice(start, start + ROWS_A_PAGE)
-        page = "" if len(images) <= ROWS_A_PAGE else f"_{len(paths) + 1}"
-        paths.append(folder / f"detections{page}.png")
-        part = {title: detections[rows] for title, detections in columns.items()}
-        draw_detection_grid(images[rows], part, class_names, paths[-1], score_threshold)
-    return paths
+    source: ImageSource,
+    models: Mapping[str, tuple[Detector, BaseImageProcessor]],
+    folder: Path,
+    first: int,
+    batch_size: int = 8,
+    score_threshold: float = 0.4,
+) -> Iterator[tuple[Path, list[str]]]:
+    """Draws the first images with what models find to `detections.png`, or to `detections_1.png`, ... of eight each.
+
+    Yields:
+        Each page's path and the names of its images, when it is written.
+    """
+    several = min(first, len(source.names)) > ROWS_A_PAGE
+    for number, page in enumerate(source.pages(first), start=1):
+        path = folder / (f"detections_{number}.png" if several else "detections.png")
+        columns, names = detection_columns(page, models, batch_size)
+        draw_detection_grid(page.images, columns, names, path, score_threshold)
+        yield path, page.names

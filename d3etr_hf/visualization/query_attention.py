@@ -10,11 +10,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from d3etr_hf.data import DetectionCollator
 from d3etr_hf.data.image_sizes import differing_setting
 from d3etr_hf.errors import PictureError
+from d3etr_hf.evaluation.image_detections import ImagesForModel
 from d3etr_hf.matching import AdaptiveMatcher, TaughtGroup
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.outputs import OWN, DetectorOutput, GroupOutput, GroupRequest, Queries, SampledAttention
 from d3etr_hf.training.teacher import class_index_by_name
-from d3etr_hf.visualization.detections_on_images import ImagesForModel
 
 
 @dataclass(frozen=True)

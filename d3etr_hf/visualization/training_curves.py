@@ -25,7 +25,10 @@ LAYER_IN_KEY = re.compile(r"/layer_\d+$")
 PANEL_COLUMNS = 3
 PANEL_SIZE = (4.2, 2.7)  # inches
 TOTAL_LOSS_TITLE = "total loss"
+TOTAL_LOSS_NOTE = "the sum of all terms of each run:\nruns of other terms have other sums"
+LEARNING_RATE_TITLE = "learning rate"
 AVERAGE_PRECISION_TITLE = "validation AP"
+LAST_PANELS = {"learning_rate": LEARNING_RATE_TITLE, "eval_AP": AVERAGE_PRECISION_TITLE}
 
 # (run, group, steps, values)
 Line = tuple[str, str, list[int], list[float]]
@@ -34,10 +37,10 @@ Line = tuple[str, str, list[int], list[float]]
 def draw_training_curves(histories: Mapping[str, Sequence[Mapping]], path: str | Path) -> None:
     """Draws the training curves of several runs over each other, and writes a PNG.
 
-    The panels are: the total loss, one per loss term (keys "loss/..."; the terms of the student and the auxiliary
-    group share a panel, told apart by line style: the words "student" and "auxiliary" in the key name the group), and
-    the validation AP. Losses are on a logarithmic scale where all their values are positive. Single decoder layers
-    (keys ".../layer_3") are left out.
+    The panels are: the total loss, with a note that it sums different terms; one per loss term (keys "loss/..."; the
+    terms of the student and the auxiliary group share a panel, told apart by line style: the words "student" and
+    "auxiliary" in the key name the group); the learning rate; and the validation AP. Losses are on a logarithmic scale
+    where all their values are positive. Single decoder layers (keys ".../layer_3") are left out.
 
     Args:
         histories: run name → that run's `trainer.state.log_history`.
@@ -95,7 +98,10 @@ def _draw_panel(axes: Axes, title: str, lines: Sequence[Line], run_colours: Mapp
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if title == AVERAGE_PRECISION_TITLE:
+    if title == TOTAL_LOSS_TITLE:
+        place = {"ha": "right", "va": "top", "transform": axes.transAxes}
+        axes.text(0.98, 0.96, TOTAL_LOSS_NOTE, fontsize=7, color="0.35", **place)
+    if title in (AVERAGE_PRECISION_TITLE, LEARNING_RATE_TITLE):
         axes.set_ylim(bottom=0)
     elif not any(value <= 0 for _, _, _, values in lines for value in values):
         axes.set_yscale("log")
@@ -115,20 +121,20 @@ def _legend(run_colours: Mapping[str, tuple], groups: set[str]) -> list[Line2D]:
 
 
 def _panels(histories: Mapping[str, Sequence[Mapping]]) -> dict[str, list[Line]]:
-    """Panel title → its lines: total loss first, AP last."""
+    """Panel title → its lines: total loss first, learning rate and AP last."""
     lines: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = {TOTAL_LOSS_TITLE: {}}
-    average_precision: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    last: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = {title: {} for title in LAST_PANELS.values()}
     for run, history in histories.items():
         for entry in history:
             for key, value in entry.items():
                 if key == "loss":
                     lines[TOTAL_LOSS_TITLE].setdefault((run, ""), []).append((entry["step"], value))
-                elif key == "eval_AP":
-                    average_precision.setdefault((run, ""), []).append((entry["step"], value))
+                elif key in LAST_PANELS:
+                    last[LAST_PANELS[key]].setdefault((run, ""), []).append((entry["step"], value))
                 elif key.startswith("loss/") and not LAYER_IN_KEY.search(key):
                     title, group = _term_and_group(key)
                     lines.setdefault(title, {}).setdefault((run, group), []).append((entry["step"], value))
-    lines[AVERAGE_PRECISION_TITLE] = average_precision
+    lines |= last
     return {
         title: [(run, group, *map(list, zip(*points, strict=True))) for (run, group), points in series.items()]
         for title, series in lines.items()

@@ -13,6 +13,7 @@ import pytest
 
 from d3etr_hf.cli import signals
 from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.errors import TrainingStopped
 from tests.shapes_fixture import SIDE
 from tests.tiny import small_image_processor, tiny_model
 
@@ -50,7 +51,7 @@ def test_signal_through_the_launcher(student, tmp_path, case):
     with log.open("wb") as file:
         launcher = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=REPOSITORY)
     try:
-        wait_until(lambda: log.read_text().count("'loss'") > 1 or launcher.poll() is not None)
+        wait_until(lambda: log.read_text().count(": loss ") > 1 or launcher.poll() is not None)
         before = len(log.read_text())
         for process in processes_of(output) if to_everybody else [launcher.pid]:
             os.kill(process, number)
@@ -87,9 +88,10 @@ def wait_until(is_so, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def trainer_that_stops() -> SimpleNamespace:
+def trainer_that_stops(output: str = "nowhere") -> SimpleNamespace:
     stop = SimpleNamespace(asked=False, stopped=False, orphaned=False)
-    return SimpleNamespace(stop=stop, is_world_process_zero=lambda: True)
+    args = SimpleNamespace(output_dir=output)
+    return SimpleNamespace(stop=stop, is_world_process_zero=lambda: True, args=args)
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -103,7 +105,27 @@ def test_a_second_signal_ends_it_at_once_unless_it_was_handed_on(monkeypatch, ca
             os.kill(os.getpid(), number)
             wait_until(lambda: trainer.stop.asked)
     assert ended == ([(number, signal.SIG_DFL)] if later else [])
-    assert capfd.readouterr().err.count("SIGUSR1: stopping after this step") == 1
+    said = capfd.readouterr().err
+    assert said.count("SIGUSR1: stopping after this step") == 1
+    assert ("ended at once: nothing was kept, since no checkpoint had been written" in said) is later
+
+
+def test_ctrl_c_tells_what_is_kept(tmp_path):
+    """Before training's steps and after them; nothing is claimed of a checkpoint that is not whole."""
+    (tmp_path / "checkpoint-9").mkdir()
+
+    def interrupt() -> str:
+        with pytest.raises(TrainingStopped) as caught, signals.saying_what_is_kept(tmp_path):
+            raise KeyboardInterrupt
+        assert caught.value.exit_code == 130
+        return str(caught.value)
+
+    assert interrupt().startswith("interrupted: nothing was kept, since no checkpoint had been written; the same call")
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "manifest.json").touch()
+    assert interrupt() == (
+        f"interrupted: what came after {tmp_path / 'checkpoint-4'} is lost; the same call goes on from there"
+    )
 
 
 def test_what_nohup_ignores_stays_ignored():

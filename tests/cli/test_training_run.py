@@ -432,7 +432,7 @@ def test_finished_run_holds_its_results_and_returns_them_without_training(shapes
     with pytest.raises(OutputFolderError, match=r"checkpoint-2.: .* holds this run finished; leave .*--model .*-2 --"):
         train_detector(*arguments(shapes, output, resume_from_checkpoint=str(output / "checkpoint-2")))
     with pytest.raises(
-        OutputFolderError, match=rf"max_steps \(4 there, 6 here\).* for more steps, .*--model {output} --output_dir"
+        OutputFolderError, match=rf"max_steps 4, and cannot go on to max_steps 6: .*--model {output} --output_dir"
     ):
         train_detector(*arguments(shapes, output, max_steps=6))
     assert files_of(output) == before
@@ -697,3 +697,46 @@ def test_model_that_goes_on_keeps_its_own_image_processor(shapes, teacher, tmp_p
     assert runs.build_trainer(new, *others).processing_class.resample == theirs
     loaded = ModelArguments(model=str(tmp_path / "model"))
     assert runs.build_trainer(loaded, *others).processing_class.resample == 0
+
+
+def test_it_is_said_who_learns_and_who_teaches(shapes, teacher, tmp_path, caplog):
+    """Guards a teacher that is announced as if it trained."""
+    with caplog.at_level(logging.INFO, logger="d3etr_hf"):
+        trainer = runs.build_trainer(*arguments(shapes, tmp_path / "run", teacher))
+    count = sum(parameter.numel() for parameter in trainer.teacher.detector.parameters())
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("parameters" in line for line in said) == 2
+    assert f"teacher: Conditional DETR, {count:,} parameters, from {teacher}; it teaches and stays as it is" in said
+    (learns,) = [line for line in said if line.startswith("trained: Conditional DETR, ")]
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    assert f"{trained:,} parameters in " in learns and learns.endswith("and 0 in 0 that stay as they are")
+
+
+def test_a_finished_run_of_a_constant_learning_rate_goes_on(shapes, tmp_path):
+    """Four steps, and then four more, are the run of eight steps; curves are there, of all steps."""
+    options = {"lr_scheduler_type": "constant", "save_total_limit": 1}
+    train_detector(*arguments(shapes, tmp_path / "whole", **options, max_steps=8))
+    output = tmp_path / "longer"
+    first = train_detector(*arguments(shapes, output, **options))
+    assert (output / "curves.png").exists()
+    (output / "detections.png").touch()  # of the model as it was
+    results = train_detector(*arguments(shapes, output, **options, max_steps=8))
+    assert (first["steps"], results["steps"]) == (4, 8) and results["seconds"] > first["seconds"]
+    assert_same_weights(output, tmp_path / "whole")
+    assert not (output / "detections.png").exists() and (output / "curves.png").exists()
+    assert read_yaml((output / "run.yaml").read_text())["max_steps"] == 8
+    with pytest.raises(OutputFolderError, match=r"differs in max_steps \(8 there, 4 here\)"):
+        train_detector(*arguments(shapes, output, **options))
+
+
+def test_a_finished_run_that_cannot_go_on_names_the_way(shapes, finished, tmp_path):
+    output, _ = finished
+    before = files_of(output)
+    with pytest.raises(OutputFolderError, match=f"cannot go on to max_steps 8: its learning .*--model {output} --out"):
+        train_detector(*arguments(shapes, output, max_steps=8))
+    assert files_of(output) == before
+    options = {"lr_scheduler_type": "constant", "save_strategy": "no", "max_steps": 1}
+    train_detector(*arguments(shapes, tmp_path / "kept", **options))
+    with pytest.raises(OutputFolderError, match="finished, without a checkpoint to go on from.*--model"):
+        train_detector(*arguments(shapes, tmp_path / "kept", **(options | {"max_steps": 2})))
+    assert (tmp_path / "kept" / "results.json").exists()

@@ -225,7 +225,7 @@ def test_arguments_that_contradict_each_other(make, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_querys": 7}, r"ConditionalDetrConfig has no \['num_querys'\]"),
+        ({"num_querys": 7}, r"has no \['num_querys'\]; did you mean 'num_queries' for 'num_querys'\?"),
         ({"d_model": "wide"}, "'d_model' expected int"),
         ({"d_model": 30}, "d_model 30 must be a multiple of encoder_attention_heads, which is 4"),
         ({"d_model": 30, "encoder_attention_heads": 5}, "multiple of decoder_attention_heads, which is 4"),

@@ -120,14 +120,14 @@ def test_other_warnings_of_loading_are_heard(folder, monkeypatch, caplog):
     """Of Transformers and of this package; its report of the tensors alone is left to the errors."""
     family = FAMILIES["conditional_detr"]
     edit(folder, {"stray.weight": torch.ones(3)})
-    stock_settle = family.settle
+    stock_freeze = family.freeze
 
-    def settle(model):
+    def freeze(model):
         for name in ("transformers.modeling_utils", "d3etr_hf.models.detector"):
             transformers_logging.get_logger(name).warning(f"something else of {name}")
-        stock_settle(model)
+        stock_freeze(model)
 
-    monkeypatch.setattr(family, "settle", settle)
+    monkeypatch.setattr(family, "freeze", freeze)
     load_detector(str(folder))
     assert "something else of transformers.modeling_utils" in caplog.text
     assert "something else of d3etr_hf.models.detector" in caplog.text and "LOAD REPORT" not in caplog.text

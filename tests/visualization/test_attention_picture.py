@@ -80,7 +80,7 @@ def test_rows_of_models_and_columns_of_their_own_layers(tmp_path, figures):
             np.testing.assert_allclose(pixels, attention_overlay(grey, each.maps[layer]))
             assert panel.images[0].get_extent() == [0, 60, 90, 0]
             assert panel.get_xlim() == (0, 60) and panel.get_ylim() == (90, 0)
-            assert panel.get_title(loc="right") == f"max {100 * each.maps[layer].max().item():.1f} %"
+            assert panel.get_title(loc="right") == f"{100 * each.maps[layer].max().item():.1f} %"
             assert panel.patches[0].get_bbox().bounds == each.box
             assert panel.lines[0].get_xydata().tolist() == [[20, 30]]
     for column in (0, 1, 2):  # aligned, the teacher above
@@ -124,8 +124,12 @@ def test_without_a_reference_point_none_is_drawn_or_explained(tmp_path, figures)
     draw_attention(IMAGE, {"a": plain, "b": row(1)}, tmp_path / "a.png")
     draw_attention(IMAGE, {"a": plain}, tmp_path / "a.png")
     both, alone = figures
-    assert [len(axes.lines) for axes in both.axes] == [0, 0, 0, 2] and "reference point" in both.texts[0].get_text()
-    assert not any(axes.lines for axes in alone.axes) and "reference point" not in alone.texts[0].get_text()
+    assert [len(axes.lines) for axes in both.axes] == [0, 0, 0, 2] and "from which it starts" in both.texts[
+        0
+    ].get_text()
+    assert "b looks for the object where a does" in both.texts[0].get_text().replace("\n", " ")
+    assert "Where the rows are alike" not in alone.texts[0].get_text()
+    assert not any(axes.lines for axes in alone.axes) and "from which it starts" not in alone.texts[0].get_text()
 
 
 def test_a_teacher_of_other_pixels_sees_its_own(tmp_path, processor, figures):

@@ -1,6 +1,7 @@
 """Detections are those that evaluation sees; where pictures take their images, classes and titles from."""
 
 import copy
+import json
 import logging
 import runpy
 import sys
@@ -17,18 +18,19 @@ from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.data.transforms import DetectionTransform
 from d3etr_hf.errors import DatasetError, PictureError
 from d3etr_hf.evaluation import predict_detections
+from d3etr_hf.evaluation.image_detections import ImagesForModel
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.visualization import attention_picture, detection_grid, detections_on_images
 from d3etr_hf.visualization.detections_on_images import (
     ChosenImages,
-    ImagesForModel,
+    ImageSource,
     choose_images,
     common_classes,
     detection_columns,
     draw_detection_pages,
     ground_truth_rows,
+    images_of_files,
     model_titles,
-    read_folder,
 )
 from tests.tiny import tiny_config, tiny_model
 
@@ -111,48 +113,61 @@ def test_folder_in_order_upright_and_of_any_kind(tmp_path, caplog):
     exif[ExifTags.Base.Orientation] = 6
     noise(20, 10).save(tmp_path / "a.jpg", exif=exif)
     Image.new("P", (5, 5)).save(tmp_path / "d.gif")
-    (tmp_path / ".DS_Store").write_bytes(b"x")
     (tmp_path / "aa.txt").write_text("no image")
-    (tmp_path / "ab.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:300])
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "ab.jpg").write_text("no image either")
     with caplog.at_level(logging.WARNING):
-        chosen = read_folder(tmp_path)
-    # c.tiff has 16 bits, which the detector's own pipeline would read as white
-    assert chosen.names == ["a.jpg", "b.png", "d.gif"]
-    assert [image.size for image in chosen.images] == [(10, 20), (20, 10), (5, 5)]
-    assert all(image.mode == "RGB" for image in chosen.images)
-    assert chosen.ground_truth is None and chosen.class_names == []
+        source = images_of_files([str(tmp_path)])
+    (page,) = source.pages(9)
+    assert page.names == source.names == ["a.jpg", "b.png", "d.gif"]
+    assert [image.size for image in page.images] == [(10, 20), (20, 10), (5, 5)]
+    assert all(image.mode == "RGB" for image in page.images)
+    assert page.ground_truth is None and page.class_names == []
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message == f"{tmp_path}: skipped 3 files that are no readable image: aa.txt, ab.jpg, c.tiff"
-    assert read_folder(tmp_path, 2).names == ["a.jpg", "b.png"]
-
-
-def test_folders_without_images_are_refused(tmp_path):
-    with pytest.raises(DatasetError, match="none' *: there is no such folder"):
-        read_folder(tmp_path / "none")
-    with pytest.raises(DatasetError, match="it holds no file"):
-        read_folder(tmp_path)
-    for index in range(7):
-        (tmp_path / f"{index}.txt").write_text("no image")
-    with pytest.raises(DatasetError, match=r"none of its 7 files is a readable image \(0.txt, .*4.txt, \.\.\.\)"):
-        read_folder(tmp_path)
+    assert message == (  # c.tiff has 16 bits, which the detector's own pipeline would read as white
+        f"left out 2 files that are no readable images: {tmp_path / 'ab.jpg'}, {tmp_path / 'c.tiff'}"
+    )
+    assert [page.names for page in source.pages(2)] == [["a.jpg", "b.png"]]
+    assert [source.place_of(number) for number in (None, 1, 3)] == [0, 0, 2]
+    with pytest.raises(PictureError, match=r"image is 0: there are 3 images, counted from 1 .* lie in 1..3"):
+        source.place_of(0)
 
 
 def test_images_and_ground_truth_of_either_split(tmp_path):
     make_shapes(tmp_path / "shapes", 4, 3, progress=False)
     data = DataArguments(data_folder=str(tmp_path / "shapes"))
-    chosen = choose_images(None, data, "val", 2)
-    assert len(chosen.images) == len(chosen.ground_truth) == 2
-    assert chosen.class_names == ["circle", "rectangle", "triangle"]
-    assert chosen.names[0].startswith("shapes/val, image ")
-    assert len(choose_images(None, data, "val", 9).images) == 3
-    assert len(choose_images(None, data, "train", 9).images) == 4
+    source = choose_images(None, data, "val")
+    (page,) = source.pages(2)
+    assert len(page.images) == len(page.ground_truth) == 2
+    assert page.class_names == ["circle", "rectangle", "triangle"]
+    assert page.names[0] == f"shapes/val, image {source.numbers[0]}"
+    assert [len(page.images) for page in source.pages(9)] == [3]
+    assert [len(page.images) for page in choose_images(None, data, "train").pages(9)] == [4]
     target = {"boxes": torch.tensor([[1.0, 2.0, 4.0, 8.0]]), "class_labels": torch.tensor([2])}
     assert ground_truth_rows(target).tolist() == [[1, 2, 3, 6, 1, 2]]
     with pytest.raises(PictureError, match="'images' or a data set .*: not both"):
-        choose_images(str(tmp_path), data)
+        choose_images([str(tmp_path)], data)
     with pytest.raises(PictureError, match="'images' or a data set .*: neither is there"):
         choose_images(None, DataArguments())
+
+
+def test_an_image_is_named_by_its_id(tmp_path):
+    """Guards places taken for image ids, which start at 1 in most data sets."""
+    make_shapes(tmp_path / "shapes", 1, 3, progress=False)
+    file = tmp_path / "shapes" / "annotations" / "val.json"
+    content = json.loads(file.read_text())
+    wanted = content["images"][2]["file_name"]
+    new = dict(zip([image["id"] for image in content["images"]], (7, 3, 1), strict=True))
+    for entry in content["images"]:
+        entry["id"] = new[entry["id"]]
+    for entry in content["annotations"]:
+        entry["image_id"] = new[entry["image_id"]]
+    file.write_text(json.dumps(content))
+    source = choose_images(None, DataArguments(data_folder=str(tmp_path / "shapes")))
+    image, _ = source.read(source.place_of(1))
+    expected = next((tmp_path / "shapes").rglob(Path(wanted).name))
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(expected).convert("RGB")))
+    with pytest.raises(PictureError, match="image is 2: shapes/val has 3 images, whose ids lie in 1..7, the first of"):
+        source.place_of(2)
 
 
 def test_titles_tell_models_apart(tmp_path, monkeypatch):
@@ -174,18 +189,29 @@ def test_titles_tell_models_apart(tmp_path, monkeypatch):
     ("images", "pages"),
     [(8, {"detections.png": 8}), (17, {"detections_1.png": 8, "detections_2.png": 8, "detections_3.png": 1})],
 )
-def test_eight_images_a_page(tmp_path, monkeypatch, images, pages):
+def test_eight_images_a_page(tmp_path, monkeypatch, processor, images, pages):
+    """Every image is drawn, and only those of one page are in memory."""
     drawn = {}
 
     def draw(images, columns, class_names, path, score_threshold):
-        assert [image.width for image in images] == [int(rows[0, 0]) for rows in columns["a"]]
-        drawn[path.name] = len(images)
+        assert len(columns["a"]) == len(images) and score_threshold == 0.3
+        drawn[path.name] = [image.width for image in images]
 
     monkeypatch.setattr(detections_on_images, "draw_detection_grid", draw)
-    chosen = [Image.new("RGB", (10 + index, 10)) for index in range(images)]
-    columns = {"a": [torch.full((1, 6), 10.0 + index) for index in range(images)]}
-    paths = draw_detection_pages(chosen, columns, [], tmp_path)
-    assert drawn == pages and [path.name for path in paths] == list(pages)
+    read = []
+
+    def read_one(place):
+        read.append(place)
+        return Image.new("RGB", (40 + place, 40)), None
+
+    numbers = list(range(images))
+    source = ImageSource("", numbers, [str(number) for number in numbers], read_one, [])
+    models = {"a": (tiny_model(), processor)}
+    for index, (path, names) in enumerate(draw_detection_pages(source, models, tmp_path, 99, 8, 0.3)):
+        assert names == [str(number) for number in numbers[8 * index : 8 * index + 8]] and read[-1] == int(names[-1])
+        assert path.parent == tmp_path
+    assert {name: len(widths) for name, widths in drawn.items()} == pages
+    assert [width for widths in drawn.values() for width in widths] == [40 + number for number in numbers]
 
 
 def call_script(monkeypatch, *argv) -> None:
@@ -207,12 +233,13 @@ def test_script(tmp_path, monkeypatch, capsys, processor):
     make_shapes(tmp_path / "shapes", 3, 3, progress=False)
     student = save(tiny_model(1), processor, tmp_path / "student")
     teacher = save(tiny_model(2, decoder_layers=4, num_queries=9), processor, tmp_path / "teacher")
+    second = load_coco_split(*find_coco_split(tmp_path / "shapes", "val")).rows[1]["image_id"]
     data = ["--data_folder", tmp_path / "shapes", "--output_dir", tmp_path / "out", "--first", 2]
     both = ["--model", student, "--compare", teacher, *data]
-    call_script(monkeypatch, *both, "--attention", "true", "--image", 1, "--score_threshold", 0.01)
+    call_script(monkeypatch, *both, "--attention", "true", "--image", second, "--score_threshold", 0.01)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == str(tmp_path / "out" / "detections.png")
-    assert lines[1].startswith(f"{tmp_path / 'out' / 'attention.png'} (shapes/val, image ")
+    assert lines[0].startswith(f"{tmp_path / 'out' / 'detections.png'} (shapes/val, image ")
+    assert lines[1] == f"{tmp_path / 'out' / 'attention.png'} (shapes/val, image {second})"
     sizes = [Image.open(tmp_path / "out" / f"{name}.png").size for name in ("detections", "attention")]
     assert sizes[0][0] == pytest.approx(3 * 3.46 * 50, abs=7)  # ground truth, teacher, student
     assert sizes[1][0] == pytest.approx(5 * 3.06 * 50, abs=7)  # the detection and four layers
@@ -226,11 +253,11 @@ def test_script(tmp_path, monkeypatch, capsys, processor):
     for argv, message in [
         (["--model", classifier, *folder], "'convnext' model; the families that can be students and teachers are"),
         (["--model", student, "--compare", "/no/such/folder", *folder], "compare '/no/such/folder': there is no such"),
-        ([*both, "--attention", "true", "--image", 2], "image is 2: there are images 0..1, see 'first'"),
+        ([*both, "--attention", "true", "--image", 99], "image is 99: shapes/val has 3 images, whose ids lie in"),
         ([*both, "--attention", "true", "--detection", 21], "detection is 21: the student has detections 0..20"),
         ([*both, "--image", 1], "give --attention true too"),
         ([*both, "--score_threshold", 2], "score_threshold is 2.0: it must be in 0..1"),
-        ([*both, "--images", tmp_path], "give a folder of 'images' or a data set"),
+        ([*both, "--images", tmp_path], "give 'images' or a data set"),
         (["--model", student, "--compare", student, *data], "give two different ones"),
     ]:
         assert message in refusal(monkeypatch, capsys, *argv)

@@ -34,6 +34,7 @@ def test_one_panel_per_term_over_groups_and_runs():
         "total loss": [("student alone", ""), ("distilled", "")],
         "class": [("student alone", "student"), ("distilled", "student"), ("distilled", "auxiliary")],
         "self attention": [("distilled", "auxiliary")],
+        "learning rate": [("student alone", "")],
         "validation AP": [("student alone", ""), ("distilled", "")],
     }
     assert panels["total loss"][0][2:] == ([10, 20, 30], [0.5, 0.25, pytest.approx(1 / 6)])
@@ -68,6 +69,8 @@ def test_training_curves_are_drawn_for_every_run(tmp_path, monkeypatch):
     assert picture.shape[1] == pytest.approx(3 * training_curves.PANEL_SIZE[0] * training_curves.DOTS_PER_INCH, abs=2)
     scales = {axes.get_title(): axes.get_yscale() for axes in figures[0].axes}
     assert scales == {"total loss": "log", "class": "linear", "prediction": "log", "validation AP": "linear"}
+    notes = [text.get_text() for axes in figures[0].axes for text in axes.texts]
+    assert notes == ["the sum of all terms of each run:\nruns of other terms have other sums"]
     assert all(len(axes.lines) == 8 for axes in figures[0].axes)
     for colour in training_curves.RUN_COLOURS:
         assert pixels_of(picture, colors.to_rgb(colour))[0].size > 0  # at least in the legend
