@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 from transformers import ConditionalDetrImageProcessorPil, RTDetrImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 
-from d3etr_hf.data.coco import find_coco_split, load_coco_split
+from d3etr_hf.data.coco import load_coco_split
+from d3etr_hf.data.coco_folders import find_coco_split
 from d3etr_hf.data.transforms import (
     Augmentation,
     CropSizes,
