@@ -116,7 +116,7 @@ MUTATIONS = [
     # HF_NOTES 8: classes by name, dtype
     ("note 8: classes by position", TEACHER, "probabilities[..., self.class_index]",
      "probabilities[..., : len(self.class_index)]", f"{OBJECTIVE_TESTS}::test_teacher_classes_are_gathered_by_name"),
-    ("note 8: dtype of the checkpoint", DETECTOR, '            kwargs.setdefault("dtype", torch.float32)\n',
+    ("note 8: dtype of the checkpoint", DETECTOR, '            kwargs["dtype"] = torch.float32\n',
      "            pass\n", f"{MODEL_TESTS}::test_half_precision_checkpoint_loads_in_float32"),
     # HF_NOTES 9, 10: the detection loss
     ("note 9: boxes divided twice", TRAINER, "return Shares(images, objects,",
