@@ -104,8 +104,8 @@ class DistillationTrainer(ResumableTrainer):
         trainer_options.setdefault("data_collator", DetectionCollator())
         trainer_options.setdefault("compute_metrics", self._average_precision)
         super().__init__(model=model, args=args, **trainer_options)
-        show_progress(self)
         check_launch(self.accelerator, args)
+        show_progress(self)
         # the loss is already divided by what the whole step holds, accumulated batches included
         self.loss_is_scaled_for_ga = True
         self.teacher = None if aligned is None else aligned.to(self.args.device)
