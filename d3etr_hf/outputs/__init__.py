@@ -10,6 +10,7 @@ from d3etr_hf.outputs.groups import (
     Queries,
     Supervised,
 )
+from d3etr_hf.outputs.memory import ComparedLevel, MemoryLevel
 from d3etr_hf.outputs.scores import Scores, SelectedScores, SigmoidScores, SoftmaxScores, wide
 from d3etr_hf.outputs.targets import NO_OBJECT, Targets
 
@@ -18,9 +19,11 @@ __all__ = [
     "NO_OBJECT",
     "OWN",
     "AttentionMap",
+    "ComparedLevel",
     "DetectorOutput",
     "GroupOutput",
     "GroupRequest",
+    "MemoryLevel",
     "Queries",
     "SampledAttention",
     "Scores",

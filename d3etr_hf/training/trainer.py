@@ -13,6 +13,7 @@ from d3etr_hf.data.sampling import TrainingSampler
 from d3etr_hf.errors import NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
 from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
+from d3etr_hf.models.memory_adapters import MEMORY_ADAPTERS
 from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
 from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupRequest, Queries, Targets
@@ -208,12 +209,17 @@ class DistillationTrainer(ResumableTrainer):
         """Teacher, student and objective on one batch: the student's output, terms and statistics."""
         options = self.distillation
         maps = options.reads_self_attention, options.reads_cross_attention
+        compares = bool(options.memory_methods)
         teacher = assignment = None
         if self._runs_teacher:
-            teacher = self.teacher(teacher_pixels(inputs), GroupRequest({}, *maps), self.accelerator.autocast)
+            asked = GroupRequest({}, *maps, memory=compares, hidden_states=options.reads_hidden_states)
+            teacher = self.teacher(teacher_pixels(inputs), asked, self.accelerator.autocast)
             # threads assign while the student's forward pass runs
             assignment = self.objective.start_teacher_assignment(teacher, targets)
         request = GroupRequest(self._further_queries(teacher), *maps, targets)
+        if compares:
+            states = options.reads_hidden_states
+            request = request._replace(memory=True, hidden_states=states, teacher_memory=teacher.memory)
         pixels = {name: inputs[name] for name in ("pixel_values", "pixel_mask")}
         student: DetectorOutput = model(**pixels, request=request)
         if teacher is not None and "teacher_pixel_values" in inputs:
@@ -393,12 +399,15 @@ class DistillationTrainer(ResumableTrainer):
 
 
 def attach_query_adapter(student: Detector, teacher: Teacher | None, options: Distillation) -> None:
-    """Give the student what its auxiliary group needs, instead of anything from before."""
+    """Give the student what its auxiliary group and comparisons of memories need, instead of anything from before."""
     student.query_adapters = torch.nn.ModuleDict()
     if options.auxiliary_queries == "learned":
         student.query_adapters[AUXILIARY] = LearnedQueries(student.new_queries(student.query_count))
     elif options.auxiliary_queries == "teacher":
         student.query_adapters[AUXILIARY] = QueryAdapter(teacher.detector.width, student.width)
+    for method in options.memory_methods:
+        widths = student.width, teacher.detector.width
+        student.query_adapters[method] = MEMORY_ADAPTERS[method](*widths, student.memory_levels)
     student.query_adapters.to(student.device)
 
 
