@@ -1,15 +1,15 @@
 """FGD (Yang et al., "Focal and Global Knowledge Distillation for Detectors", CVPR 2022), on the encoder's memory.
 
-With the teacher's features F and the student's G, carried into its width, of one image and level:
+With the teacher's features F and the student's G, carried into its width, of one image and level (focal distillation,
+section 3.1, and global distillation, section 3.2):
 
-- masks (equations 2 to 4): of foreground, cells that an object covers, each weighted by one over the number of cells
-  of its object, of several the smallest; of background, all others, weighted by one over their number;
-- attention (equations 5 to 7), at temperature T: of places, n softmax(mean over channels of |F| / T) over the image's
-  n tokens; of channels, d softmax(mean over tokens of |F| / T) over the d channels;
-- focal loss (equation 8): (F - G)^2 weighted by mask and the teacher's two attentions, foreground and background
-  apart;
-- attention loss (equation 9): L1 of the two models' attentions;
-- global loss (equation 10): (R(F) - R(G))^2, where R adds a learned context to all tokens, see `RelationBlock`.
+- masks: of foreground, cells that an object covers, each weighted by one over the number of cells of its object, of
+  several the smallest; of background, all others, weighted by one over their number;
+- attention, at temperature T: of places, n softmax(mean over channels of |F| / T) over the image's n tokens; of
+  channels, d softmax(mean over tokens of |F| / T) over the d channels;
+- feature loss: (F - G)^2 weighted by mask and the teacher's two attentions, foreground and background apart;
+- attention loss: L1 of the two models' attentions;
+- global loss: (R(F) - R(G))^2, where R adds a learned context to all tokens, see `RelationBlock`.
 
 The paper's weights (for RetinaNet 1e-3, 5e-4, 1e-3 and 5e-6) are of sums over channels and cells. Here every part is a
 mean: over channels, and of foreground over objects, of background over its cells, of attention over tokens and over

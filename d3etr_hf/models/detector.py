@@ -17,11 +17,12 @@ from transformers.utils import logging
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.losses import DetectionCriterion
 from d3etr_hf.losses.grids import compared_levels
-from d3etr_hf.models.memory_adapters import VIDT, MemoryAdapter
+from d3etr_hf.models.memory_adapters import VIDT, ComparesMemory
 from d3etr_hf.models.timm_names import copy_dilation
 from d3etr_hf.outputs import (
     OWN,
     ComparedLevel,
+    DecodedInstances,
     DetectorOutput,
     GroupRequest,
     MemoryLevel,
@@ -291,7 +292,7 @@ class Detector(StockModel):
         output = self.forward_groups(pixel_values, pixel_mask, request)
         if request.teacher_memory is not None:
             # by item: what is set as an attribute a distributed model would not find in the output
-            output["compared_memory"] = self._compared(output.memory, request.teacher_memory)
+            output["compared_memory"] = self._compared(output.memory, request)
             if VIDT in self.query_adapters:
                 carried: Any = self.query_adapters[VIDT]
                 with torch.autocast(self.device.type, enabled=False):
@@ -299,13 +300,16 @@ class Detector(StockModel):
         return output
 
     def _compared(
-        self, memory: tuple[MemoryLevel, ...], teacher_memory: tuple[MemoryLevel, ...]
-    ) -> dict[str, tuple[ComparedLevel, ...]]:
-        """By the memory adapter's name, per level, both memories as that adapter hands them to its loss."""
+        self, memory: tuple[MemoryLevel, ...], request: GroupRequest
+    ) -> dict[str, tuple[ComparedLevel, ...] | DecodedInstances]:
+        """By the memory adapter's name, its memory and the teacher's as that adapter hands them to its loss."""
         with torch.autocast(self.device.type, enabled=False):
-            levels = compared_levels(memory, teacher_memory)
-            adapters = self.query_adapters.items()
-            return {name: adapter(levels) for name, adapter in adapters if isinstance(adapter, MemoryAdapter)}
+            levels = compared_levels(memory, request.teacher_memory)
+            return {
+                name: adapter(levels, request.targets)
+                for name, adapter in self.query_adapters.items()
+                if isinstance(adapter, ComparesMemory)
+            }
 
     def queries_of_groups(self, own: Queries, request: GroupRequest) -> dict[str, Queries]:
         """The model's own queries and those of the request, carried into its width, by the group's name."""

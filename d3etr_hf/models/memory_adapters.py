@@ -10,12 +10,16 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from d3etr_hf.outputs import ComparedLevel
+from d3etr_hf.outputs import ComparedLevel, Targets
 
 VIDT = "vidt"
 
 
-class MemoryAdapter(nn.Module):
+class ComparesMemory(nn.Module):
+    """A module that takes the levels of two memories, `ComparedLevel`s, and the ground truth, in training."""
+
+
+class MemoryAdapter(ComparesMemory):
     """Carries every level of the student's memory into the teacher's width, each by a convolution of its own.
 
     It starts with orthonormal rows or columns at the kernel's centre and zeros around it, so that features of unit
@@ -24,6 +28,7 @@ class MemoryAdapter(nn.Module):
     Args:
         width, their_width: hidden sizes of the student and of the teacher.
         levels: number of levels of the student's memory.
+        classes: whatever number of classes the student has.
 
     Attributes:
         kernel: side of the convolution, cells; it sees zeros on padding as beyond the map.
@@ -33,7 +38,7 @@ class MemoryAdapter(nn.Module):
     kernel: ClassVar[int] = 1
     always: ClassVar[bool] = True
 
-    def __init__(self, width: int, their_width: int, levels: int):
+    def __init__(self, width: int, their_width: int, levels: int, classes: int):
         super().__init__()
         learned = self.always or width != their_width
         self.projections = nn.ModuleList(
@@ -49,7 +54,7 @@ class MemoryAdapter(nn.Module):
             convolution.weight.zero_()[..., self.kernel // 2, self.kernel // 2] = centre
         return convolution
 
-    def forward(self, levels: Sequence[ComparedLevel]) -> tuple[ComparedLevel, ...]:
+    def forward(self, levels: Sequence[ComparedLevel], targets: Targets) -> tuple[ComparedLevel, ...]:
         """The same levels, with the student's features in the teacher's width."""
         return tuple(
             level._replace(student=projection(level.student * level.mask[:, None]))
@@ -62,7 +67,7 @@ class FitnetAdapter(MemoryAdapter):
 
 
 class RelationBlock(nn.Module):
-    """FGD's equation 10, without the sum with the features: the context that is added to every token.
+    """FGD's global relation R (its section 3.2) without the features themselves: what it adds to every token.
 
     W2 ReLU(LayerNorm(W1 c)), with c the mean of tokens weighted by softmax(w . token); W2 starts at zero.
 
@@ -92,14 +97,14 @@ class FgdAdapter(MemoryAdapter):
 
     always = False
 
-    def __init__(self, width: int, their_width: int, levels: int):
-        super().__init__(width, their_width, levels)
+    def __init__(self, width: int, their_width: int, levels: int, classes: int):
+        super().__init__(width, their_width, levels, classes)
         self.student_relations = nn.ModuleList(RelationBlock(their_width) for _ in range(levels))
         self.teacher_relations = nn.ModuleList(RelationBlock(their_width) for _ in range(levels))
 
-    def forward(self, levels: Sequence[ComparedLevel]) -> tuple[ComparedLevel, ...]:
+    def forward(self, levels: Sequence[ComparedLevel], targets: Targets) -> tuple[ComparedLevel, ...]:
         """The same levels, with the student's features in the teacher's width and the contexts of both."""
-        carried = super().forward(levels)
+        carried = super().forward(levels, targets)
         blocks = zip(carried, self.student_relations, self.teacher_relations, strict=True)
         return tuple(
             level._replace(
@@ -124,20 +129,10 @@ class VidtAdapter(MemoryAdapter):
 
     always = False
 
-    def __init__(self, width: int, their_width: int, levels: int):
-        super().__init__(width, their_width, levels)
+    def __init__(self, width: int, their_width: int, levels: int, classes: int):
+        super().__init__(width, their_width, levels, classes)
         self.queries = self._convolution(width, their_width) if width != their_width else nn.Identity()
 
     def carried_queries(self, queries: torch.Tensor) -> torch.Tensor:
         """Queries `(B, N, d)` in the teacher's width."""
         return self.queries(queries.mT[..., None]).squeeze(-1).mT
-
-
-# by the name of the loss that reads what they give; the option that switches it on is called so, with "_weight"
-MEMORY_ADAPTERS: dict[str, type[MemoryAdapter]] = {
-    "fitnet": FitnetAdapter,
-    "fgd": FgdAdapter,
-    "defeat": DefeatAdapter,
-    "detrdistill_memory": DetrdistillAdapter,
-    VIDT: VidtAdapter,
-}

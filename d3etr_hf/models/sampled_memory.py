@@ -111,7 +111,7 @@ class SampledMemoryDetector(Detector):
                 states = decoder_pass.groups.split(wide(output.last_hidden_state), 1)
                 for name, group in outputs.items():
                     group["hidden_states"] = states[name]
-        levels = self.levels(decoder_pass)
+        levels = self.memory_of(decoder_pass)
         return DetectorOutput(
             groups={name: group for name, group in outputs.items() if name in (OWN, AUXILIARY, *request.queries)},
             queries=decoder_pass.own,
@@ -144,7 +144,7 @@ class SampledMemoryDetector(Detector):
             stack.enter_context(memory_module.register_forward_hook(leave_autocast))
             yield
 
-    def levels(self, decoder_pass: DecoderPass) -> tuple[MemoryLevel, ...]:
+    def memory_of(self, decoder_pass: DecoderPass) -> tuple[MemoryLevel, ...]:
         """The memory that the decoder was given, in its order."""
         shapes = [tuple(shape) for shape in decoder_pass.arguments["spatial_shapes_list"]]
         sizes = [math.prod(shape) for shape in shapes]

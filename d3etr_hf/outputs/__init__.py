@@ -10,7 +10,7 @@ from d3etr_hf.outputs.groups import (
     Queries,
     Supervised,
 )
-from d3etr_hf.outputs.memory import ComparedLevel, MemoryLevel
+from d3etr_hf.outputs.memory import ComparedLevel, DecodedInstances, MemoryLevel
 from d3etr_hf.outputs.scores import Scores, SelectedScores, SigmoidScores, SoftmaxScores, wide
 from d3etr_hf.outputs.targets import NO_OBJECT, Targets
 
@@ -20,6 +20,7 @@ __all__ = [
     "OWN",
     "AttentionMap",
     "ComparedLevel",
+    "DecodedInstances",
     "DetectorOutput",
     "GroupOutput",
     "GroupRequest",

@@ -8,7 +8,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from d3etr_hf.outputs.attention_maps import AttentionMap, SampledAttention
-from d3etr_hf.outputs.memory import ComparedLevel, MemoryLevel
+from d3etr_hf.outputs.memory import ComparedLevel, DecodedInstances, MemoryLevel
 from d3etr_hf.outputs.scores import wide
 from d3etr_hf.outputs.targets import Targets
 
@@ -121,7 +121,7 @@ class DetectorOutput(ModelOutput):
         repeats: of how many groups that ask for every object the model's own is one (Group DETR; None: the only one);
             its detection loss is divided by so many times the objects.
         memory: what the decoder reads, level by level, in its order; None unless it was asked for.
-        compared_memory: by the memory adapter's name, per level, its memory beside the teacher's; None without one.
+        compared_memory: by the memory adapter's name, its memory beside the teacher's; None without one.
         carried_queries: `(B, N, d_t)`, its own group's hidden states in the teacher's width; None unless an adapter
             carries them.
     """
@@ -133,5 +133,5 @@ class DetectorOutput(ModelOutput):
     supervised: dict[str, Supervised] | None = None
     repeats: int | None = None
     memory: tuple[MemoryLevel, ...] | None = None
-    compared_memory: dict[str, tuple[ComparedLevel, ...]] | None = None
+    compared_memory: dict[str, tuple[ComparedLevel, ...] | DecodedInstances] | None = None
     carried_queries: torch.Tensor | None = None

@@ -37,3 +37,28 @@ class ComparedLevel(NamedTuple):
     mask: torch.Tensor
     student_context: torch.Tensor | None = None
     teacher_context: torch.Tensor | None = None
+
+
+class DecodedInstances(NamedTuple):
+    """What ICD's decoder finds of K instances of each image, some of which are fakes, in M heads; d = d_t / M.
+
+    Attributes:
+        attention: `(B, M, K, S)`, of each to the teacher's S tokens of all levels, 0 on padding; without gradient.
+        teacher_values: `(B, M, S, d)`, normed over d, without gradient.
+        student_values: `(B, M, S, d)`, normed over d.
+        confidence: `(B, K)`, logit of being real.
+        edges: `(B, K, 4)`, predicted distances of left, top, right and bottom edge from the described place, as shares
+            of the image.
+        target_edges: `(B, K, 4)`, the true ones.
+        real: bool `(B, K)`, objects of the image.
+        there: bool `(B, K)`, objects and fakes; else the place only fills up the batch.
+    """
+
+    attention: torch.Tensor
+    teacher_values: torch.Tensor
+    student_values: torch.Tensor
+    confidence: torch.Tensor
+    edges: torch.Tensor
+    target_edges: torch.Tensor
+    real: torch.Tensor
+    there: torch.Tensor

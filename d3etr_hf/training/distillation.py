@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from d3etr_hf.models.memory_adapters import MEMORY_ADAPTERS
+from d3etr_hf.models.memory_methods import MEMORY_METHODS
 from d3etr_hf.outputs import AUXILIARY, OWN
 
 
@@ -25,6 +25,7 @@ class Distillation:
     fgd_weight: float = 0.0
     defeat_weight: float = 0.0
     detrdistill_memory_weight: float = 0.0
+    icd_weight: float = 0.0
     vidt_weight: float = 0.0
     detection_weight: float = 1.0
     distillation_class_weight: float = 1.0
@@ -37,7 +38,7 @@ class Distillation:
     def of_predictions(self) -> "Distillation":
         """What is left of it under a teacher that has predictions only."""
         queries = "none" if self.auxiliary_queries == "teacher" else self.auxiliary_queries
-        of_memory: dict[str, Any] = {f"{name}_weight": 0.0 for name in MEMORY_ADAPTERS}
+        of_memory: dict[str, Any] = {f"{name}_weight": 0.0 for name in MEMORY_METHODS}
         return replace(
             self,
             auxiliary_queries=queries,
@@ -69,7 +70,7 @@ class Distillation:
     @property
     def memory_methods(self) -> tuple[str, ...]:
         """Names of the methods by which the student's encoder memory learns from the teacher's."""
-        return tuple(name for name in MEMORY_ADAPTERS if getattr(self, f"{name}_weight") > 0)
+        return tuple(name for name in MEMORY_METHODS if getattr(self, f"{name}_weight") > 0)
 
     @property
     def reads_hidden_states(self) -> bool:

@@ -1,5 +1,7 @@
 """Terms of the objective that compare encoder memories: the field's baselines beside D3ETR's own terms."""
 
+from typing import Any
+
 import torch
 
 from d3etr_hf.losses import (
@@ -8,10 +10,12 @@ from d3etr_hf.losses import (
     detrdistill_memory_distillation,
     fgd_distillation,
     fitnet_distillation,
+    icd_distillation,
     query_quality,
     vidt_distillation,
 )
 from d3etr_hf.matching import assignment_of, start_solving
+from d3etr_hf.models.instance_decoder import FAKES
 from d3etr_hf.outputs import DetectorOutput, Targets
 from d3etr_hf.training.teacher import TeacherOutput
 
@@ -27,13 +31,13 @@ def memory_losses(
     objects: torch.Tensor,
     quality: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One method's loss, `(levels,)`; see the losses for what each is.
+    """One method's loss, `(levels,)`, or `(1,)` where all levels are taken together; see the losses for what each is.
 
     Args:
         images, objects: as in `Shares`.
         quality: `(B, N_t)`, of the teacher's queries; None where no method asks for it.
     """
-    levels = student.compared_memory[method]
+    levels: Any = student.compared_memory[method]
     match method:
         case "fitnet":
             return fitnet_distillation(levels, images)
@@ -43,6 +47,8 @@ def memory_losses(
             return defeat_distillation(levels, targets, images)
         case "detrdistill_memory":
             return detrdistill_memory_distillation(levels, teacher.hidden_states, quality, images)
+        case "icd":
+            return icd_distillation(levels, FAKES, objects)
         case "vidt":
             return vidt_distillation(levels, teacher.hidden_states, student.carried_queries, images)
     raise ValueError(f"no loss compares memories as {method!r}")

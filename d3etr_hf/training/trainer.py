@@ -13,7 +13,7 @@ from d3etr_hf.data.sampling import TrainingSampler
 from d3etr_hf.errors import NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
 from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
-from d3etr_hf.models.memory_adapters import MEMORY_ADAPTERS
+from d3etr_hf.models.memory_methods import MEMORY_METHODS
 from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
 from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupRequest, Queries, Targets
@@ -406,8 +406,8 @@ def attach_query_adapter(student: Detector, teacher: Teacher | None, options: Di
     elif options.auxiliary_queries == "teacher":
         student.query_adapters[AUXILIARY] = QueryAdapter(teacher.detector.width, student.width)
     for method in options.memory_methods:
-        widths = student.width, teacher.detector.width
-        student.query_adapters[method] = MEMORY_ADAPTERS[method](*widths, student.memory_levels)
+        sizes = student.width, teacher.detector.width, student.memory_levels, len(student.class_names)
+        student.query_adapters[method] = MEMORY_METHODS[method](*sizes)
     student.query_adapters.to(student.device)
 
 

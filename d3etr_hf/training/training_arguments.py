@@ -112,6 +112,11 @@ class D3etrTrainingArguments(TrainingArguments):
         "Weight of DETRDistill's feature distillation on encoder memories: differences where the teacher's good "
         "queries look alike; 0 switches it off.",
     )
+    icd_weight: float = option(
+        Distillation.icd_weight,
+        "Weight of ICD on encoder memories: differences where a decoder, which learns that beside, finds each object "
+        "in the teacher's; 0 switches it off.",
+    )
     vidt_weight: float = option(
         Distillation.vidt_weight,
         "Weight of ViDT's token matching: distances of tokens of encoder memories and of the last decoder layer's "

@@ -9,7 +9,7 @@ from transformers import ConvNextConfig
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import IncompatibleTeacherError
 from d3etr_hf.losses import query_quality
-from d3etr_hf.models.memory_adapters import MEMORY_ADAPTERS
+from d3etr_hf.models.memory_methods import MEMORY_METHODS
 from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, ComparedLevel, GroupRequest
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
@@ -19,7 +19,7 @@ from tests.shapes_fixture import SIDE, weights_of
 from tests.tiny import random_labels, targets_of, tiny_model
 from tests.training.test_resuming import train
 
-METHODS = list(MEMORY_ADAPTERS)
+METHODS = list(MEMORY_METHODS)
 ALL_ON = {f"{method}_weight": 1.0 for method in METHODS}
 LABELS = random_labels([3, 0, 2], seed=3)
 STRIDE_16 = ConvNextConfig(
@@ -124,10 +124,10 @@ def test_every_term_is_what_its_loop_gives(tmp_path):
     ours, theirs = both_memories(trainer, PADDED)
     level, teacher = ours.memory[0], trainer.teacher
     compared = [ComparedLevel(level.features, on_grid_of(level, theirs.memory[0]), level.mask)]
-    with torch.no_grad():
-        carried = {name: trainer.model.query_adapters[name](compared) for name in METHODS}
-        queries = trainer.model.query_adapters["vidt"].carried_queries(ours.groups[OWN].hidden_states)
     targets, group = targets_of(LABELS), theirs.groups[OWN]
+    with torch.no_grad():
+        carried = {name: trainer.model.query_adapters[name](compared, targets) for name in METHODS if name != "icd"}
+        queries = trainer.model.query_adapters["vidt"].carried_queries(ours.groups[OWN].hidden_states)
     probabilities = teacher.criterion.scores.probabilities(group.logits[-1])
     quality = query_quality(probabilities, group.boxes[-1], best_assignment(teacher, theirs), targets)
     expected = {
@@ -140,7 +140,10 @@ def test_every_term_is_what_its_loop_gives(tmp_path):
         "vidt": slow_memories.vidt_loss(carried["vidt"], group.hidden_states, queries),
     }
     log = step(trainer, PADDED)
-    assert {name.removeprefix("loss/memory/") for name in log if "/memory/" in name} == set(expected) == set(METHODS)
+    # ICD's instances are drawn afresh each time
+    assert (
+        {name.removeprefix("loss/memory/") for name in log if "/memory/" in name} == {*expected, "icd"} == set(METHODS)
+    )
     for name, (value,) in expected.items():
         assert log[f"loss/memory/{name}"] == pytest.approx(2.0 * value, rel=1e-4), name
 
