@@ -78,11 +78,10 @@ class RelationBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.weigh = nn.Linear(width, 1, bias=False)  # softmax knows no bias
-        self.transform = nn.Sequential(
-            nn.Linear(width, width // 2), nn.LayerNorm(width // 2), nn.ReLU(), nn.Linear(width // 2, width)
-        )
-        nn.init.zeros_(self.transform[-1].weight)
-        nn.init.zeros_(self.transform[-1].bias)
+        last = nn.Linear(width // 2, width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.transform = nn.Sequential(nn.Linear(width, width // 2), nn.LayerNorm(width // 2), nn.ReLU(), last)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """`(B, d)` of features `(B, d, H, W)` and the tokens of the image, bool `(B, H, W)`."""
