@@ -32,18 +32,18 @@ class TeacherOutput:
         last: its predictions in its own last layer, with L = 1.
         queries: its queries of this batch; None of a teacher of predictions only.
         memory_mask: bool `(B, H, W)`, of its memory; None likewise.
-        own_grid: whether its memory's grid is another than that of the batch as it is padded.
         memory: its encoder's memory, level by level; None unless it was asked for.
         hidden_states: `(B, N_t, d_t)`, its queries after the last decoder layer; None likewise.
+        own_grid: whether its memory's grid is another than that of the batch as it is padded.
     """
 
     group: TaughtGroup
     last: TaughtGroup
     queries: Queries | None
     memory_mask: torch.Tensor | None
-    own_grid: bool = False
     memory: tuple[MemoryLevel, ...] | None = None
     hidden_states: torch.Tensor | None = None
+    own_grid: bool = False
 
     def on_memory(self, memory_mask: torch.Tensor) -> "TeacherOutput":
         """The same with dense cross-attention brought to the student's memory, where it comes of other pixels.

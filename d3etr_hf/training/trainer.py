@@ -144,9 +144,7 @@ class DistillationTrainer(ResumableTrainer):
             raise UnsupportedOptionError("teacher_cache: these options never run a teacher; leave it out")
         if self._maps.memory:
             weights = ", ".join(f"{name}_weight" for name in self.distillation.memory_methods)
-            raise UnsupportedOptionError(
-                f"teacher_cache keeps no encoder memories: leave it out, or set {weights} to 0"
-            )
+            raise UnsupportedOptionError(f"teacher_cache keeps no encoder memory: leave it out, or set {weights} to 0")
         cache = TeacherCache(
             self.teacher,
             self.args.teacher_cache,
