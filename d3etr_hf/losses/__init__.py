@@ -9,6 +9,7 @@ from d3etr_hf.losses.attention_geometry import moment_distillation, place_distil
 from d3etr_hf.losses.box_distribution_distillation import box_distribution_distillation
 from d3etr_hf.losses.detection_loss import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
 from d3etr_hf.losses.distribution_criterion import DistributionCriterion
+from d3etr_hf.losses.hungarian_logits_distillation import hungarian_logits_distillation
 from d3etr_hf.losses.overlap_criteria import IouAwareCriterion, VarifocalCriterion
 from d3etr_hf.losses.prediction_distillation import PREDICTION_NORMALISERS, pair_weights, prediction_distillation
 
@@ -23,6 +24,7 @@ __all__ = [
     "VarifocalCriterion",
     "box_distribution_distillation",
     "cross_attention_distillation",
+    "hungarian_logits_distillation",
     "moment_distillation",
     "pair_weights",
     "place_distillation",

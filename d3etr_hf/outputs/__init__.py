@@ -3,20 +3,31 @@
 from d3etr_hf.outputs.attention_maps import AttentionMap, SampledAttention
 from d3etr_hf.outputs.groups import (
     AUXILIARY,
+    MOST_AUXILIARY_GROUPS,
+    ONE_TO_MANY,
     OWN,
+    RANDOM_QUERIES,
+    SHARED_GROUPS,
+    TEACHER_QUERIES,
     DetectorOutput,
     GroupOutput,
     GroupRequest,
     Queries,
     Supervised,
+    auxiliary_names,
 )
 from d3etr_hf.outputs.scores import Scores, SelectedScores, SigmoidScores, SoftmaxScores, wide
 from d3etr_hf.outputs.targets import NO_OBJECT, Targets
 
 __all__ = [
     "AUXILIARY",
+    "MOST_AUXILIARY_GROUPS",
     "NO_OBJECT",
+    "ONE_TO_MANY",
     "OWN",
+    "RANDOM_QUERIES",
+    "SHARED_GROUPS",
+    "TEACHER_QUERIES",
     "AttentionMap",
     "DetectorOutput",
     "GroupOutput",
@@ -29,5 +40,6 @@ __all__ = [
     "SoftmaxScores",
     "Supervised",
     "Targets",
+    "auxiliary_names",
     "wide",
 ]

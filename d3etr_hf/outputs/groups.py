@@ -12,6 +12,17 @@ from d3etr_hf.outputs.scores import wide
 from d3etr_hf.outputs.targets import Targets
 
 OWN, AUXILIARY = "own", "auxiliary"
+# of one student in training; the authors of Group DETR take ten
+MOST_AUXILIARY_GROUPS = 32
+# queries that a teacher and its student are both given (KD-DETR), of which no ground truth is asked
+RANDOM_QUERIES, TEACHER_QUERIES = SHARED_GROUPS = ("random_queries", "teacher_queries")
+# learned queries that ground truth is asked of several times (H-DETR)
+ONE_TO_MANY = "one_to_many"
+
+
+def auxiliary_names(count: int) -> tuple[str, ...]:
+    """What so many auxiliary groups are called, the first of them `AUXILIARY`."""
+    return tuple(AUXILIARY if number == 1 else f"{AUXILIARY}_{number}" for number in range(1, count + 1))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from d3etr_hf.models.image_processors import require_fixed_size
 from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.option_checks import wants_best
+from d3etr_hf.training.shared_queries import check_shared_queries
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -32,7 +33,7 @@ def check_models(student: Detector, teacher: Detector | OtherDetector | None, ar
 
     Raises:
         IncompatibleTeacherError: no teacher where the options need one, a model of another type, layer dropout,
-            reference points or box distributions that one of the two does not have.
+            reference points, queries or box distributions that one of the two does not have.
     """
     if not isinstance(args, D3etrTrainingArguments):
         raise TypeError(f"args is a {type(args).__name__}: D3etrTrainer takes D3etrTrainingArguments")
@@ -55,6 +56,12 @@ def check_models(student: Detector, teacher: Detector | OtherDetector | None, ar
             f"the student's {student.skipped_layers}: skipped layers have nothing to match; set it to 0"
         )
     _check_distributions(student, teacher, args)
+    weights = args.logits_layer_weights
+    if weights is not None and len(weights) != student.decoder_depth:
+        raise IncompatibleTeacherError(
+            f"logits_layer_weights={weights}: it needs one for each of the student's {student.decoder_depth} layers"
+        )
+    check_shared_queries(student, teacher, args.distillation)
     takes_queries = args.auxiliary_queries == "teacher" and not teacher.predictions_only
     if takes_queries and args.auxiliary_reference_points == "teacher":
         if student.anchor_size == 0 or teacher.anchor_size < student.anchor_size:

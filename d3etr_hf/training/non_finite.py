@@ -207,7 +207,9 @@ class NonFiniteGuard(TrainerCallback):
             labels=batch.inputs["labels"],
             config=json.loads(trainer.model.config.to_json_string(use_diff=False)),
             teacher=None if trainer.teacher is None else trainer.teacher.name,
-            options={name: getattr(trainer.args, name) for name in (*DISTILLATION_OPTIONS, "detection_weight")},
+            options={
+                name: getattr(trainer.args, name) for name in (*DISTILLATION_OPTIONS, "detection_weight", "seed")
+            },
             mixed_precision=trainer.accelerator.mixed_precision,
             device=batch.counts.device.type,
         )

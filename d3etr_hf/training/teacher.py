@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class TeacherOutput:
         last: its predictions in its own last layer, with L = 1.
         queries: its queries of this batch; None of a teacher of predictions only.
         memory_mask: bool `(B, H, W)`, of its memory; None likewise.
+        shared: by name, its predictions of further queries that it was given, in the layers that the student's follow.
     """
 
     group: TaughtGroup
     last: TaughtGroup
     queries: Queries | None
     memory_mask: torch.Tensor | None
+    shared: Mapping[str, TaughtGroup] = field(default_factory=dict)
 
     def on_memory(self, memory_mask: torch.Tensor) -> "TeacherOutput":
         """The same with dense cross-attention brought to the student's memory, where it comes of other pixels.
@@ -83,6 +85,8 @@ class Teacher:
         self._classes_in_order = self.class_index.tolist() == list(range(len(class_names)))
         self.layer_map = spread_layers(detector.decoder_depth, student_depth, layer_map)
         self.detector = detector.eval().requires_grad_(False)
+        if isinstance(detector, Detector):  # it takes queries as they are, whoever's student it has been
+            detector.query_adapters = torch.nn.ModuleDict()
         self.name = detector.name_or_path or "teacher"
         self.criterion: DetectionCriterion = detector.criterion()
 
@@ -108,15 +112,20 @@ class Teacher:
 
         Args:
             pixels: `pixel_values` `(B, 3, H, W)` and `pixel_mask` `(B, H, W)`.
-            request: which maps to return.
+            request: which maps to return, and further queries to decode.
             autocast: makes the context of mixed precision; outside the model's own pass there is none but this.
         """
         pixel_values = pixels["pixel_values"].to(self.detector.dtype)
         with autocast():
             output = self.detector(pixel_values, pixels["pixel_mask"], request=request)
         group = output.groups[OWN]
-        last = replace(self._aligned(group, [-1]), self_attention=None, cross_attention=None)
-        return TeacherOutput(self._aligned(group, self.layer_map), last, output.queries, output.memory_mask)
+        last = self._predicted(group, [-1])
+        shared = {name: self._predicted(output.groups[name], self.layer_map) for name in request.queries}
+        return TeacherOutput(self._aligned(group, self.layer_map), last, output.queries, output.memory_mask, shared)
+
+    def _predicted(self, group: GroupOutput, layers: list[int]) -> TaughtGroup:
+        """As `_aligned`, without maps."""
+        return replace(self._aligned(group, layers), self_attention=None, cross_attention=None)
 
     def _aligned(self, group: GroupOutput, layers: list[int]) -> TaughtGroup:
         """The outputs in these of its layers, for the student's classes; no gradient reaches the teacher."""
