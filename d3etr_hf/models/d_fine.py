@@ -20,9 +20,7 @@ from d3etr_hf.models.group_decoder import DecoderPass, sampled_around
 from d3etr_hf.models.rt_detr import DENOISING, ProposalDecoder, ProposalDetector, check_tied_heads
 from d3etr_hf.outputs import (
     MOST_AUXILIARY_GROUPS,
-    ONE_TO_MANY,
     OWN,
-    SHARED_GROUPS,
     GroupOutput,
     GroupRequest,
     SampledAttention,
@@ -44,6 +42,8 @@ SHARED_QUERIES = (
     (OWN, first_head_of(OWN), "proposals"),
     *((name, first_head_of(name)) for name in auxiliary_names(MOST_AUXILIARY_GROUPS)),
 )
+# groups whose first head ground truth supervises
+WITH_FIRST_HEAD = (OWN, DENOISING, *auxiliary_names(MOST_AUXILIARY_GROUPS))
 
 
 class DistributionDecoder(ProposalDecoder):
@@ -131,7 +131,7 @@ class DistributionDetector(ProposalDetector):
         found = super().supervised(outputs, output, decoder_pass, request)
         logits, boxes = super().predictions(output, decoder_pass)
         for name, group in decoder_pass.outputs(logits[:1], boxes[:1]).items():
-            if name in (*SHARED_GROUPS, ONE_TO_MANY):
+            if name not in WITH_FIRST_HEAD:
                 continue
             first = GroupOutput(logits=group.logits, boxes=group.boxes)
             given = name == DENOISING

@@ -56,12 +56,15 @@ class GroupRequest(NamedTuple):
         queries: further groups by name; None for a group whose queries the model holds itself.
         self_attention, cross_attention: whether to return these maps.
         targets: the ground truth, for families that make queries of it while they train (denoising).
+        masks: by a further group's name, bool broadcastable to `(B, 1, N, N)`, which of its queries each one sees in
+            self-attention; all of the group where it is not named.
     """
 
     queries: Mapping[str, Queries | None] = {}
     self_attention: bool = False
     cross_attention: bool = False
     targets: Targets | None = None
+    masks: Mapping[str, torch.Tensor] = {}
 
 
 @dataclass

@@ -45,6 +45,13 @@ BASELINES = {
   booktitle={AAAI Conference on Artificial Intelligence},
   year={2023}
 }""",
+    "denoising_groups": """\
+@inproceedings{li2022dn,
+  title={{DN-DETR}: Accelerate {DETR} Training by Introducing Query DeNoising},
+  author={Li, Feng and Zhang, Hao and Liu, Shilong and Guo, Jian and Ni, Lionel M. and Zhang, Lei},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2022}
+}""",
     "one_to_many_queries": """\
 @inproceedings{jia2023detrs,
   title={{DETRs} with Hybrid Matching},

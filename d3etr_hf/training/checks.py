@@ -20,6 +20,7 @@ from d3etr_hf.evaluation.coco_average_precision import STATISTICS
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import require_fixed_size
 from d3etr_hf.models.other_detector import OtherDetector
+from d3etr_hf.training.denoising import check_denoising
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.option_checks import wants_best
 from d3etr_hf.training.shared_queries import check_shared_queries
@@ -34,6 +35,7 @@ def check_models(student: Detector, teacher: Detector | OtherDetector | None, ar
     Raises:
         IncompatibleTeacherError: no teacher where the options need one, a model of another type, layer dropout,
             reference points, queries or box distributions that one of the two does not have.
+        UnsupportedOptionError: denoising for a student whose queries have no anchors.
     """
     if not isinstance(args, D3etrTrainingArguments):
         raise TypeError(f"args is a {type(args).__name__}: D3etrTrainer takes D3etrTrainingArguments")
@@ -55,6 +57,7 @@ def check_models(student: Detector, teacher: Detector | OtherDetector | None, ar
         raise IncompatibleTeacherError(
             f"the student's {student.skipped_layers}: skipped layers have nothing to match; set it to 0"
         )
+    check_denoising(student, args.distillation)
     _check_distributions(student, teacher, args)
     weights = args.logits_layer_weights
     if weights is not None and len(weights) != student.decoder_depth:

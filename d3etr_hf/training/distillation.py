@@ -7,6 +7,7 @@ Beside D3ETR's own they switch on baselines of the field, all of them off by def
   learned queries, and `group_reduction` says whether the sum is divided.
 - H-DETR's one-to-many branch (Jia et al., "DETRs with Hybrid Matching", CVPR 2023), without a teacher: L = L_det(own
   queries, objects) + weight L_det(further queries, every object K times), the second divided by K times the objects.
+- DN-DETR's denoising, without a teacher, for families that have none of their own: see `denoising`.
 - KD-DETR: see `shared_queries`.
 - DETRDistill: logits by `losses.hungarian_logits_distillation`; its query-prior assignment is an auxiliary group of
   the teacher's queries with the teacher's assignment of each layer, without pairs of fixed matching.
@@ -24,6 +25,9 @@ class Distillation:
 
     auxiliary_queries: str = "teacher"
     auxiliary_groups: int = 1
+    denoising_groups: int = 0
+    denoising_box_noise: float = 0.4
+    denoising_label_noise: float = 0.2
     one_to_many_queries: int = 0
     one_to_many_repeats: int = 6
     one_to_many_weight: float = 1.0

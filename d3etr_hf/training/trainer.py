@@ -1,7 +1,8 @@
 """`DistillationTrainer`: Transformers' Trainer with a teacher, a second query group and COCO evaluation."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
@@ -15,7 +16,7 @@ from d3etr_hf.errors import NonFiniteCostError, NonFiniteLossError, UnsupportedO
 from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
 from d3etr_hf.models.other_detector import OtherDetector
-from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
+from d3etr_hf.models.query_adapters import LearnedQueries, NoisedLabels, QueryAdapter
 from d3etr_hf.outputs import (
     AUXILIARY,
     ONE_TO_MANY,
@@ -34,6 +35,7 @@ from d3etr_hf.training.checks import (
     named_datasets,
     terms_in_common,
 )
+from d3etr_hf.training.denoising import NOISED, NoisedQueries, noised_queries
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.half_precision import SkippedSteps
 from d3etr_hf.training.instability import Instability, Visit, shares_of
@@ -242,9 +244,15 @@ class DistillationTrainer(ResumableTrainer):
             teacher = self.teacher(teacher_pixels(inputs), request, self.accelerator.autocast)
             # threads assign while the student's forward pass runs
             assignment = self.objective.start_teacher_assignment(teacher, targets)
-        request = GroupRequest(self._further_queries(teacher) | drawn, *maps, targets)
+        further = self._further_queries(teacher) | drawn
+        noised = self._noised(inputs, targets) if options.denoising_groups > 0 else None
+        request = GroupRequest(further, *maps, targets)
+        if noised is not None:
+            request = request._replace(queries=further | noised.queries, masks=noised.masks)
         pixels = {name: inputs[name] for name in ("pixel_values", "pixel_mask")}
         student: DetectorOutput = model(**pixels, request=request)
+        if noised is not None:
+            noised.supervise(student)
         if teacher is not None and "teacher_pixel_values" in inputs:
             teacher = teacher.on_memory(student.memory_mask)
         return student, *self.objective(student, teacher, targets, shares, assignment)
@@ -264,6 +272,11 @@ class DistillationTrainer(ResumableTrainer):
         if self.distillation.auxiliary_reference_points == "student" and both_make_anchors:
             queries = Queries(queries.content, queries.position)
         return further | dict.fromkeys(theirs, queries)
+
+    def _noised(self, inputs: Mapping[str, Any], targets: Targets) -> NoisedQueries:
+        image_ids, classes = [label["image_id"] for label in inputs["labels"]], len(self.model.class_names)
+        seed, step = self.args.seed, self.state.global_step
+        return noised_queries(targets, image_ids, classes, self.distillation, seed, step)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """As Trainer; when the device has been given all its work, it hears whether any process was asked to stop."""
@@ -437,6 +450,10 @@ def attach_query_adapter(student: Detector, teacher: Teacher | None, options: Di
     if options.auxiliary_queries == "learned":
         for name in options.auxiliary_names:
             student.query_adapters[name] = LearnedQueries(student.new_queries(student.query_count))
+    if options.denoising_groups > 0:
+        embedded = NoisedLabels(len(student.class_names), student.width)
+        names = [f"{NOISED}_{number}" for number in range(1, options.denoising_groups + 1)]
+        student.query_adapters.update(dict.fromkeys(names, embedded))
     if options.one_to_many_queries > 0:
         student.query_adapters[ONE_TO_MANY] = LearnedQueries(student.new_queries(options.one_to_many_queries))
     if options.teacher_groups:

@@ -61,6 +61,19 @@ class D3etrTrainingArguments(TrainingArguments):
         "of Group DETR (Chen et al., ICCV 2023), whose authors take K = 11 and average the groups' losses "
         "(group_reduction='mean').",
     )
+    denoising_groups: int = option(
+        Distillation.denoising_groups,
+        "Groups of DN-DETR's denoising queries (Li et al., CVPR 2022), one query an object in each, for students "
+        "whose queries have anchors and whose family trains with none: boxes and classes with noise, which the "
+        "decoder takes off; its authors take 5. 0 for none.",
+    )
+    denoising_box_noise: float = option(
+        Distillation.denoising_box_noise,
+        "How far their boxes are moved, at most, in halves of a side, and scaled, as a share of it.",
+    )
+    denoising_label_noise: float = option(
+        Distillation.denoising_label_noise, "Share of their classes that are drawn anew from all."
+    )
     one_to_many_queries: int = option(
         Distillation.one_to_many_queries,
         "H-DETR's one-to-many branch (Jia et al., CVPR 2023): so many further learned queries, of which every object "

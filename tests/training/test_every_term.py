@@ -10,10 +10,12 @@ from transformers import ConditionalDetrForObjectDetection, ConvNextConfig
 
 from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
+from d3etr_hf.training.denoising import noised_queries
+from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.shared_queries import random_queries
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests import oracle, slow_reference
-from tests.tiny import perturb, random_labels, tiny_config
+from tests.tiny import perturb, random_labels, targets_of, tiny_config
 
 TERMS = ("class", "l1", "giou", "self_attention", "cross_attention", "prediction")
 # Rows and columns of the images: every one is padded somewhere in the batch of 64 x 64; the second shows nothing.
@@ -83,7 +85,7 @@ def logged_terms(student, teacher, images, folder, settings: oracle.Settings, qu
         report_to="none",
         use_cpu=True,
         log_each_layer=True,
-        auxiliary_queries="none" if queries == "one_to_many" else queries,
+        auxiliary_queries=queries if queries in ("teacher", "learned") else "none",
         auxiliary_reference_points=points,
         auxiliary_assignment=settings.assignment,
         group_reduction=settings.reduction,
@@ -126,8 +128,8 @@ def expected_terms(student, teacher, images, settings, queries="teacher", points
         auxiliary_points = teaching.points(auxiliary_queries)
     more: tuple = ()
     branch = None
-    if queries == "one_to_many":
-        auxiliary_queries, branch = None, (studying(extra[0]), 3, 0.7)
+    if queries in ("one_to_many", "denoising"):
+        auxiliary_queries, branch = None, (studying(extra[0]), 3, 0.7) if queries == "one_to_many" else None
     elif queries == "learned":
         auxiliary_queries, *more = extra
     elif extra:
@@ -180,12 +182,15 @@ def compare(
     objects=None,
     baselines=None,
     further=dict,
+    denoising=None,
     **changes,
 ):
     """The package against the oracle and what `further` expects of the training arguments `baselines`."""
     options, images = settings(**changes), examples(objects)
     log, loss, extra = logged_terms(student, teacher, images, tmp_path, options, queries, points, **(baselines or {}))
     expected = expected_terms(student, teacher, images, options, queries, points, extra) | further()
+    if denoising is not None:
+        expected |= denoising_terms(student, extra[0], denoising)
     for name, layers in expected.items():
         assert log[f"loss/{name}"] == pytest.approx(sum(layers), rel=1e-5, abs=1e-9), name
         per_layer = [log[f"loss/{name}/layer_{k}"] for k in range(len(layers))]
@@ -307,6 +312,47 @@ def test_every_term_of_h_detr(student, deeper_teacher, tmp_path):
     options = {"one_to_many_queries": 16, "one_to_many_repeats": 3, "one_to_many_weight": 0.7}
     expected = compare(student, deeper_teacher, tmp_path, "one_to_many", baselines=options, reduction="mean")
     assert expected.keys() == names_of("student") | detection_of("one_to_many")
+
+
+def denoising_terms(student, embedding, options) -> dict[str, list[float]]:
+    """DN-DETR's, image by image and group by group: the student's decoder on boxes and classes with noise."""
+    images = examples()
+    labels = [image["labels"] for image in images]
+    decoder = oracle.Decoder(student, *padded(images))
+    ids = [int(label["image_id"]) for label in labels]
+    noised = noised_queries(targets_of(labels), ids, 3, options, seed=42, step=0)
+    sums = {name: [0.0] * 3 for name in ("class", "l1", "giou")}
+    for queries in noised.queries.values():
+        for image, label in enumerate(labels):
+            count = len(label["class_labels"])
+            if count == 0:
+                continue
+            content, anchors = queries.content[image, :count, 0], queries.anchors[image, :count, :2].double()
+            found = decoder(embedding[content], anchors)
+            for k in range(3):
+                parts = slow_reference.detection_loss(
+                    found.logits[k, image : image + 1],
+                    found.boxes[k, image : image + 1],
+                    [label],
+                    torch.arange(count)[None],
+                    sum(OBJECTS) * options.denoising_groups,
+                    CONFIG["focal_alpha"],
+                )
+                for name, value in parts.items():
+                    sums[name][k] += value
+    factors = {"class": "cls_loss_coefficient", "l1": "bbox_loss_coefficient", "giou": "giou_loss_coefficient"}
+    return {
+        f"noised_queries/{name}": [WEIGHTS["detection"] * CONFIG[factors[name]] * value for value in values]
+        for name, values in sums.items()
+    }
+
+
+def test_every_term_of_dn_detr(student, deeper_teacher, tmp_path):
+    """Two groups beside distillation: no query sees another image's, another group's or one that is not used."""
+    options = Distillation(denoising_groups=2, denoising_box_noise=0.3, denoising_label_noise=0.5)
+    baselines = {name: getattr(options, name) for name in ("denoising_groups", "denoising_box_noise")}
+    baselines["denoising_label_noise"] = 0.5
+    compare(student, deeper_teacher, tmp_path, "denoising", baselines=baselines, denoising=options)
 
 
 @pytest.mark.parametrize(("normaliser", "divergence"), [("pairs", "kl"), ("boxes", "mse")])
