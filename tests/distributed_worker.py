@@ -78,12 +78,31 @@ CASES = {
     "boxes": Case(options={"prediction_normaliser": "boxes"}),
     "accumulated batches": Case(accumulated=2),
     "gradient checkpointing": Case(split_options={"gradient_checkpointing": True}),
-    "learned queries": Case(options={"auxiliary_queries": "learned"}),
+    "learned queries": Case(
+        options={
+            "auxiliary_queries": "learned",
+            "auxiliary_groups": 2,
+            "one_to_many_queries": 10,
+            "one_to_many_repeats": 2,
+        }
+    ),
+    "confident pairs": Case(
+        options={
+            "matching_score_threshold": 0.0125,
+            "logits_distillation_weight": 1.0,
+            "logits_negative_weight": 0.5,
+            "denoising_groups": 2,
+        }
+    ),
+    "shared queries": Case(
+        options={"auxiliary_queries": "none", "shared_query_weight": 1.0, "shared_random_queries": 5},
+        teacher={"d_model": 48},
+    ),
     "projected queries": Case(teacher={"d_model": 48}),
     "memories": Case(options=MEMORIES, accumulated=2, teacher={"d_model": 48}, data="sparse", rows=[0, 1, 2, 3]),
     "memories of several levels": Case("rt_detr", options=MEMORIES),
     "no object": Case(images=2, data="sparse", rows=[0, 1]),
-    "one object": Case(images=2, data="sparse", rows=[2, 3]),
+    "one object": Case(images=2, data="sparse", rows=[2, 3], options={"denoising_groups": 2}),
     # the last step of an epoch: one process has four images and the other the fifth, or none is left for the other
     **{f"{family}, five images": Case(family, 8, rows=[0, 1, 2, 3, 4]) for family in UNEVEN},
     **{f"{family}, three images": Case(family, 8, UNEVEN[family], rows=[0, 1, 2]) for family in UNEVEN},

@@ -140,28 +140,27 @@ def sine_embedding(points: torch.Tensor, features: int) -> torch.Tensor:
     return torch.where(even, angles.sin(), angles.cos()).flatten(-2)
 
 
-def adaptive_pairs(teacher: Predictions, student: Predictions, weights) -> SimpleNamespace:
-    """Minimum-cost pairs per layer and image, `.teacher` and `.student` (L, B, P)."""
-    sides = ([], [])
+def adaptive_pairs(teacher: Predictions, student: Predictions, weights, threshold: float) -> SimpleNamespace:
+    """Minimum-cost pairs, `.teacher` and `.student` by layer and image, of the teacher's queries above a score."""
+    sides: tuple[dict, dict] = ({}, {})
     for k in range(len(student.logits)):
         for b in range(student.logits.shape[1]):
-            chosen = list(range(teacher.logits.shape[2]))
+            scores = [slow_reference.sigmoid(max(query)) for query in teacher.logits[k, b].tolist()]
+            chosen = [i for i, score in enumerate(scores) if score > threshold]
             if len(chosen) > student.logits.shape[2]:  # those with the highest class score take part
-                chosen.sort(key=lambda i: -max(teacher.logits[k, b, i].tolist()))  # noqa: B023
+                chosen.sort(key=lambda i: -scores[i])  # noqa: B023
                 chosen = chosen[: student.logits.shape[2]]
-            rows, columns = linear_sum_assignment(
-                slow_reference.cost_matrix(
-                    teacher.logits[k, b][chosen],
-                    teacher.boxes[k, b][chosen],
-                    student.logits[k, b],
-                    student.boxes[k, b],
-                    weights,
-                )
+            cost = slow_reference.cost_matrix(
+                teacher.logits[k, b][chosen],
+                teacher.boxes[k, b][chosen],
+                student.logits[k, b],
+                student.boxes[k, b],
+                weights,
             )
-            sides[0].append([chosen[row] for row in rows])
-            sides[1].append(columns.tolist())
-    shape = student.logits.shape[0], student.logits.shape[1], -1
-    return SimpleNamespace(teacher=torch.tensor(sides[0]).view(shape), student=torch.tensor(sides[1]).view(shape))
+            rows, columns = linear_sum_assignment(cost) if cost else ([], [])
+            sides[0][k, b] = torch.tensor([chosen[row] for row in rows], dtype=torch.int64)
+            sides[1][k, b] = torch.as_tensor(columns)
+    return SimpleNamespace(teacher=sides[0], student=sides[1])
 
 
 def fixed_pairs(teacher: Predictions) -> SimpleNamespace:
@@ -209,6 +208,11 @@ class Settings:
     normaliser: str = "pairs"
     assignment: str = "teacher_last_layer"
     reduction: str = "sum"
+    adaptive: bool = True
+    threshold: float = 0.0  # of adaptive matching, for a teacher's query
+    logits: float = 0.0  # Hungarian-matching logits distillation, with the weights of negatives and of each layer
+    logits_negative: float = 1.0
+    logits_layers: tuple[float, ...] = (1.0, 1.0, 1.0)
 
 
 def terms(
@@ -221,6 +225,8 @@ def terms(
     settings: Settings,
     classes: list[int],
     fixed: bool = True,
+    further: dict[str, Predictions] | None = None,
+    one_to_many: tuple[Predictions, int, float] | None = None,
 ) -> dict[str, list[float]]:
     """Every weighted term, "group/term", one number per layer of the student; their sum is the loss.
 
@@ -230,10 +236,14 @@ def terms(
         config: the student's.
         classes: the teacher's class for each of the student's.
         fixed: whether the auxiliary group holds the teacher's queries.
+        further: more groups by name, of learned queries.
+        one_to_many: a group that is asked for every object so many times, how often, and its weight.
     """
     followed = teacher.of_layers(settings.layer_map, classes)
-    groups = {"student": student} | ({} if auxiliary is None else {"auxiliary": auxiliary})
-    pairs = {"student": adaptive_pairs(followed, student, settings.costs)}
+    groups = {"student": student} | ({} if auxiliary is None else {"auxiliary": auxiliary}) | (further or {})
+    pairs = {"student": adaptive_pairs(followed, student, settings.costs, settings.threshold)}
+    if not settings.adaptive:
+        pairs = {}
     if auxiliary is not None and fixed:
         pairs["auxiliary"] = fixed_pairs(followed)
     found = {}
@@ -260,6 +270,17 @@ def terms(
         ]
         for term, weight in weights.items():
             found[f"{name}/{term}"] = [weight * layer[term] for layer in layers]
+    if one_to_many is not None:
+        group, times, weight = one_to_many
+        copies = [{key: torch.cat([label[key]] * times) for key in ("class_labels", "boxes")} for label in labels]
+        held = object_assignment(group, copies, config)
+        layers = [
+            slow_reference.detection_loss(*layer, copies, held[k], boxes * times, config.focal_alpha)
+            for k, layer in enumerate(zip(group.logits, group.boxes, strict=True))
+        ]
+        for term in ("class", "l1", "giou"):
+            factor = weight * settings.detection * weights[term] / detection
+            found[f"one_to_many/{term}"] = [factor * layer[term] for layer in layers]
     for name, matched in pairs.items():
         group = groups[name]
         values = {
@@ -279,4 +300,15 @@ def terms(
         }
         for term, layers in values.items():
             found[f"{name}/{term}"] = [getattr(settings, term) * value for value in layers]
+    if settings.logits > 0:
+        layers = slow_reference.hungarian_logits_loss(
+            (followed.logits, followed.boxes),
+            (student.logits, student.boxes),
+            pairs["student"],
+            object_assignment(followed, labels, config),
+            settings.logits_negative,
+            settings.costs,
+        )
+        weighted = zip(settings.logits_layers, layers, strict=True)
+        found["student/logits"] = [settings.logits * weight * value for weight, value in weighted]
     return found

@@ -82,6 +82,59 @@ def prediction_loss(teacher, student, pairs, normaliser, weights=(1.0, 5.0, 2.0)
     return losses
 
 
+def hungarian_logits_loss(teacher, student, pairs, assignment, negative_weight, weights=(1.0, 5.0, 2.0)):
+    """DETRDistill per layer: positives per object and negatives, by their boxes alone, per pair of any kind.
+
+    `teacher` and `student` are (logits (L,B,N,C), boxes (L,B,N,4)), `assignment` (L,B,N_t) with -1 for no object.
+    """
+    losses = []
+    for k in range(len(teacher[0])):
+        positives, negatives, objects, count = 0.0, 0.0, 0, 0
+        for b in range(teacher[0].shape[1]):
+            objects += int((assignment[k, b] >= 0).sum())
+            for i, j in zip(pairs.teacher[k, b].tolist(), pairs.student[k, b].tolist(), strict=True):
+                classes, l1, giou = pair_terms(
+                    teacher[0][k, b, i].tolist(),
+                    teacher[1][k, b, i].tolist(),
+                    student[0][k, b, j].tolist(),
+                    student[1][k, b, j].tolist(),
+                )
+                box = weights[1] * l1 + weights[2] * (1 - giou)
+                count += 1
+                if assignment[k, b, i] >= 0:
+                    positives += weights[0] * classes + box
+                else:
+                    negatives += box
+        losses.append(positives / objects + negative_weight * negatives / count)
+    return losses
+
+
+def shared_query_loss(teacher, student, weights=(1.0, 5.0, 2.0)):
+    """KD-DETR per layer: sum of w_i (class KL + l1 + giou) over sum of w_i, and what their cross-entropy has besides.
+
+    `teacher` and `student` are (logits (L,B,N,C), boxes (L,B,N,4)); query i is compared with query i.
+    """
+    losses, entropies = [], []
+    for k in range(len(teacher[0])):
+        total = denominator = own = 0.0
+        for b in range(teacher[0].shape[1]):
+            for i in range(teacher[0].shape[2]):
+                p = [sigmoid(x) for x in teacher[0][k, b, i].tolist()]
+                q = [sigmoid(x) for x in student[0][k, b, i].tolist()]
+                t_box, s_box = teacher[1][k, b, i].tolist(), student[1][k, b, i].tolist()
+                kl = sum(
+                    t * math.log(t / s) + (1 - t) * math.log((1 - t) / (1 - s)) for t, s in zip(p, q, strict=True)
+                )
+                l1 = sum(abs(t - s) for t, s in zip(t_box, s_box, strict=True))
+                giou = 1 - scalar_giou(t_box, s_box)
+                total += max(p) * (weights[0] * kl + weights[1] * l1 + weights[2] * giou)
+                own -= max(p) * weights[0] * sum(t * math.log(t) + (1 - t) * math.log(1 - t) for t in p)
+                denominator += max(p)
+        losses.append(total / denominator)
+        entropies.append(own / denominator)
+    return losses, entropies
+
+
 def average_heads(teacher, student):
     """Both maps `(M, N, K)` averaged over heads where the head counts differ."""
     if len(teacher) != len(student):

@@ -76,7 +76,10 @@ def test_the_cases_are_what_they_are_called(both):
     one, _ = both
     assert one["no object"]["log"]["loss/student/l1"] == 0 < one["one object"]["log"]["loss/student/l1"]
     plain = one["pairs"]["gradients"].keys()
-    assert len(one["learned queries"]["gradients"].keys() - plain) == 1
+    assert len(one["learned queries"]["gradients"].keys() - plain) == 3
+    assert one["confident pairs"]["log"]["loss/student/logits"] > 0
+    shared = {name for name in one["shared queries"]["log"] if name.endswith("/shared_query")}
+    assert shared == {"loss/random_queries/shared_query", "loss/teacher_queries/shared_query"}
     assert len(one["projected queries"]["gradients"].keys() - plain) == 2
 
 

@@ -30,12 +30,12 @@ class TrainingSample(NamedTuple):
 
     def image_seed(self, image_id: int) -> int:
         """What all that is drawn for this image in this epoch comes from."""
-        return _mixed(self.seed, self.epoch, image_id)
+        return mixed(self.seed, self.epoch, image_id)
 
     @property
     def step_seed(self) -> int:
         """What all that is drawn for a whole optimizer step comes from."""
-        return _mixed(self.seed, self.epoch, self.step, 1)
+        return mixed(self.seed, self.epoch, self.step, 1)
 
 
 class TrainingSampler(Sampler[TrainingSample]):
@@ -104,7 +104,7 @@ def drawing_from(seed: int) -> Iterator[None]:
         yield
 
 
-def _mixed(*numbers: int) -> int:
+def mixed(*numbers: int) -> int:
     """One seed of several: neighbouring numbers give unrelated ones."""
     words = [number % 2**64 for number in numbers]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])

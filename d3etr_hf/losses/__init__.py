@@ -13,6 +13,7 @@ from d3etr_hf.losses.detrdistill_memory_distillation import detrdistill_memory_d
 from d3etr_hf.losses.distribution_criterion import DistributionCriterion
 from d3etr_hf.losses.fgd_distillation import fgd_distillation
 from d3etr_hf.losses.fitnet_distillation import fitnet_distillation
+from d3etr_hf.losses.hungarian_logits_distillation import hungarian_logits_distillation
 from d3etr_hf.losses.icd_distillation import icd_distillation
 from d3etr_hf.losses.overlap_criteria import IouAwareCriterion, VarifocalCriterion
 from d3etr_hf.losses.prediction_distillation import PREDICTION_NORMALISERS, pair_weights, prediction_distillation
@@ -34,6 +35,7 @@ __all__ = [
     "fgd_distillation",
     "fitnet_distillation",
     "icd_distillation",
+    "hungarian_logits_distillation",
     "moment_distillation",
     "pair_weights",
     "place_distillation",

@@ -12,6 +12,8 @@ from d3etr_hf.outputs import AttentionMap, SampledAttention
 
 DIVERGENCES = ("kl", "mse")
 DOT_PIECE = 2**19
+# logarithm of no mass at all, finite so that nothing times it is nothing
+NOWHERE = -1e30
 
 
 def self_attention_distillation(
@@ -39,6 +41,14 @@ def self_attention_distillation(
     terms = []
     for layer, (teacher_map, student_map) in enumerate(_same_heads(teacher, student)):
         order = None if pairs.identity else pairs.teacher[layer]
+        if pairs.counted is not None:
+            counted = pairs.counted[layer]
+            teacher_map = _restricted(teacher_map, pairs.teacher[layer], counted)
+            student_map = _restricted(student_map, pairs.student[layer], counted)
+            keys = counted.sum(-1).clamp(min=1)[:, None, None]
+            terms.append(_divergence(teacher_map, teacher_map.probability, student_map, keys, divergence))
+            rows = teacher_map.log.shape[1] * counted.shape[-1]
+            continue
         if order is not None and order.shape[-1] < teacher_map.log.shape[2]:
             teacher_map, order = _restricted(teacher_map, order), None
         # matched student queries ascend: all of them matched means in their own order
@@ -86,10 +96,12 @@ def cross_attention_distillation(
         order = None if pairs.identity else pairs.teacher[layer]
         if not same_grid:
             teacher_map = resample_map(teacher_map.probability, teacher_memory_mask, student_memory_mask)
-        if order is not None and order.shape[-1] < teacher_map.log.shape[2]:
+        if order is not None and (pairs.counted is not None or order.shape[-1] < teacher_map.log.shape[2]):
             teacher_map, order = AttentionMap(*(_rows(form, order) for form in teacher_map)), None
         if pairs.student.shape[-1] < student_map.log.shape[2]:
             student_map = AttentionMap(*(_rows(form, pairs.student[layer]) for form in student_map))
+        if pairs.counted is not None:
+            teacher_map, student_map = (_counted_rows(of, pairs.counted[layer]) for of in (teacher_map, student_map))
         target = teacher_map.probability if order is None else _rows(teacher_map.probability, order)
         if same_grid:
             # one grid may hold two ideas of what is padding: there the student has no mass, and its logarithm no bound
@@ -138,10 +150,22 @@ def _block(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _restricted(attention: AttentionMap, index: torch.Tensor) -> AttentionMap:
-    """Rows and columns of a self-attention map by `(B, P)`, each row renormalised over the columns that are left."""
-    log = _block(attention.log, index).log_softmax(-1)
-    return AttentionMap(log, log.exp())
+def _restricted(attention: AttentionMap, index: torch.Tensor, counted: torch.Tensor | None = None) -> AttentionMap:
+    """Rows and columns of a self-attention map by `(B, P)`, each row renormalised over the columns that are left.
+
+    Args:
+        counted: bool `(B, P)`, the columns that are left and the rows that have mass; None: all.
+    """
+    if counted is None:
+        log = _block(attention.log, index).log_softmax(-1)
+        return AttentionMap(log, log.exp())
+    log = _block(attention.log, index).masked_fill(~counted[:, None, None], NOWHERE).log_softmax(-1)
+    return _counted_rows(AttentionMap(log, log.exp()), counted)
+
+
+def _counted_rows(attention: AttentionMap, counted: torch.Tensor) -> AttentionMap:
+    """Without the mass of the rows, `(B, M, P, K)`, that are not counted, bool `(B, P)`."""
+    return AttentionMap(attention.log, attention.probability * counted[:, None, :, None])
 
 
 def _divergence(

@@ -154,5 +154,7 @@ def _over_layers(
         target = target.take_along_dim(pairs.teacher[layer][:, None, :, None], dim=2)
         found = found.take_along_dim(pairs.student[layer][:, None, :, None], dim=2)
         each = distance(target, found)
+        if pairs.counted is not None:
+            each = each * pairs.counted[layer][:, None]
         terms.append(each.sum() / (each.shape[1] * each.shape[2]))
     return torch.stack(terms) / images

@@ -11,7 +11,7 @@ PREDICTION_NORMALISERS = ("pairs", "boxes")
 
 @torch.no_grad()
 def pair_weights(probabilities: torch.Tensor, pairs: MatchedPairs, normaliser: str = "pairs") -> torch.Tensor:
-    """How much each pair counts: `(L, B, P)`.
+    """How much each pair counts: `(L, B, P)`, nothing where the pair is not counted.
 
     "pairs" gives every pair 1; "boxes" gives it the teacher's highest class score, so that background pairs do not
     drown the foreground.
@@ -20,10 +20,12 @@ def pair_weights(probabilities: torch.Tensor, pairs: MatchedPairs, normaliser: s
         probabilities: the teacher's, `(L, B, N_t, C)`.
     """
     if normaliser == "pairs":
-        return torch.ones(pairs.teacher.shape, dtype=wide(probabilities).dtype, device=probabilities.device)
-    if normaliser == "boxes":
-        return wide(probabilities).amax(-1).gather(-1, pairs.teacher)
-    raise ValueError(f"prediction normaliser {normaliser!r}: choose one of {PREDICTION_NORMALISERS}")
+        weights = torch.ones(pairs.teacher.shape, dtype=wide(probabilities).dtype, device=probabilities.device)
+    elif normaliser == "boxes":
+        weights = wide(probabilities).amax(-1).gather(-1, pairs.teacher)
+    else:
+        raise ValueError(f"prediction normaliser {normaliser!r}: choose one of {PREDICTION_NORMALISERS}")
+    return weights if pairs.counted is None else weights * pairs.counted
 
 
 def prediction_distillation(
@@ -51,14 +53,14 @@ def prediction_distillation(
         `(L,)`, the weighted mean of each layer.
     """
     class_weight, l1_weight, giou_weight = weights
-    target = _of(teacher.probabilities, pairs.teacher)
-    per_pair = class_weight * scores.entropy(_of(student.logits, pairs.student), target)
-    teacher_boxes, boxes = _of(teacher.boxes, pairs.teacher), _of(student.boxes, pairs.student)
+    target = of_queries(teacher.probabilities, pairs.teacher)
+    per_pair = class_weight * scores.entropy(of_queries(student.logits, pairs.student), target)
+    teacher_boxes, boxes = of_queries(teacher.boxes, pairs.teacher), of_queries(student.boxes, pairs.student)
     per_pair = per_pair + l1_weight * (boxes - teacher_boxes).abs().sum(-1)
     per_pair = per_pair + giou_weight * (1 - generalised_iou(boxes, teacher_boxes))
     return (pair_weight * per_pair).sum(dim=(1, 2)) / total_weight
 
 
-def _of(predictions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def of_queries(predictions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`(L, B, N, F)` and `(L, B, P)` to `(L, B, P, F)`, float32 or wider."""
     return wide(predictions).gather(2, index[..., None].expand(*index.shape, predictions.shape[-1]))

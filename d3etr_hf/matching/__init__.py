@@ -8,12 +8,13 @@ from d3etr_hf.matching.mix_matcher import (
     fixed_pairs,
     matched_foreground_share,
 )
-from d3etr_hf.matching.solver import Problem, solve, start_solving
+from d3etr_hf.matching.solver import Problem, Solution, solve, start_solving
 
 __all__ = [
     "AdaptiveMatcher",
     "MatchedPairs",
     "Problem",
+    "Solution",
     "TaughtGroup",
     "assignment_of",
     "assignment_problem",

@@ -17,11 +17,13 @@ class MatchedPairs:
         teacher, student: int64 `(L, B, P)`; pair p joins query `teacher[k, b, p]` with query `student[k, b, p]`.
             Student indices ascend along P, so with P = N_s they are 0, 1, ..., N_s - 1.
         identity: whether pair p joins query p with query p everywhere, so that nothing need be gathered.
+        counted: bool `(L, B, P)`, which pairs anything is learned of; None: all.
     """
 
     teacher: torch.Tensor
     student: torch.Tensor
     identity: bool = False
+    counted: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,15 @@ class AdaptiveMatcher:
     Attributes:
         scores: how the student's class logits are read.
         class_weight, l1_weight, giou_weight: weights of the three costs (1, 5, 2 by default).
+        score_threshold: only teacher queries whose highest class score is above it are matched, as in Incremental-DETR
+            (Dong et al., AAAI 2023), where the other predictions of the earlier model teach nothing; 0: all of them.
     """
 
     scores: Scores
     class_weight: float = 1.0
     l1_weight: float = 5.0
     giou_weight: float = 2.0
+    score_threshold: float = 0.0
 
     def __call__(self, teacher: TaughtGroup, student: GroupOutput) -> MatchedPairs:
         """Match outputs with the same layers, images and classes; no gradient flows.
@@ -84,7 +89,7 @@ class AdaptiveMatcher:
             NonFiniteCostError: a prediction is NaN or infinite.
         """
         problem, chosen = self.problem(teacher, student)
-        return self.pairs(solve(problem), chosen)
+        return self.pairs(solve(problem), chosen, teacher)
 
     @torch.no_grad()
     def problem(self, teacher: TaughtGroup, student: GroupOutput) -> tuple[Problem, torch.Tensor | None]:
@@ -97,14 +102,20 @@ class AdaptiveMatcher:
             boxes = boxes.take_along_dim(chosen[..., None], dim=2)
         weights = self.class_weight, self.l1_weight, self.giou_weight
         cost = prediction_cost(probabilities, boxes, student.logits, student.boxes, self.scores, weights)
+        if self.score_threshold > 0:
+            # all of them are matched all the same, but what costs nothing anywhere is in no other's way
+            confident = probabilities.amax(-1, keepdim=True) > self.score_threshold
+            cost = torch.where(confident, cost, 0)
         # student queries as rows: the solver returns rows in ascending order
         return Problem(cost.mT, "teacher to student"), chosen
 
-    @staticmethod
-    def pairs(solution: Solution, chosen: torch.Tensor | None) -> MatchedPairs:
-        """The pairs of a solved `problem`."""
+    def pairs(self, solution: Solution, chosen: torch.Tensor | None, teacher: TaughtGroup) -> MatchedPairs:
+        """The pairs of a solved `problem` of this teacher."""
         columns = solution.columns if chosen is None else chosen.gather(-1, solution.columns)
-        return MatchedPairs(columns, solution.rows)
+        if self.score_threshold == 0:
+            return MatchedPairs(columns, solution.rows)
+        confident = teacher.probabilities.amax(-1) > self.score_threshold
+        return MatchedPairs(columns, solution.rows, counted=confident.gather(-1, columns))
 
 
 @torch.no_grad()
@@ -119,5 +130,6 @@ def matched_foreground_share(probabilities: torch.Tensor, pairs: MatchedPairs, t
         A scalar in 0..1.
     """
     foreground = probabilities.amax(-1) >= threshold
-    matched = foreground.take_along_dim(pairs.teacher, dim=-1).sum()
+    has_partner = foreground.take_along_dim(pairs.teacher, dim=-1)
+    matched = (has_partner if pairs.counted is None else has_partner & pairs.counted).sum()
     return torch.where(foreground.any(), matched / foreground.sum().clamp(min=1), 1.0)

@@ -18,7 +18,16 @@ from d3etr_hf.losses import DetectionCriterion, DistributionCriterion
 from d3etr_hf.models.detector import HEADS
 from d3etr_hf.models.group_decoder import DecoderPass, sampled_around
 from d3etr_hf.models.rt_detr import DENOISING, ProposalDecoder, ProposalDetector, check_tied_heads
-from d3etr_hf.outputs import AUXILIARY, OWN, GroupOutput, GroupRequest, SampledAttention, Supervised, wide
+from d3etr_hf.outputs import (
+    MOST_AUXILIARY_GROUPS,
+    OWN,
+    GroupOutput,
+    GroupRequest,
+    SampledAttention,
+    Supervised,
+    auxiliary_names,
+    wide,
+)
 
 FIRST_HEAD = "first_head"
 
@@ -29,7 +38,12 @@ def first_head_of(group: str) -> str:
 
 
 # predictions of the same queries
-SHARED_QUERIES = ((OWN, first_head_of(OWN), "proposals"), (AUXILIARY, first_head_of(AUXILIARY)))
+SHARED_QUERIES = (
+    (OWN, first_head_of(OWN), "proposals"),
+    *((name, first_head_of(name)) for name in auxiliary_names(MOST_AUXILIARY_GROUPS)),
+)
+# groups whose first head ground truth supervises
+WITH_FIRST_HEAD = (OWN, DENOISING, *auxiliary_names(MOST_AUXILIARY_GROUPS))
 
 
 class DistributionDecoder(ProposalDecoder):
@@ -117,6 +131,8 @@ class DistributionDetector(ProposalDetector):
         found = super().supervised(outputs, output, decoder_pass, request)
         logits, boxes = super().predictions(output, decoder_pass)
         for name, group in decoder_pass.outputs(logits[:1], boxes[:1]).items():
+            if name not in WITH_FIRST_HEAD:
+                continue
             first = GroupOutput(logits=group.logits, boxes=group.boxes)
             given = name == DENOISING
             found[first_head_of(name)] = (

@@ -70,7 +70,7 @@ def encode(model: "DenseMemoryDetector", pixel_values: torch.Tensor, pixel_mask:
 def start_groups(queries: dict[str, Queries], request: GroupRequest) -> GroupAttention:
     """How these groups share one decoder pass."""
     sizes = {name: len(group) for name, group in queries.items()}
-    return GroupAttention(sizes, request.self_attention, request.cross_attention)
+    return GroupAttention(sizes, request.self_attention, request.cross_attention, masks=dict(request.masks))
 
 
 def join(parts: Iterable[torch.Tensor], batch: int) -> torch.Tensor:

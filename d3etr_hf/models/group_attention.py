@@ -28,7 +28,8 @@ class GroupAttention:
     Attributes:
         sizes: number of queries by the group's name, in their order along the query axis.
         sees: by the group's name, which groups it attends to in self-attention; itself alone where it is not named.
-        masks: by the group's name, bool `(N, queries that it sees)`, true where it may look; everywhere if not named.
+        masks: by the group's name, bool broadcastable to `(B, M, N, queries that it sees)`, true where it may look;
+            everywhere if not named.
         alike: groups of one size, one after the other, that Group DETR trains: attended as if each were a batch of its
             own. Of them the first alone has a map.
         self_attention, cross_attention: whether to record these maps (unrecorded attention runs fused); those of a

@@ -153,7 +153,8 @@ class GroupDecoder(nn.Module, ABC):
         going_on.own = self.queries_from(own)
         further = {name: queries for name, queries in going_on.queries_of(going_on.own).items() if name != OWN}
         sizes |= {name: len(queries) for name, queries in further.items()}
-        going_on.groups = GroupAttention(sizes, going_on.request.self_attention, False)
+        request = going_on.request
+        going_on.groups = GroupAttention(sizes, request.self_attention, False, masks=dict(request.masks))
         self.see(going_on.groups, arguments)
         added = [self.arguments_from(queries) for queries in further.values()]
         for name, value in given.items():

@@ -32,6 +32,23 @@ class LearnedQueries(nn.Module):
         return Queries(self.content, self.position, anchors)
 
 
+class NoisedLabels(nn.Module):
+    """Content of queries that are made of ground truth (denoising): a learned embedding of each class.
+
+    Args:
+        classes: how many there are.
+        width: hidden size of the student.
+    """
+
+    def __init__(self, classes: int, width: int):
+        super().__init__()
+        self.embedding = nn.Embedding(classes, width)
+
+    def forward(self, queries: Queries) -> Queries:
+        """Of class numbers, int64 `(B, N, 1)` as content, embeddings `(B, N, d)`; anchors as they are."""
+        return Queries(content=self.embedding(queries.content[..., 0]), anchors=queries.anchors)
+
+
 class QueryAdapter(nn.Module):
     """Carries another model's queries into the student's width; anchors go over as they are.
 

@@ -4,12 +4,18 @@ from d3etr_hf import optional_torchvision  # noqa: F401
 from d3etr_hf.outputs.attention_maps import AttentionMap, SampledAttention
 from d3etr_hf.outputs.groups import (
     AUXILIARY,
+    MOST_AUXILIARY_GROUPS,
+    ONE_TO_MANY,
     OWN,
+    RANDOM_QUERIES,
+    SHARED_GROUPS,
+    TEACHER_QUERIES,
     DetectorOutput,
     GroupOutput,
     GroupRequest,
     Queries,
     Supervised,
+    auxiliary_names,
 )
 from d3etr_hf.outputs.memory import ComparedLevel, DecodedInstances, MemoryLevel
 from d3etr_hf.outputs.scores import Scores, SelectedScores, SigmoidScores, SoftmaxScores, wide
@@ -17,8 +23,13 @@ from d3etr_hf.outputs.targets import NO_OBJECT, Targets
 
 __all__ = [
     "AUXILIARY",
+    "MOST_AUXILIARY_GROUPS",
     "NO_OBJECT",
+    "ONE_TO_MANY",
     "OWN",
+    "RANDOM_QUERIES",
+    "SHARED_GROUPS",
+    "TEACHER_QUERIES",
     "AttentionMap",
     "ComparedLevel",
     "DecodedInstances",
@@ -34,5 +45,6 @@ __all__ = [
     "SoftmaxScores",
     "Supervised",
     "Targets",
+    "auxiliary_names",
     "wide",
 ]

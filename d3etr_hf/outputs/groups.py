@@ -13,6 +13,17 @@ from d3etr_hf.outputs.scores import wide
 from d3etr_hf.outputs.targets import Targets
 
 OWN, AUXILIARY = "own", "auxiliary"
+# of one student in training; the authors of Group DETR take ten
+MOST_AUXILIARY_GROUPS = 32
+# queries that a teacher and its student are both given (KD-DETR), of which no ground truth is asked
+RANDOM_QUERIES, TEACHER_QUERIES = SHARED_GROUPS = ("random_queries", "teacher_queries")
+# learned queries that ground truth is asked of several times (H-DETR)
+ONE_TO_MANY = "one_to_many"
+
+
+def auxiliary_names(count: int) -> tuple[str, ...]:
+    """What so many auxiliary groups are called, the first of them `AUXILIARY`."""
+    return tuple(AUXILIARY if number == 1 else f"{AUXILIARY}_{number}" for number in range(1, count + 1))
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,8 @@ class GroupRequest(NamedTuple):
         memory: whether to return the encoder's memory.
         hidden_states: whether to return what the last decoder layer makes of the queries.
         teacher_memory: what the model's memory adapters shall compare its own with; it must be asked for, too.
+        masks: by a further group's name, bool broadcastable to `(B, 1, N, N)`, which of its queries each one sees in
+            self-attention; all of the group where it is not named.
     """
 
     queries: Mapping[str, Queries | None] = {}
@@ -58,6 +71,7 @@ class GroupRequest(NamedTuple):
     memory: bool = False
     hidden_states: bool = False
     teacher_memory: tuple[MemoryLevel, ...] | None = None
+    masks: Mapping[str, torch.Tensor] = {}
 
 
 @dataclass

@@ -22,6 +22,14 @@ class Targets:
     boxes: torch.Tensor
     counts: list[int]
 
+    def repeated(self, times: int) -> "Targets":
+        """Every object so many times, one after the other."""
+        return Targets(
+            self.class_labels.repeat_interleave(times, dim=1),
+            self.boxes.repeat_interleave(times, dim=1),
+            [times * count for count in self.counts],
+        )
+
     @classmethod
     def from_packed(cls, packed: torch.Tensor, counts: Sequence[int]) -> "Targets":
         """From what `pack` made, wherever it has been moved since."""

@@ -255,7 +255,7 @@ def linked(hub_id: str | None, name: str, kind: str = "") -> str:
 def pictures_of(folder: Path, metrics: dict) -> dict:
     """The pictures that are there; for `detections` the titles of its columns."""
     found = {name.removesuffix(".png"): True for name in PICTURES if (folder / name).exists()}
-    if not (is_distilled(metrics) and metrics["training"]["options"]["cross_attention_weight"] > 0):
+    if "cross-attention" not in card_texts.learned_parts(metrics["training"]["options"]):
         found.pop("attention", None)  # it is shown as what was transferred
     if "detections" in found:
         teacher = ["teacher"] if "teacher" in metrics else []

@@ -33,12 +33,15 @@ def percent(value: float | None) -> str:
 
 def learned_parts(options: dict) -> list[str]:
     """What the student learned of its teacher's outputs, from the options of the run; nothing without distillation."""
+    shared = ["predictions"] if options.get("shared_query_weight", 0) > 0 else []
     if not (options["adaptive_matching"] or (options["fixed_matching"] and options["auxiliary_queries"] == "teacher")):
-        return []
+        return shared
     weights = {
         "self-attention": options["self_attention_weight"],
         "cross-attention": options["cross_attention_weight"],
-        "predictions": options["prediction_weight"],
+        "predictions": options["prediction_weight"]
+        + options.get("logits_distillation_weight", 0)
+        + options.get("shared_query_weight", 0),
     }
     return [part for part, weight in weights.items() if weight > 0]
 

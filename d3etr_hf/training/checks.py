@@ -20,8 +20,10 @@ from d3etr_hf.evaluation.coco_average_precision import STATISTICS
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import require_fixed_size
 from d3etr_hf.models.other_detector import OtherDetector
+from d3etr_hf.training.denoising import check_denoising
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.option_checks import wants_best
+from d3etr_hf.training.shared_queries import check_shared_queries
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -32,7 +34,8 @@ def check_models(student: Detector, teacher: Detector | OtherDetector | None, ar
 
     Raises:
         IncompatibleTeacherError: no teacher where the options need one, a model of another type, layer dropout,
-            reference points or box distributions that one of the two does not have.
+            reference points, queries or box distributions that one of the two does not have.
+        UnsupportedOptionError: denoising for a student whose queries have no anchors.
     """
     if not isinstance(args, D3etrTrainingArguments):
         raise TypeError(f"args is a {type(args).__name__}: D3etrTrainer takes D3etrTrainingArguments")
@@ -54,8 +57,15 @@ def check_models(student: Detector, teacher: Detector | OtherDetector | None, ar
         raise IncompatibleTeacherError(
             f"the student's {student.skipped_layers}: skipped layers have nothing to match; set it to 0"
         )
+    check_denoising(student, args.distillation)
     _check_distributions(student, teacher, args)
     _check_memory(student, teacher, args)
+    weights = args.logits_layer_weights
+    if weights is not None and len(weights) != student.decoder_depth:
+        raise IncompatibleTeacherError(
+            f"logits_layer_weights={weights}: it needs one for each of the student's {student.decoder_depth} layers"
+        )
+    check_shared_queries(student, teacher, args.distillation)
     takes_queries = args.auxiliary_queries == "teacher" and not teacher.predictions_only
     if takes_queries and args.auxiliary_reference_points == "teacher":
         if student.anchor_size == 0 or teacher.anchor_size < student.anchor_size:

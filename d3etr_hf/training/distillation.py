@@ -1,10 +1,24 @@
-"""The options of the distillation as one small frozen object, which the objective takes."""
+"""The options of the distillation as one small frozen object, which the objective takes.
+
+Beside D3ETR's own they switch on baselines of the field, all of them off by default:
+
+- Group DETR (Chen et al., "Group DETR: Fast DETR Training with Group-Wise One-to-Many Assignment", ICCV 2023), without
+  a teacher: L = 1/K sum over K groups of L_det(group), each with its own assignment. K is 1 + `auxiliary_groups` of
+  learned queries, and `group_reduction` says whether the sum is divided.
+- H-DETR's one-to-many branch (Jia et al., "DETRs with Hybrid Matching", CVPR 2023), without a teacher: L = L_det(own
+  queries, objects) + weight L_det(further queries, every object K times), the second divided by K times the objects.
+- DN-DETR's denoising, without a teacher, for families that have none of their own: see `denoising`.
+- KD-DETR: see `shared_queries`.
+- DETRDistill: logits by `losses.hungarian_logits_distillation`; its query-prior assignment is an auxiliary group of
+  the teacher's queries with the teacher's assignment of each layer, without pairs of fixed matching.
+- Incremental-DETR's confident pairs: see `matching.AdaptiveMatcher`.
+"""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from d3etr_hf.models.memory_methods import MEMORY_METHODS
-from d3etr_hf.outputs import AUXILIARY, OWN
+from d3etr_hf.outputs import AUXILIARY, OWN, RANDOM_QUERIES, TEACHER_QUERIES, auxiliary_names
 
 
 @dataclass(frozen=True)
@@ -12,10 +26,18 @@ class Distillation:
     """What is learned from whom, and how it weighs; the fields are documented in `D3etrTrainingArguments`."""
 
     auxiliary_queries: str = "teacher"
+    auxiliary_groups: int = 1
+    denoising_groups: int = 0
+    denoising_box_noise: float = 0.4
+    denoising_label_noise: float = 0.2
+    one_to_many_queries: int = 0
+    one_to_many_repeats: int = 6
+    one_to_many_weight: float = 1.0
     auxiliary_reference_points: str = "student"
     auxiliary_assignment: str = "teacher_last_layer"
     group_reduction: str = "sum"
     adaptive_matching: bool = True
+    matching_score_threshold: float = 0.0
     fixed_matching: bool = True
     self_attention_weight: float = 1.0
     cross_attention_weight: float = 1.0
@@ -27,6 +49,12 @@ class Distillation:
     detrdistill_memory_weight: float = 0.0
     icd_weight: float = 0.0
     vidt_weight: float = 0.0
+    logits_distillation_weight: float = 0.0
+    logits_negative_weight: float = 1.0
+    logits_layer_weights: list[float] | None = None
+    shared_query_weight: float = 0.0
+    shared_random_queries: int = 300
+    shared_teacher_queries: bool = True
     detection_weight: float = 1.0
     distillation_class_weight: float = 1.0
     distillation_l1_weight: float = 5.0
@@ -45,6 +73,7 @@ class Distillation:
             self_attention_weight=0.0,
             cross_attention_weight=0.0,
             box_distribution_weight=0.0,
+            shared_query_weight=0.0,
             **of_memory,
         )
 
@@ -56,6 +85,8 @@ class Distillation:
             "distillation_class_weight",
             "distillation_l1_weight",
             "distillation_giou_weight",
+            "one_to_many_weight",
+            "logits_negative_weight",
         )
         return tuple(
             field.name for field in fields(self) if field.name.endswith("_weight") and field.name not in others
@@ -67,10 +98,15 @@ class Distillation:
         return self.distillation_class_weight, self.distillation_l1_weight, self.distillation_giou_weight
 
     @property
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """Names of the auxiliary groups, of which ground truth is asked as of the student's own."""
+        return () if self.auxiliary_queries == "none" else auxiliary_names(self.auxiliary_groups)
+
+    @property
     def has_terms(self) -> bool:
         """Whether any distillation term is on."""
         weights = self.self_attention_weight, self.cross_attention_weight, self.prediction_weight
-        return max(*weights, self.box_distribution_weight) > 0
+        return max(*weights, self.box_distribution_weight, self.logits_distillation_weight) > 0
 
     @property
     def distilled_groups(self) -> tuple[str, ...]:
@@ -91,6 +127,20 @@ class Distillation:
         return self.detrdistill_memory_weight > 0 or self.vidt_weight > 0
 
     @property
+    def shared_groups(self) -> tuple[str, ...]:
+        """Names of the groups whose queries the teacher decodes as well, to be followed query by query (KD-DETR)."""
+        if self.shared_query_weight == 0:
+            return ()
+        own = AUXILIARY if self.auxiliary_queries == "teacher" else TEACHER_QUERIES
+        return (RANDOM_QUERIES,) * (self.shared_random_queries > 0) + (own,) * self.shared_teacher_queries
+
+    @property
+    def teacher_groups(self) -> tuple[str, ...]:
+        """Names of the groups whose queries come from the teacher, or are drawn as the teacher's."""
+        auxiliary = (AUXILIARY,) * (self.auxiliary_queries == "teacher")
+        return tuple(dict.fromkeys(auxiliary + self.shared_groups))
+
+    @property
     def teacher_assigns(self) -> bool:
         """Whether the auxiliary group takes objects from the teacher's assignment of ground truth."""
         assigns = self.auxiliary_queries == "teacher" and self.auxiliary_assignment != "own"
@@ -99,7 +149,7 @@ class Distillation:
     @property
     def reads_teacher_outputs(self) -> bool:
         """Whether a step runs the teacher: for distillation, or for its assignment of ground truth."""
-        return bool(self.distilled_groups or self.memory_methods) or self.teacher_assigns
+        return bool(self.distilled_groups or self.shared_groups or self.memory_methods) or self.teacher_assigns
 
     @property
     def needs_teacher(self) -> bool:

@@ -206,7 +206,7 @@ class NonFiniteGuard(TrainerCallback):
             labels=batch.inputs["labels"],
             config=json.loads(trainer.model.config.to_json_string(use_diff=False)),
             teacher=None if trainer.teacher is None else trainer.teacher.name,
-            options=asdict(trainer.distillation) | {"layer_map": trainer.args.layer_map},  # those of this step
+            options=asdict(trainer.distillation) | {"layer_map": trainer.args.layer_map, "seed": trainer.args.seed},
             mixed_precision=trainer.accelerator.mixed_precision,
             device=batch.counts.device.type,
         )

@@ -1,7 +1,7 @@
 """The D3ETR objective: which loss is taken between which groups, with which pairs, weight and normaliser."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -9,6 +9,7 @@ from d3etr_hf.losses import (
     DetectionCriterion,
     box_distribution_distillation,
     cross_attention_distillation,
+    hungarian_logits_distillation,
     moment_distillation,
     pair_weights,
     place_distillation,
@@ -19,18 +20,37 @@ from d3etr_hf.losses import (
 from d3etr_hf.matching import (
     AdaptiveMatcher,
     MatchedPairs,
+    Problem,
+    Solution,
     TaughtGroup,
     assignment_of,
     fixed_pairs,
     matched_foreground_share,
     start_solving,
 )
-from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, DetectorOutput, GroupOutput, Supervised, Targets
+from d3etr_hf.outputs import (
+    AUXILIARY,
+    NO_OBJECT,
+    ONE_TO_MANY,
+    OWN,
+    SHARED_GROUPS,
+    DetectorOutput,
+    GroupOutput,
+    Supervised,
+    Targets,
+)
 from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.instability import (
+    ADAPTIVE,
+    AUXILIARY_ASSIGNMENT,
+    OWN_ASSIGNMENT,
+    TEACHER_ASSIGNMENT,
+    partners_of,
+)
 from d3etr_hf.training.memory_terms import memory_losses, teacher_quality
 from d3etr_hf.training.teacher import TeacherOutput
 
-PAIRS = "pairs"
+PAIRS, POSITIVES = "pairs", "positives"
 # what logs call the model's own group
 TITLES = {OWN: "student"}
 
@@ -42,12 +62,14 @@ class Shares:
     """What sums over this batch are divided by, so that processes and accumulated batches add up to one mean.
 
     Exact for every term whose weights are known before the step. Those of prediction distillation with the "boxes"
-    normaliser and of box distributions are known one batch at a time: there it is the mean over batches of each one's
-    weighted mean; and of the unions of assignments, by which D-FINE and DEIMv2 divide their losses of boxes, a batch's
-    pairs an object stand for the step's (all of them exact over processes).
+    normaliser, of box distributions, of shared queries and of pairs that a score threshold counts are known one batch
+    at a time: there it is the mean over batches of each one's weighted mean; and of the unions of assignments, by
+    which D-FINE and DEIMv2 divide their losses of boxes, a batch's pairs an object stand for the step's (all of them
+    exact over processes).
 
     Attributes:
-        images: images of the whole step (all processes, all accumulated batches) / number of processes.
+        images: images of the whole step (all processes, all accumulated batches) / number of processes; see
+            `D3etrObjective._counting`.
         objects: ground-truth objects, counted likewise; where the whole step has none they count as one.
         held: by group, those objects that find a query in it.
         average: the mean of a tensor over processes (the identity on one).
@@ -81,9 +103,11 @@ class D3etrObjective:
     ):
         self.options, self.criterion, self.tolerant = options, criterion, tolerant
         self.teacher_criterion = teacher_criterion
-        self.matcher = AdaptiveMatcher(criterion.scores, *options.match_weights)
-        averages = options.group_reduction == "mean" and options.auxiliary_queries != "none"
-        self.group_weight = options.detection_weight / (2 if averages else 1)
+        # what each query of the last batch was matched with, by the names of `instability`; None: it is not kept
+        self.partners: Terms | None = None
+        self.matcher = AdaptiveMatcher(criterion.scores, *options.match_weights, options.matching_score_threshold)
+        averaged = 1 + len(options.auxiliary_names) if options.group_reduction == "mean" else 1
+        self.group_weight = options.detection_weight / averaged
 
     def start_teacher_assignment(self, teacher: TeacherOutput, targets: Targets) -> Callable[[], torch.Tensor] | None:
         """Begin to assign ground truth to the teacher's queries; to be called before the student's forward pass.
@@ -98,9 +122,12 @@ class D3etrObjective:
         if not self.options.teacher_assigns:
             return None
         group = teacher.group if self.options.auxiliary_assignment == "teacher_per_layer" else teacher.last
-        problem = self.teacher_criterion.problem(group.probabilities, group.boxes, targets, "teacher")
-        wait = start_solving({AUXILIARY: problem}, self.tolerant)
+        wait = start_solving({AUXILIARY: self._teachers_problem(group, targets)}, self.tolerant)
         return lambda: assignment_of(wait()[AUXILIARY], group.boxes.shape[2])
+
+    def _teachers_problem(self, group: TaughtGroup, targets: Targets) -> Problem:
+        """The assignment of ground truth to the teacher's queries."""
+        return self.teacher_criterion.problem(group.probabilities, group.boxes, targets, "teacher")
 
     def __call__(
         self,
@@ -125,44 +152,61 @@ class D3etrObjective:
             NonFiniteCostError: a prediction is NaN or infinite.
         """
         options, groups = self.options, student.groups
-        if unknown := set(groups) - {OWN, AUXILIARY}:
+        if unknown := set(groups) - {OWN, AUXILIARY, ONE_TO_MANY, *options.auxiliary_names, *SHARED_GROUPS}:
             raise ValueError(f"the student has query groups {sorted(unknown)} that no term is of")
         problems, chosen = self._problems(student, teacher, targets)
         wait = start_solving(problems, self.tolerant) if problems else dict
-        terms: Terms = {}
-        statistics: Terms = {}
-        pairs: dict[str, MatchedPairs] = {}
+        terms, statistics, pairs = Terms(), Terms(), dict[str, MatchedPairs]()
         # threads assign while what needs no such assignment is computed
         if AUXILIARY in options.distilled_groups:
             pairs[AUXILIARY] = fixed_pairs(teacher.group, groups[AUXILIARY])
             terms |= self._attention_terms(AUXILIARY, teacher, student, pairs[AUXILIARY], shares)
         solutions = wait()
         if OWN in options.distilled_groups:
-            pairs[OWN] = self.matcher.pairs(solutions.pop(PAIRS), chosen)
-            terms |= self._attention_terms(OWN, teacher, student, pairs[OWN], shares)
+            pairs[OWN] = self.matcher.pairs(solutions.pop(PAIRS), chosen, teacher.group)
+            counting = self._counting(teacher.group, pairs[OWN], shares)
+            terms |= self._attention_terms(OWN, teacher, student, pairs[OWN], counting)
+            terms |= self._logits_terms(teacher.group, groups[OWN], pairs[OWN], solutions, counting)
             statistics["matched_foreground"] = matched_foreground_share(teacher.group.probabilities, pairs[OWN])
+        found = {name: assignment_of(of, problems[name].cost.shape[2]) for name, of in solutions.items()}
+        given = None if teacher_assignment is None else teacher_assignment()
         if options.detection_weight > 0:
-            found = {name: assignment_of(of, problems[name].cost.shape[2]) for name, of in solutions.items()}
-            assigned = self._assignments(found, teacher_assignment, groups)
-            terms |= self._detection_terms(student, targets, *assigned, shares)
+            terms |= self._detection_terms(student, targets, *self._assignments(found, given, groups), shares)
         if pairs:
-            terms |= self._prediction_terms(teacher.group, groups, pairs, shares)
-            terms |= self._box_distribution_terms(teacher.group, groups, pairs, shares)
+            terms |= self._terms_of_pairs(teacher.group, groups, pairs, shares)
         terms |= self._memory_terms(student, teacher, targets, shares)
+        terms |= self._shared_query_terms(teacher, groups, shares)
+        if self.partners is not None:
+            self.partners = self._partners(pairs.get(OWN), teacher, found, given)
         if not shares.counted:
             terms = {name: 0 * term for name, term in terms.items()}
         return terms, statistics
+
+    @staticmethod
+    def _partners(
+        pairs: MatchedPairs | None, teacher: TeacherOutput | None, own: Terms, given: torch.Tensor | None
+    ) -> Terms:
+        """By the names of `instability`, what each query was matched with, `(·, B, N)`."""
+        kinds = {
+            ADAPTIVE: None if pairs is None else partners_of(pairs, teacher.group.boxes.shape[2]),
+            OWN_ASSIGNMENT: own.get(OWN),
+            AUXILIARY_ASSIGNMENT: own.get(AUXILIARY),
+            TEACHER_ASSIGNMENT: given,
+        }
+        return {kind: partners for kind, partners in kinds.items() if partners is not None}
 
     def _problems(self, student: DetectorOutput, teacher: TeacherOutput | None, targets: Targets):
         """What is to be assigned for this batch, by name, and the teacher's queries that adaptive matching chose."""
         problems, chosen = {}, None
         if OWN in self.options.distilled_groups:
             problems[PAIRS], chosen = self.matcher.problem(teacher.group, student.groups[OWN])
+        if self.options.logits_distillation_weight > 0:
+            problems[POSITIVES] = self._teachers_problem(teacher.group, targets)
         if self.options.detection_weight == 0:
             return problems, chosen
-        asked = {name: group for name, group in student.groups.items() if self._assigns_itself(name)}
+        asked = {name: group for name, group in _of_truth(student).items() if self._assigns_itself(name)}
         truth = dict.fromkeys(asked, targets)
-        for name, part in (student.supervised or {}).items():
+        for name, part in self._supervised(student, targets).items():
             if part.assignment is None:
                 asked[name], truth[name] = part.group, part.targets or targets
         for name, group in asked.items():
@@ -179,14 +223,14 @@ class D3etrObjective:
         return not given or self.options.auxiliary_assignment == "teacher_last_layer"
 
     def _assignments(
-        self, own: Terms, teacher_assignment: Callable[[], torch.Tensor] | None, groups: Mapping[str, GroupOutput]
+        self, own: Terms, teachers: torch.Tensor | None, groups: Mapping[str, GroupOutput]
     ) -> tuple[Terms, Terms]:
         """By name, the assignments of what was solved and of what the teacher assigned, and those of boxes alone."""
-        if teacher_assignment is None:
+        if teachers is None:
             return own, self.criterion.box_assignments(own)
         # what the teacher assigned counts for boxes, too
         of_boxes = self.criterion.box_assignments({name: of for name, of in own.items() if name != AUXILIARY})
-        given = self._given(own.get(AUXILIARY), teacher_assignment(), groups[AUXILIARY])
+        given = self._given(own.get(AUXILIARY), teachers, groups[AUXILIARY])
         return own | {AUXILIARY: given}, of_boxes
 
     def _given(self, own: torch.Tensor | None, teachers: torch.Tensor, group: GroupOutput) -> torch.Tensor:
@@ -220,12 +264,23 @@ class D3etrObjective:
                 scale = weight * self.criterion.weights[term]
                 terms[f"{TITLES.get(name, name)}/{term}"] = scale * value / normalisers[term]
 
-        for name, group in student.groups.items():
+        for name, group in _of_truth(student).items():
             repeats = student.repeats if name == OWN else None
             add(name, Supervised(group=group, repeats=repeats), self.group_weight, shares.held[name])
-        for name, part in (student.supervised or {}).items():
-            add(name, part, self.group_weight if part.of_group else self.options.detection_weight, shares.objects)
+        for name, part in self._supervised(student, targets).items():
+            weight = self.group_weight if part.of_group else self.options.detection_weight
+            weight *= self.options.one_to_many_weight if name == ONE_TO_MANY else 1
+            add(name, part, weight, shares.held.get(name, shares.objects))
         return terms
+
+    def _supervised(self, student: DetectorOutput, targets: Targets) -> dict[str, Supervised]:
+        """By name, what ground truth alone supervises; H-DETR's branch by the objects, several times each."""
+        found, repeats = dict(student.supervised or {}), self.options.one_to_many_repeats
+        if ONE_TO_MANY in student.groups:
+            found[ONE_TO_MANY] = Supervised(
+                group=student.groups[ONE_TO_MANY], repeats=repeats, targets=targets.repeated(repeats)
+            )
+        return found
 
     def _attention_terms(
         self, name: str, teacher: TeacherOutput, student: DetectorOutput, pairs: MatchedPairs, shares: Shares
@@ -261,6 +316,12 @@ class D3etrObjective:
         divergence = self.options.attention_divergence
         return cross_attention_distillation(theirs, ours, pairs, *masks, images, divergence)
 
+    def _terms_of_pairs(
+        self, teacher: TaughtGroup, groups: Mapping[str, GroupOutput], pairs: dict[str, MatchedPairs], shares: Shares
+    ) -> Terms:
+        of_predictions = self._prediction_terms(teacher, groups, pairs, shares)
+        return of_predictions | self._box_distribution_terms(teacher, groups, pairs, shares)
+
     def _prediction_terms(
         self, teacher: TaughtGroup, groups: Mapping[str, GroupOutput], pairs: dict[str, MatchedPairs], shares: Shares
     ) -> Terms:
@@ -269,17 +330,20 @@ class D3etrObjective:
         weights, totals = self._pair_weights(teacher, pairs, shares, self.options.prediction_normaliser)
         return {
             f"{TITLES.get(name, name)}/prediction": self.options.prediction_weight
-            * prediction_distillation(
-                teacher,
-                groups[name],
-                matched,
-                self.criterion.scores,
-                weights[name],
-                totals[name],
-                self.options.match_weights,
-            )
+            * self._predictions(teacher, groups[name], matched, weights[name], totals[name])
             for name, matched in pairs.items()
         }
+
+    def _predictions(
+        self,
+        teacher: TaughtGroup,
+        group: GroupOutput,
+        pairs: MatchedPairs,
+        weights: torch.Tensor,
+        total: torch.Tensor,
+    ) -> torch.Tensor:
+        scores, costs = self.criterion.scores, self.options.match_weights
+        return prediction_distillation(teacher, group, pairs, scores, weights, total, costs)
 
     def _box_distribution_terms(
         self, teacher: TaughtGroup, groups: Mapping[str, GroupOutput], pairs: dict[str, MatchedPairs], shares: Shares
@@ -307,11 +371,49 @@ class D3etrObjective:
             terms[f"memory/{method}"] = getattr(self.options, f"{method}_weight") * losses / len(losses)
         return terms
 
+    def _logits_terms(
+        self,
+        teacher: TaughtGroup,
+        group: GroupOutput,
+        pairs: MatchedPairs,
+        solutions: dict[str, Solution],
+        shares: Shares,
+    ) -> Terms:
+        """DETRDistill's: a sum over positive pairs, an object of the step, and one over negatives, a pair of any kind.
+
+        What holds an object is taken from the solutions.
+        """
+        options = self.options
+        if POSITIVES not in solutions:
+            return {}
+        positive = assignment_of(solutions.pop(POSITIVES), teacher.boxes.shape[2]) != NO_OBJECT
+        scores, costs = self.criterion.scores, options.match_weights
+        sums = hungarian_logits_distillation(teacher, group, pairs, positive, scores, costs)
+        all_pairs = shares.images * pairs.teacher.shape[-1]
+        value = sums[0] / shares.objects + options.logits_negative_weight * sums[1] / all_pairs
+        if options.logits_layer_weights is not None:
+            value = value * value.new_tensor(options.logits_layer_weights)
+        return {f"{TITLES[OWN]}/logits": options.logits_distillation_weight * value}
+
+    def _shared_query_terms(
+        self, teacher: TeacherOutput | None, groups: Mapping[str, GroupOutput], shares: Shares
+    ) -> Terms:
+        """Of queries that both were given; see `shared_queries`."""
+        terms: Terms = {}
+        for name in self.options.shared_groups:
+            taught = teacher.shared.get(name, teacher.group)  # of its own queries what it says anyway
+            pairs = {name: fixed_pairs(taught, groups[name])}
+            weights, totals = self._pair_weights(taught, pairs, shares, "boxes")
+            terms[f"{name}/shared_query"] = self.options.shared_query_weight * self._predictions(
+                taught, groups[name], pairs[name], weights[name], totals[name]
+            )
+        return terms
+
     @staticmethod
     def _pair_weights(teacher: TaughtGroup, pairs: dict[str, MatchedPairs], shares: Shares, normaliser: str):
         """Per group, the weight of each pair and what their sum is divided by, global over processes."""
         weights = {name: pair_weights(teacher.probabilities, p, normaliser) for name, p in pairs.items()}
-        if normaliser == "pairs":
+        if normaliser == "pairs" and all(p.counted is None for p in pairs.values()):
             return weights, {name: shares.images * weight.shape[-1] for name, weight in weights.items()}
         # a weight's sum is known per batch only: scale by this batch's part of the images of the whole step
         totals = torch.stack([weight.sum(dim=(1, 2)) for weight in weights.values()])
@@ -319,7 +421,20 @@ class D3etrObjective:
         if not shares.counted:
             totals, images = 0 * totals, 0 * images
         *of_groups, images = shares.average(torch.cat([totals, images])).unbind()
-        return weights, {n: total * shares.images / images for n, total in zip(weights, of_groups, strict=True)}
+        found = {n: total * shares.images / images for n, total in zip(weights, of_groups, strict=True)}
+        return weights, {name: torch.where(total > 0, total, 1) for name, total in found.items()}
+
+    def _counting(self, teacher: TaughtGroup, pairs: MatchedPairs, shares: Shares) -> Shares:
+        """With so many images, `(L,)`, as have all their pairs counted, where only some of the pairs are."""
+        if pairs.counted is None:
+            return shares
+        _, totals = self._pair_weights(teacher, {OWN: pairs}, shares, "pairs")
+        return replace(shares, images=totals[OWN] / pairs.counted.shape[-1])
+
+
+def _of_truth(student: DetectorOutput) -> dict[str, GroupOutput]:
+    """The groups that ground truth is asked of, once."""
+    return {name: group for name, group in student.groups.items() if name not in (*SHARED_GROUPS, ONE_TO_MANY)}
 
 
 def _counted_pairs(assignments: Terms, objects: int, shares: Shares) -> Terms:

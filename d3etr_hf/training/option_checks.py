@@ -25,6 +25,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from d3etr_hf.errors import UnsupportedOptionError, one_line, quoted
+from d3etr_hf.outputs import MOST_AUXILIARY_GROUPS
 
 LARGEST, LARGEST_SEED = 2**31 - 1, 2**32 - 1
 
@@ -38,6 +39,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "save_total_limit": (1, LARGEST),
     "ema_warmup_steps": (0, LARGEST),
     "early_stopping_patience": (1, LARGEST),
+    "denoising_groups": (0, 100),
+    "denoising_box_noise": (0, 1),
+    "denoising_label_noise": (0, 1),
+    "one_to_many_queries": (0, 10_000),
+    "one_to_many_repeats": (1, 1000),
+    "matching_score_threshold": (0, 1),
+    "shared_random_queries": (0, 10_000),
+    "auxiliary_groups": (1, MOST_AUXILIARY_GROUPS),
     "warmup_steps": (0, LARGEST),
     "eval_delay": (0, LARGEST),
     "seed": (0, LARGEST_SEED),
@@ -292,6 +301,28 @@ CONDITIONS: tuple[tuple[str | tuple[str, ...], Callable[[Any], bool], str], ...]
         ("log_gradient_norms", "logging_strategy"),
         lambda args: args.log_gradient_norms and args.logging_strategy != "steps",
         "log_gradient_norms needs logging_strategy='steps'",
+    ),
+    (
+        ("auxiliary_groups", "auxiliary_queries"),
+        lambda args: args.auxiliary_groups > 1 and args.auxiliary_queries != "learned",
+        "only learned queries make several groups: set auxiliary_queries='learned', or leave auxiliary_groups at 1",
+    ),
+    (
+        ("logits_distillation_weight", "adaptive_matching"),
+        lambda args: args.logits_distillation_weight > 0 and not args.adaptive_matching,
+        "it follows the pairs of adaptive matching: set adaptive_matching to true",
+    ),
+    (
+        "logits_layer_weights",
+        lambda args: not all(0 <= weight <= LARGEST for weight in args.logits_layer_weights or ()),
+        "must be numbers of 0 or more",
+    ),
+    (
+        ("shared_query_weight", "shared_random_queries", "shared_teacher_queries"),
+        lambda args: (
+            args.shared_query_weight > 0 and args.shared_random_queries == 0 and not args.shared_teacher_queries
+        ),
+        "there are no queries to share: set one of the last two",
     ),
     (
         ("push_to_hub", "hub_token"),

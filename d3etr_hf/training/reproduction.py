@@ -83,7 +83,9 @@ def _trainer_of(kept: KeptStep, path: str | Path, folder: str, use_cpu: bool) ->
             f"{path} holds options that are none of this version ({one_line(error)}): let the training keep another"
         ) from error
     teacher = None if kept.teacher is None else load_teacher(kept.teacher)
-    return DistillationTrainer(student, arguments, teacher)
+    trainer = DistillationTrainer(student, arguments, teacher)
+    trainer.state.global_step = kept.step - 1  # of which queries may be drawn
+    return trainer
 
 
 def _student_of(fields: dict, what: str) -> Detector:

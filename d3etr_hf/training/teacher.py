@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class TeacherOutput:
         memory: its encoder's memory, level by level; None unless it was asked for.
         hidden_states: `(B, N_t, d_t)`, its queries after the last decoder layer; None likewise.
         own_grid: whether its memory's grid is another than that of the batch as it is padded.
+        shared: by name, its predictions of further queries that it was given, in the layers that the student's follow.
     """
 
     group: TaughtGroup
@@ -44,6 +45,7 @@ class TeacherOutput:
     memory: tuple[MemoryLevel, ...] | None = None
     hidden_states: torch.Tensor | None = None
     own_grid: bool = False
+    shared: Mapping[str, TaughtGroup] = field(default_factory=dict)
 
     def on_memory(self, memory_mask: torch.Tensor) -> "TeacherOutput":
         """The same with dense cross-attention brought to the student's memory, where it comes of other pixels.
@@ -92,6 +94,8 @@ class Teacher:
         self._classes_in_order = self.class_index.tolist() == list(range(len(class_names)))
         self.layer_map = spread_layers(detector.decoder_depth, student_depth, layer_map)
         self.detector = detector.eval().requires_grad_(False)
+        if isinstance(detector, Detector):  # it takes queries as they are, whoever's student it has been
+            detector.query_adapters = torch.nn.ModuleDict()
         self.name = detector.name_or_path or "teacher"
         self.criterion: DetectionCriterion = detector.criterion()
 
@@ -117,18 +121,23 @@ class Teacher:
 
         Args:
             pixels: `pixel_values` `(B, 3, H, W)` and `pixel_mask` `(B, H, W)`.
-            request: which maps to return, and whether memory and hidden states.
+            request: which maps to return, whether memory and hidden states, and further queries to decode.
             autocast: makes the context of mixed precision; outside the model's own pass there is none but this.
         """
         pixel_values = pixels["pixel_values"].to(self.detector.dtype)
         with autocast():
             output = self.detector(pixel_values, pixels["pixel_mask"], request=request)
         group = output.groups[OWN]
-        last = replace(self._aligned(group, [-1]), self_attention=None, cross_attention=None)
+        last = self._predicted(group, [-1])
         memory = None if output.memory is None else tuple(level.detach() for level in output.memory)
         states = None if group.hidden_states is None else group.hidden_states.detach()
+        shared = {name: self._predicted(output.groups[name], self.layer_map) for name in request.queries}
         given = output.queries, output.memory_mask, memory, states
-        return TeacherOutput(self._aligned(group, self.layer_map), last, *given)
+        return TeacherOutput(self._aligned(group, self.layer_map), last, *given, shared=shared)
+
+    def _predicted(self, group: GroupOutput, layers: list[int]) -> TaughtGroup:
+        """As `_aligned`, without maps."""
+        return replace(self._aligned(group, layers), self_attention=None, cross_attention=None)
 
     def _aligned(self, group: GroupOutput, layers: list[int]) -> TaughtGroup:
         """The outputs in these of its layers, for the student's classes; no gradient reaches the teacher."""

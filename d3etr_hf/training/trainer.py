@@ -1,6 +1,8 @@
 """`DistillationTrainer`: Transformers' Trainer with a teacher, a second query group and COCO evaluation."""
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -16,8 +18,17 @@ from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
 from d3etr_hf.models.memory_methods import MEMORY_METHODS
 from d3etr_hf.models.other_detector import OtherDetector
-from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
-from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupRequest, Queries, Targets
+from d3etr_hf.models.query_adapters import LearnedQueries, NoisedLabels, QueryAdapter
+from d3etr_hf.outputs import (
+    AUXILIARY,
+    ONE_TO_MANY,
+    OWN,
+    RANDOM_QUERIES,
+    DetectorOutput,
+    GroupRequest,
+    Queries,
+    Targets,
+)
 from d3etr_hf.training.checks import (
     check_data,
     check_images,
@@ -26,9 +37,11 @@ from d3etr_hf.training.checks import (
     named_datasets,
     terms_in_common,
 )
+from d3etr_hf.training.denoising import NOISED, NoisedQueries, noised_queries
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.early_stopping import EarlyStopping
 from d3etr_hf.training.half_precision import SkippedSteps
+from d3etr_hf.training.instability import Instability, Visit, shares_of
 from d3etr_hf.training.launch_checks import check_launch
 from d3etr_hf.training.non_finite import NonFiniteGuard
 from d3etr_hf.training.object_counts import warn_of_more_objects
@@ -37,6 +50,7 @@ from d3etr_hf.training.optimization import keeps_running_statistics, parameter_g
 from d3etr_hf.training.progress import show_progress
 from d3etr_hf.training.resumable_trainer import ResumableTrainer
 from d3etr_hf.training.sampling import FollowEpochs, training_sampler
+from d3etr_hf.training.shared_queries import random_queries
 from d3etr_hf.training.stopping import GracefulStop, start_worker
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors, teacher_pixels
 from d3etr_hf.training.teacher_cache import TeacherCache
@@ -71,6 +85,8 @@ class DistillationTrainer(ResumableTrainer):
     objective: D3etrObjective
     # what the optimizer was built with beside its groups; None of one that was given
     optimizer_options: dict | None = None
+    # None unless it is logged
+    instability: Instability | None = None
 
     def __init__(
         self,
@@ -114,6 +130,8 @@ class DistillationTrainer(ResumableTrainer):
         # after Trainer has set the seed: learned queries are drawn
         attach_query_adapter(model, self.teacher, self.distillation)
         self.criterion = self.model.criterion()
+        if args.log_instability and self.train_dataset is not None:
+            self.instability = Instability(len(self.train_dataset))
         self._prepare_objective()
         self.teacher_cache = self._make_teacher_cache()
         self._add_callbacks()
@@ -127,6 +145,8 @@ class DistillationTrainer(ResumableTrainer):
         """For the options that hold now."""
         teacher_criterion = None if self.teacher is None else self.teacher.criterion
         self.objective = D3etrObjective(self.distillation, self.criterion, teacher_criterion, self._skips_steps)
+        if self.instability is not None:
+            self.objective.partners = {}
         self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
 
     def _follow_schedule(self) -> None:
@@ -142,9 +162,15 @@ class DistillationTrainer(ResumableTrainer):
             return None
         if not self._runs_teacher:
             raise UnsupportedOptionError("teacher_cache: these options never run a teacher; leave it out")
-        if self._maps.memory:
-            weights = ", ".join(f"{name}_weight" for name in self.distillation.memory_methods)
-            raise UnsupportedOptionError(f"teacher_cache keeps no encoder memory: leave it out, or set {weights} to 0")
+        if weights := [f"{name}_weight" for name in self.distillation.memory_methods]:
+            raise UnsupportedOptionError(
+                f"teacher_cache keeps no encoder memory: leave it out, or set {', '.join(weights)} to 0"
+            )
+        if self.distillation.shared_groups:
+            raise UnsupportedOptionError(
+                "teacher_cache keeps nothing of queries that are drawn anew: leave it out, or set shared_query_weight "
+                "to 0"
+            )
         cache = TeacherCache(
             self.teacher,
             self.args.teacher_cache,
@@ -166,12 +192,14 @@ class DistillationTrainer(ResumableTrainer):
     def _add_callbacks(self) -> None:
         self.guard = NonFiniteGuard(self)
         self.skipped_steps = SkippedSteps(self.accelerator, self.guard.undo)
-        self._term_log, self._norm_log = TermLog(self._average, self._of_all), TermLog(self._average, self._of_all)
+        self._term_log, self._norm_log, self._change_log = self._logs = tuple(
+            TermLog(self._average, self._of_all) for _ in range(3)
+        )
         self._epochs, self.stop = FollowEpochs(), GracefulStop(self.accelerator.num_processes)
         for callback in (
             self.guard,
             self.skipped_steps,
-            StartAfresh(self._term_log, self._norm_log),
+            StartAfresh(*self._logs),
             self._epochs,
             self.stop,
         ):
@@ -212,13 +240,15 @@ class DistillationTrainer(ResumableTrainer):
         self._asked_to_stop = means[-1]
         return means[:-1]
 
-    def _group_sizes(self) -> dict[str, int]:
-        """Number of queries by the group's name."""
-        sizes = {OWN: self.model.query_count}
+    def _group_sizes(self) -> dict[str, float]:
+        """Number of queries by the group's name; of one that is asked for each object several times, of one time."""
+        sizes: dict[str, float] = {OWN: self.model.query_count}
         if self.distillation.auxiliary_queries == "learned":
-            sizes[AUXILIARY] = self.model.query_count
+            sizes |= dict.fromkeys(self.distillation.auxiliary_names, self.model.query_count)
         elif self.distillation.auxiliary_queries == "teacher":
             sizes[AUXILIARY] = self.teacher.detector.query_count
+        if self.distillation.one_to_many_queries > 0:
+            sizes[ONE_TO_MANY] = self.distillation.one_to_many_queries / self.distillation.one_to_many_repeats
         return sizes
 
     def _shares(self, counts: torch.Tensor, counted: bool = True) -> Shares:
@@ -246,6 +276,8 @@ class DistillationTrainer(ResumableTrainer):
             # this batch's part of the step: over its processes' mean and its accumulated batches it adds up to one
             part = len(labels) / shares.images
             self._keep_for_log(sums, terms, statistics, part)
+            if self.instability is not None:
+                self._keep_instability(labels, part)
             if self.args.log_gradient_norms and self._logs_after_this_step():
                 self._keep_gradient_norms(sums, part)
         else:
@@ -254,35 +286,56 @@ class DistillationTrainer(ResumableTrainer):
 
     def _terms(self, model, inputs: dict[str, torch.Tensor], targets: Targets, shares: Shares):
         """Teacher, student and objective on one batch: the student's output, terms and statistics."""
+        options = self.distillation
         teacher = assignment = None
+        drawn: dict[str, Queries] = {}
+        if RANDOM_QUERIES in options.shared_groups:
+            detector = cast(Detector, self.teacher.detector)  # one that takes no queries has been refused
+            count, step = options.shared_random_queries, self.state.global_step
+            drawn[RANDOM_QUERIES] = random_queries(detector, count, self.args.seed, step)
         if self._runs_teacher:
             pixels = teacher_pixels(inputs)
             if self.teacher_cache is None:
-                teacher = self.teacher(pixels, self._maps, self.accelerator.autocast)
+                teacher = self.teacher(pixels, self._maps._replace(queries=drawn), self.accelerator.autocast)
             else:
                 teacher = self.teacher_cache(pixels)
             # threads assign while the student's forward pass runs
             assignment = self.objective.start_teacher_assignment(teacher, targets)
-        request = self._maps._replace(queries=self._further_queries(teacher), targets=targets)
+        further = self._further_queries(teacher) | drawn
+        noised = self._noised(inputs, targets) if options.denoising_groups > 0 else None
+        request = self._maps._replace(queries=further, targets=targets)
         if request.memory:
             request = request._replace(teacher_memory=teacher.memory)
+        if noised is not None:
+            request = request._replace(queries=further | noised.queries, masks=noised.masks)
         pixels = {name: inputs[name] for name in ("pixel_values", "pixel_mask")}
         student: DetectorOutput = model(**pixels, request=request)
+        if noised is not None:
+            noised.supervise(student)
         if teacher is not None and (teacher.own_grid or "teacher_pixel_values" in inputs):
             teacher = teacher.on_memory(student.memory_mask)
         return student, *self.objective(student, teacher, targets, shares, assignment)
 
     def _further_queries(self, teacher: TeacherOutput | None) -> dict[str, Queries | None]:
-        """The queries of the student's further groups; None for learned ones, which it holds itself."""
-        if self.distillation.auxiliary_queries == "none":
-            return {}
+        """The queries of the student's further groups but drawn ones; None for learned ones, which it holds itself."""
+        further: dict[str, Queries | None] = {}
         if self.distillation.auxiliary_queries == "learned":
-            return {AUXILIARY: None}
+            further = dict.fromkeys(self.distillation.auxiliary_names)
+        if self.distillation.one_to_many_queries > 0:
+            further[ONE_TO_MANY] = None
+        theirs = [name for name in self.distillation.teacher_groups if name != RANDOM_QUERIES]
+        if not theirs:
+            return further
         queries = self.teacher.queries() if teacher is None else teacher.queries.detach()
         both_make_anchors = self.model.makes_anchors and self.teacher.detector.makes_anchors
         if self.distillation.auxiliary_reference_points == "student" and both_make_anchors:
             queries = Queries(queries.content, queries.position)
-        return {AUXILIARY: queries}
+        return further | dict.fromkeys(theirs, queries)
+
+    def _noised(self, inputs: Mapping[str, Any], targets: Targets) -> NoisedQueries:
+        image_ids, classes = [label["image_id"] for label in inputs["labels"]], len(self.model.class_names)
+        seed, step = self.args.seed, self.state.global_step
+        return noised_queries(targets, image_ids, classes, self.distillation, seed, step)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """As Trainer; when the device has been given all its work, it hears whether any process was asked to stop."""
@@ -301,16 +354,15 @@ class DistillationTrainer(ResumableTrainer):
 
         All processes must call this. They do not exchange gradients. Nothing is kept of what the teacher says.
         """
-        logs = self._term_log, self._norm_log
         cache, self.teacher_cache = self.teacher_cache, None
-        kept = [dict(log.sums) for log in logs]
+        kept = [dict(log.sums) for log in self._logs]
         try:
             self.training_step(self.model, batch, self._get_num_items_in_batch([batch], self.args.device))
         finally:
             self.teacher_cache = cache
             self.model.zero_grad()
             self.guard.forget()
-            for log, sums in zip(logs, kept, strict=True):
+            for log, sums in zip(self._logs, kept, strict=True):
                 log.sums = sums
 
     def _average(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -344,6 +396,13 @@ class DistillationTrainer(ResumableTrainer):
             part = part * finite
         self._term_log.add(values | {name: value * part for name, value in statistics.items()}, part)
 
+    def _keep_instability(self, labels: list[dict], part: torch.Tensor) -> None:
+        """What has changed since each image's last visit; the device is waited for."""
+        epoch = 0 if self._epochs.sampler is None else self._epochs.sampler.epoch
+        visits = [Visit(label["image_id"], label["objects"], epoch) for label in labels]
+        counts = self.instability.compare(visits, self.objective.partners)
+        self._change_log.add({name: count.to(part.device) for name, count in counts.items()}, part)
+
     def _keep_gradient_norms(self, sums: dict[str, torch.Tensor], part: torch.Tensor) -> None:
         """Norm of each term's own gradient, of this batch on this process as if it were the whole step, unclipped."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -356,9 +415,9 @@ class DistillationTrainer(ResumableTrainer):
         self._norm_log.add(norms, (part > 0).to(part))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every loss term since the last training log, and the steps that were skipped."""
+        """Adds the mean of every loss term since the last training log, the steps that were skipped, instability."""
         if "loss" in logs:
-            logs |= self._term_log.read() | self._norm_log.read()
+            logs |= self._term_log.read() | self._norm_log.read() | shares_of(self._change_log.read())
             if self._scaler is not None:
                 logs["skipped_steps"] = self.skipped_steps.read()
             elif self.args.skip_nonfinite_steps:
@@ -457,9 +516,17 @@ def attach_query_adapter(student: Detector, teacher: Teacher | None, options: Di
     """Give the student what its auxiliary group and comparisons of memories need, instead of anything from before."""
     student.query_adapters = torch.nn.ModuleDict()
     if options.auxiliary_queries == "learned":
-        student.query_adapters[AUXILIARY] = LearnedQueries(student.new_queries(student.query_count))
-    elif options.auxiliary_queries == "teacher":
-        student.query_adapters[AUXILIARY] = QueryAdapter(teacher.detector.width, student.width)
+        for name in options.auxiliary_names:
+            student.query_adapters[name] = LearnedQueries(student.new_queries(student.query_count))
+    if options.denoising_groups > 0:
+        embedded = NoisedLabels(len(student.class_names), student.width)
+        names = [f"{NOISED}_{number}" for number in range(1, options.denoising_groups + 1)]
+        student.query_adapters.update(dict.fromkeys(names, embedded))
+    if options.one_to_many_queries > 0:
+        student.query_adapters[ONE_TO_MANY] = LearnedQueries(student.new_queries(options.one_to_many_queries))
+    if options.teacher_groups:
+        carried = QueryAdapter(teacher.detector.width, student.width)
+        student.query_adapters.update(dict.fromkeys(options.teacher_groups, carried))
     for method in options.memory_methods:
         sizes = student.width, teacher.detector.width, student.memory_levels, len(student.class_names)
         student.query_adapters[method] = MEMORY_METHODS[method](*sizes)
@@ -468,5 +535,5 @@ def attach_query_adapter(student: Detector, teacher: Teacher | None, options: Di
 
 def runs_teacher(teacher: Teacher, options: Distillation) -> bool:
     """Whether a step runs the teacher: for its outputs, or for queries that depend on the image."""
-    reads_queries = options.auxiliary_queries == "teacher" and teacher.queries() is None
+    reads_queries = bool(options.teacher_groups) and teacher.queries() is None
     return reads_queries or options.reads_teacher_outputs

@@ -60,6 +60,36 @@ class D3etrTrainingArguments(TrainingArguments):
         "The second query group of the student's decoder: the teacher's fixed queries, learned queries of its own "
         "(the teacherless control, as many as the student has), or none.",
     )
+    auxiliary_groups: int = option(
+        Distillation.auxiliary_groups,
+        "How many groups of learned queries (auxiliary_queries='learned') there are beside the student's own: K - 1 "
+        "of Group DETR (Chen et al., ICCV 2023), whose authors take K = 11 and average the groups' losses "
+        "(group_reduction='mean').",
+    )
+    denoising_groups: int = option(
+        Distillation.denoising_groups,
+        "Groups of DN-DETR's denoising queries (Li et al., CVPR 2022), one query an object in each, for students "
+        "whose queries have anchors and whose family trains with none: boxes and classes with noise, which the "
+        "decoder takes off; its authors take 5. 0 for none.",
+    )
+    denoising_box_noise: float = option(
+        Distillation.denoising_box_noise,
+        "How far their boxes are moved, at most, in halves of a side, and scaled, as a share of it.",
+    )
+    denoising_label_noise: float = option(
+        Distillation.denoising_label_noise, "Share of their classes that are drawn anew from all."
+    )
+    one_to_many_queries: int = option(
+        Distillation.one_to_many_queries,
+        "H-DETR's one-to-many branch (Jia et al., CVPR 2023): so many further learned queries, of which every object "
+        "is asked several times in every decoder layer; its authors take 1500 beside 300. 0 for none.",
+    )
+    one_to_many_repeats: int = option(
+        Distillation.one_to_many_repeats, "How many of H-DETR's queries are asked for each object (K)."
+    )
+    one_to_many_weight: float = option(
+        Distillation.one_to_many_weight, "Weight of that branch's detection loss beside the student's own."
+    )
     auxiliary_reference_points: Literal["student", "teacher"] = option(
         Distillation.auxiliary_reference_points,
         "Whose head turns the teacher's queries into reference points: the student's (the paper's literal reading) or "
@@ -74,12 +104,17 @@ class D3etrTrainingArguments(TrainingArguments):
         "the teacher's assignment of each layer, or its own Hungarian assignment everywhere.",
     )
     group_reduction: Literal["sum", "mean"] = option(
-        Distillation.group_reduction, "Detection losses of the two groups: summed (D3ETR), or averaged (Group DETR)."
+        Distillation.group_reduction, "Detection losses of all groups: summed (D3ETR), or averaged (Group DETR)."
     )
 
     # distillation
     adaptive_matching: bool = option(
         Distillation.adaptive_matching, "Distil into the student group, by adaptive matching."
+    )
+    matching_score_threshold: float = option(
+        Distillation.matching_score_threshold,
+        "Adaptive matching leaves out the teacher's queries whose highest class score is not above it, so that "
+        "nothing is learned of them there (Incremental-DETR, Dong et al., AAAI 2023); 0 takes all.",
     )
     fixed_matching: bool = option(
         Distillation.fixed_matching, "Distil into the auxiliary group, query i from query i."
@@ -126,6 +161,34 @@ class D3etrTrainingArguments(TrainingArguments):
         Distillation.vidt_weight,
         "Weight of ViDT's token matching: distances of tokens of encoder memories and of the last decoder layer's "
         "queries, each from the one at its place; 0 switches it off.",
+    )
+    logits_distillation_weight: float = option(
+        Distillation.logits_distillation_weight,
+        "Weight of DETRDistill's Hungarian-matching logits distillation (Chang et al., ICCV 2023) into the student's "
+        "own group, layer by layer: class and box of the teacher's queries that hold an object, and the boxes of all "
+        "others; 0 switches it off. Its query-prior assignment is auxiliary_queries='teacher' with "
+        "auxiliary_assignment='teacher_per_layer' and fixed_matching off.",
+    )
+    logits_negative_weight: float = option(
+        Distillation.logits_negative_weight,
+        "Of logits distillation: weight of the queries without an object, beside the 1 of those that hold one.",
+    )
+    logits_layer_weights: list[float] | None = option(
+        None, "Of logits distillation: a weight for each decoder layer of the student; by default all weigh 1."
+    )
+    shared_query_weight: float = option(
+        Distillation.shared_query_weight,
+        "Weight of KD-DETR's distillation (Wang et al., CVPR 2024): both decoders are given the same queries, and "
+        "their predictions are compared query by query, each weighed by the teacher's highest class score; 0 switches "
+        "it off.",
+    )
+    shared_random_queries: int = option(
+        Distillation.shared_random_queries,
+        "How many of KD-DETR's queries are random ones, drawn anew every step; 0 for none.",
+    )
+    shared_teacher_queries: bool = option(
+        Distillation.shared_teacher_queries,
+        "Whether the teacher's own queries are among KD-DETR's, at the points that auxiliary_reference_points names.",
     )
     detection_weight: float = option(
         Distillation.detection_weight, "Weight of the detection loss of both groups; 0 switches it off."
@@ -204,6 +267,13 @@ class D3etrTrainingArguments(TrainingArguments):
         False, "Log the gradient norm of every loss term at each logging step (costs one backward pass a term)."
     )
 
+    log_instability: bool = option(
+        False,
+        "Log how much matchings change between two visits of an image, in each decoder layer: the share of queries "
+        "with another partner (DN-DETR's instability), as instability/adaptive (of the teacher's queries), /own, "
+        "/auxiliary_own and /teacher_given (of ground truth to the queries of a group). From the second epoch on, of "
+        "a run that goes on, too; of about 5000 images at most, each as far as it comes to the same process again.",
+    )
     probe: bool = option(
         True,
         "Of d3etr train and distill: before the first step, print how much memory and time the training will take, "
@@ -259,8 +329,7 @@ class D3etrTrainingArguments(TrainingArguments):
         for name in ("backbone_learning_rate", *weights):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
-        distillation = self.distillation
-        if self.detection_weight == 0 and not (distillation.distilled_groups or distillation.memory_methods):
+        if self.detection_weight == 0 and not self.distillation.reads_teacher_outputs:
             raise ValueError("every loss is off: set detection_weight, or a distillation weight and a matching")
         if not any(self.distillation.match_weights):
             raise ValueError(

@@ -1,6 +1,7 @@
 """Sampled attention compared by centres and spreads, and place by place, against loops from the formulas."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,6 +101,17 @@ def test_places_equal_a_loop():
                     for (x, y, w), (other_x, other_y, v) in zip(theirs, ours, strict=True):
                         total += w * math.log(w / v) + w * (abs(x - other_x) + abs(y - other_y))
         assert float(found[layer]) == pytest.approx(total / (3 * 2 * BATCH), rel=1e-6)
+
+
+@pytest.mark.parametrize("distil", [moment_distillation, place_distillation])
+def test_pairs_that_do_not_count_teach_nothing(distil):
+    """Of three pairs two: as if there were no third, the mean over those that count."""
+    teacher, student = sampled(2, 4, 1), sampled(2, 3, 2)
+    counted = torch.tensor([True, False, True]).expand(LAYERS, BATCH, 3)
+    few = MatchedPairs(PAIRS.teacher[..., [0, 2]], PAIRS.student[..., [0, 2]])
+    masks = (mask_of(4, 6), mask_of(4, 6)) if distil is moment_distillation else ()
+    found = distil(teacher, student, replace(PAIRS, counted=counted), *masks, BATCH * 2 / 3)
+    torch.testing.assert_close(found, distil(teacher, student, few, *masks, BATCH))
 
 
 def test_gradient_is_finite_where_all_weight_is_on_one_place_and_the_students_alone():

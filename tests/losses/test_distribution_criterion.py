@@ -167,10 +167,12 @@ def test_unions_are_of_predictions_that_share_queries():
     criterion = model_of().criterion()
     torch.manual_seed(0)
     shapes = {OWN: 3, "first_head": 1, "proposals": 1, AUXILIARY: 3, "auxiliary_first_head": 1, "other": 2}
+    shapes |= {"auxiliary_3": 3, "auxiliary_3_first_head": 1}
     given = {name: torch.randint(-1, 3, (layers, 2, 7)) for name, layers in shapes.items()}
     found = criterion.box_assignments(given)
     assert set(found) == set(given) - {"other"}
-    for names in ((OWN, "first_head", "proposals"), (AUXILIARY, "auxiliary_first_head")):
+    groups = (OWN, "first_head", "proposals"), *((name, f"{name}_first_head") for name in (AUXILIARY, "auxiliary_3"))
+    for names in groups:
         union = slow_union(torch.cat([given[name] for name in names]))
         assert all(torch.equal(found[name], union) for name in names)
     assert set(criterion.box_assignments({"auxiliary_first_head": given[AUXILIARY]})) == {"auxiliary_first_head"}

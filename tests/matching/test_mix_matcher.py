@@ -28,8 +28,9 @@ def total_cost(teacher, student, pairs, layer, image):
         student.logits[layer, image],
         student.boxes[layer, image],
     )
-    indices = zip(pairs.teacher[layer, image].tolist(), pairs.student[layer, image].tolist(), strict=True)
-    return sum(cost[i][j] for i, j in indices)
+    counted = slice(None) if pairs.counted is None else pairs.counted[layer, image]
+    sides = (side[layer, image][counted].tolist() for side in (pairs.teacher, pairs.student))
+    return sum(cost[i][j] for i, j in zip(*sides, strict=True))
 
 
 def test_cost_equals_slow_loop():
@@ -44,10 +45,17 @@ def test_cost_equals_slow_loop():
 
 
 @settings(max_examples=25, deadline=None)
-@given(teacher_queries=st.integers(1, 6), student_queries=st.integers(1, 6), seed=st.integers(0, 10_000))
-def test_optimal_against_brute_force(teacher_queries, student_queries, seed):
+@given(
+    teacher_queries=st.integers(1, 6),
+    student_queries=st.integers(1, 6),
+    seed=st.integers(0, 10_000),
+    threshold=st.sampled_from([0.0, 0.6, 0.8]),
+)
+def test_optimal_against_brute_force(teacher_queries, student_queries, seed, threshold):
+    """Of all of the teacher's queries, or of those whose highest class score is above a threshold."""
     teacher, student = group(teacher_queries, seed=seed), group(student_queries, seed=seed + 1)
-    pairs = MATCHER(taught(teacher), student)
+    pairs = AdaptiveMatcher(SigmoidScores(), score_threshold=threshold)(taught(teacher), student)
+    assert (pairs.counted is None) == (threshold == 0)
     assert pairs.teacher.shape == pairs.student.shape == (2, 2, min(teacher_queries, student_queries))
     for layer in range(2):
         for image in range(2):
@@ -60,8 +68,11 @@ def test_optimal_against_brute_force(teacher_queries, student_queries, seed):
             # N_t > N_s: among the teacher queries with the highest class scores
             scores = teacher.logits[layer, image].amax(-1)
             best = scores.topk(min(teacher_queries, student_queries)).indices.tolist()
-            brute = slow_reference.brute_force_cost([rows[i] for i in best])
+            best = [i for i in best if scores[i].sigmoid() > threshold]
+            brute = slow_reference.brute_force_cost([rows[i] for i in best]) if best else 0.0
             assert total_cost(teacher, student, pairs, layer, image) == pytest.approx(brute, rel=1e-9)
+            if threshold > 0:
+                assert sorted(pairs.teacher[layer, image][pairs.counted[layer, image]].tolist()) == sorted(best)
 
 
 def test_equals_public_loop_on_random_tensors(shared_data):

@@ -37,3 +37,15 @@ def test_large_labels_survive_float32():
     """Class numbers beyond what half precision holds exactly; float32 holds every one below 2 ** 24."""
     label = {"class_labels": torch.tensor([2**24 - 1, 4097]), "boxes": torch.rand(2, 4)}
     assert targets_of([label]).class_labels.tolist() == [[2**24 - 1, 4097]]
+
+
+def test_objects_are_repeated_image_by_image():
+    """What is padded stays behind what is there."""
+    labels = random_labels([2, 0, 1])
+    targets = targets_of(labels)
+    repeated = targets.repeated(3)
+    assert repeated.counts == [6, 0, 3]
+    for image, label in enumerate(labels):
+        kept = slice(0, repeated.counts[image])
+        for found, once in ((repeated.class_labels, label["class_labels"]), (repeated.boxes, label["boxes"])):
+            assert found[image, kept].tolist() == [each for each in once.tolist() for _ in range(3)]

@@ -6,7 +6,7 @@ import pytest
 
 from d3etr_hf.publishing import card_texts
 from d3etr_hf.publishing.card import CardArguments, card_data, is_distilled, pictures_of, summary
-from d3etr_hf.publishing.citations import D3ETR, GROUP_DETR, citations_for
+from d3etr_hf.publishing.citations import BASELINES, D3ETR, GROUP_DETR, citations_for
 from tests.publishing.test_card import FAMILY, OPTIONS
 
 
@@ -134,6 +134,11 @@ def test_training_table(metrics):
         ({"self_attention_weight": 0, "cross_attention_weight": 0}, ["predictions"], "teacher's predictions)"),
         ({"adaptive_matching": False, "auxiliary_queries": "learned"}, [], None),
         ({"adaptive_matching": False, "fixed_matching": False}, [], None),
+        (
+            {"adaptive_matching": False, "fixed_matching": False, "shared_query_weight": 1.0},
+            ["predictions"],
+            "teacher's predictions)",
+        ),
     ],
 )
 def test_only_what_was_distilled_is_said(metrics, tmp_path, changes, parts, said):
@@ -163,6 +168,9 @@ def test_families_are_those_of_the_detectors(metrics):
     del metrics["teacher"]
     metrics["training"]["options"] |= {"auxiliary_queries": "learned", "adaptive_matching": False}
     assert citations_for(metrics)[:2] == ["@inproceedings{other}", GROUP_DETR]
+    metrics["training"]["options"] |= {"shared_query_weight": 0.5, "logits_distillation_weight": 0.0}
+    assert citations_for(metrics)[3] == BASELINES["shared_query_weight"]
+    assert BASELINES["logits_distillation_weight"] not in citations_for(metrics)
 
 
 def test_versions(metrics):

@@ -10,9 +10,12 @@ from transformers import ConditionalDetrForObjectDetection, ConvNextConfig
 
 from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
+from d3etr_hf.training.denoising import noised_queries
+from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.shared_queries import random_queries
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
-from tests import oracle
-from tests.tiny import perturb, random_labels, tiny_config
+from tests import oracle, slow_reference
+from tests.tiny import perturb, random_labels, targets_of, tiny_config
 
 TERMS = ("class", "l1", "giou", "self_attention", "cross_attention", "prediction")
 # Rows and columns of the images: every one is padded somewhere in the batch of 64 x 64; the second shows nothing.
@@ -67,7 +70,7 @@ def padded(images: list[dict], masked: bool = True) -> tuple[torch.Tensor, torch
     return pixels, mask if masked else torch.ones_like(mask)
 
 
-def logged_terms(student, teacher, images, folder, settings: oracle.Settings, queries: str, points: str):
+def logged_terms(student, teacher, images, folder, settings: oracle.Settings, queries: str, points: str, **baselines):
     """The only touch point with the package: one batch through the trainer.
 
     Returns:
@@ -82,14 +85,20 @@ def logged_terms(student, teacher, images, folder, settings: oracle.Settings, qu
         report_to="none",
         use_cpu=True,
         log_each_layer=True,
-        auxiliary_queries=queries,
+        auxiliary_queries=queries if queries in ("teacher", "learned") else "none",
         auxiliary_reference_points=points,
         auxiliary_assignment=settings.assignment,
         group_reduction=settings.reduction,
         attention_divergence=settings.divergence,
         prediction_normaliser=settings.normaliser,
+        adaptive_matching=settings.adaptive,
+        matching_score_threshold=settings.threshold,
+        logits_distillation_weight=settings.logits,
+        logits_negative_weight=settings.logits_negative,
+        logits_layer_weights=list(settings.logits_layers),
         layer_map=settings.layer_map,
         **options,
+        **baselines,
     )
     ours = []
     for stock in (student, teacher):
@@ -117,15 +126,19 @@ def expected_terms(student, teacher, images, settings, queries="teacher", points
     auxiliary_queries, auxiliary_points = teaching.own_queries, None
     if points == "teacher":
         auxiliary_points = teaching.points(auxiliary_queries)
-    if queries == "learned":
-        (auxiliary_queries,) = extra
+    more: tuple = ()
+    branch = None
+    if queries in ("one_to_many", "denoising"):
+        auxiliary_queries, branch = None, (studying(extra[0]), 3, 0.7) if queries == "one_to_many" else None
+    elif queries == "learned":
+        auxiliary_queries, *more = extra
     elif extra:
         weight, bias = sorted(extra, key=lambda parameter: -parameter.dim())
         auxiliary_queries = auxiliary_queries @ weight.T + bias
     names = [str(name).strip().lower() for name in teacher.config.id2label.values()]
     return oracle.terms(
         studying(studying.own_queries),
-        studying(auxiliary_queries, auxiliary_points),
+        None if auxiliary_queries is None else studying(auxiliary_queries, auxiliary_points),
         teaching(teaching.own_queries),
         (teaching.mask, studying.mask),
         [image["labels"] for image in images],
@@ -133,6 +146,8 @@ def expected_terms(student, teacher, images, settings, queries="teacher", points
         settings,
         [names.index(name) for name in student.config.id2label.values()],
         fixed=queries == "teacher",
+        further={f"auxiliary_{number}": studying(group) for number, group in enumerate(more, 2)},
+        one_to_many=branch,
     )
 
 
@@ -158,10 +173,24 @@ def detection_of(group: str) -> set[str]:
     return {f"{group}/{term}" for term in ("class", "l1", "giou")}
 
 
-def compare(student, teacher, tmp_path, queries="teacher", points="student", objects=None, **changes):
+def compare(
+    student,
+    teacher,
+    tmp_path,
+    queries="teacher",
+    points="student",
+    objects=None,
+    baselines=None,
+    further=dict,
+    denoising=None,
+    **changes,
+):
+    """The package against the oracle and what `further` expects of the training arguments `baselines`."""
     options, images = settings(**changes), examples(objects)
-    log, loss, extra = logged_terms(student, teacher, images, tmp_path, options, queries, points)
-    expected = expected_terms(student, teacher, images, options, queries, points, extra)
+    log, loss, extra = logged_terms(student, teacher, images, tmp_path, options, queries, points, **(baselines or {}))
+    expected = expected_terms(student, teacher, images, options, queries, points, extra) | further()
+    if denoising is not None:
+        expected |= denoising_terms(student, extra[0], denoising)
     for name, layers in expected.items():
         assert log[f"loss/{name}"] == pytest.approx(sum(layers), rel=1e-5, abs=1e-9), name
         per_layer = [log[f"loss/{name}/layer_{k}"] for k in range(len(layers))]
@@ -226,6 +255,127 @@ def test_every_term_beside_learned_queries(student, deeper_teacher, tmp_path):
     """They know ground truth alone."""
     expected = compare(student, deeper_teacher, tmp_path, queries="learned", reduction="mean")
     assert expected.keys() == names_of("student") | detection_of("auxiliary")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_every_term_of_group_detr(student, deeper_teacher, tmp_path, reduction):
+    """Four groups, of which three are learned beside the student's own: each assigned by itself, their losses averaged
+    (Chen et al., ICCV 2023) or summed."""
+    options = {"auxiliary_groups": 3}
+    expected = compare(
+        student, deeper_teacher, tmp_path, "learned", baselines=options, reduction=reduction, adaptive=False
+    )
+    names = ("student", "auxiliary", "auxiliary_2", "auxiliary_3")
+    assert expected.keys() == set().union(*map(detection_of, names))
+
+
+def shared_query_terms(student, teacher, names: dict[str, str], options, images) -> dict[str, list[float]]:
+    """KD-DETR's: of random queries, whose reference points both are given, and of the teacher's own."""
+    pixels, mask = padded(images)
+    studying, teaching = oracle.Decoder(student, pixels, mask), oracle.Decoder(teacher, pixels, mask)
+    drawn = random_queries(D3etrConditionalDetrForObjectDetection(teacher.config), 9, seed=42, step=0)
+    random = drawn.position.double(), drawn.anchors[:, :2].double()
+    given = {"random": (random, random), "own": ((teaching.own_queries, None),) * 2}
+    found = {}
+    for kind, name in names.items():
+        theirs, ours = (decoder(*queries) for decoder, queries in zip((teaching, studying), given[kind], strict=True))
+        theirs = theirs.of_layers(options.layer_map, [0, 1, 2])
+        parts = slow_reference.shared_query_loss((theirs.logits, theirs.boxes), (ours.logits, ours.boxes), COSTS)
+        found[f"{name}/shared_query"] = [1.7 * sum(layer) for layer in zip(*parts, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("queries", "names"),
+    [
+        ("teacher", {"random": "random_queries", "own": "auxiliary"}),
+        ("learned", {"random": "random_queries", "own": "teacher_queries"}),
+        ("learned", {"own": "teacher_queries"}),
+    ],
+)
+def test_every_term_of_kd_detr(student, deeper_teacher, tmp_path, queries, names):
+    """The teacher's own queries are decoded once where they are an auxiliary group in any case."""
+    options = {"shared_query_weight": 1.7, "shared_random_queries": 9 if "random" in names else 0}
+    expected = compare(
+        student,
+        deeper_teacher,
+        tmp_path,
+        queries,
+        baselines=options,
+        further=lambda: shared_query_terms(student, deeper_teacher, names, settings(), examples()),
+    )
+    assert {f"{name}/shared_query" for name in names.values()} <= expected.keys()
+
+
+def test_every_term_of_h_detr(student, deeper_teacher, tmp_path):
+    """A branch of learned queries of which each object is asked three times, beside adaptive matching."""
+    options = {"one_to_many_queries": 16, "one_to_many_repeats": 3, "one_to_many_weight": 0.7}
+    expected = compare(student, deeper_teacher, tmp_path, "one_to_many", baselines=options, reduction="mean")
+    assert expected.keys() == names_of("student") | detection_of("one_to_many")
+
+
+def denoising_terms(student, embedding, options) -> dict[str, list[float]]:
+    """DN-DETR's, image by image and group by group: the student's decoder on boxes and classes with noise."""
+    images = examples()
+    labels = [image["labels"] for image in images]
+    decoder = oracle.Decoder(student, *padded(images))
+    ids = [int(label["image_id"]) for label in labels]
+    noised = noised_queries(targets_of(labels), ids, 3, options, seed=42, step=0)
+    sums = {name: [0.0] * 3 for name in ("class", "l1", "giou")}
+    for queries in noised.queries.values():
+        for image, label in enumerate(labels):
+            count = len(label["class_labels"])
+            if count == 0:
+                continue
+            content, anchors = queries.content[image, :count, 0], queries.anchors[image, :count, :2].double()
+            found = decoder(embedding[content], anchors)
+            for k in range(3):
+                parts = slow_reference.detection_loss(
+                    found.logits[k, image : image + 1],
+                    found.boxes[k, image : image + 1],
+                    [label],
+                    torch.arange(count)[None],
+                    sum(OBJECTS) * options.denoising_groups,
+                    CONFIG["focal_alpha"],
+                )
+                for name, value in parts.items():
+                    sums[name][k] += value
+    factors = {"class": "cls_loss_coefficient", "l1": "bbox_loss_coefficient", "giou": "giou_loss_coefficient"}
+    return {
+        f"noised_queries/{name}": [WEIGHTS["detection"] * CONFIG[factors[name]] * value for value in values]
+        for name, values in sums.items()
+    }
+
+
+def test_every_term_of_dn_detr(student, deeper_teacher, tmp_path):
+    """Two groups beside distillation: no query sees another image's, another group's or one that is not used."""
+    options = Distillation(denoising_groups=2, denoising_box_noise=0.3, denoising_label_noise=0.5)
+    baselines = {name: getattr(options, name) for name in ("denoising_groups", "denoising_box_noise")}
+    baselines["denoising_label_noise"] = 0.5
+    compare(student, deeper_teacher, tmp_path, "denoising", baselines=baselines, denoising=options)
+
+
+@pytest.mark.parametrize(("normaliser", "divergence"), [("pairs", "kl"), ("boxes", "mse")])
+def test_every_term_of_confident_pairs(student, deeper_teacher, tmp_path, normaliser, divergence):
+    """Incremental-DETR's: only what the teacher is sure of is matched and learned, in the student's own group."""
+    options = {"threshold": 0.935, "normaliser": normaliser, "divergence": divergence}
+    expected = compare(student, deeper_teacher, tmp_path, **options)
+    everything = expected_terms(student, deeper_teacher, examples(), settings(**(options | {"threshold": 0.0})))
+    sums = {name: (sum(layers), sum(everything[name])) for name, layers in expected.items()}
+    changed = {name for name, (few, all_of_them) in sums.items() if abs(few - all_of_them) > 1e-3 * all_of_them}
+    assert changed == {f"student/{term}" for term in ("self_attention", "cross_attention", "prediction")}
+
+
+def test_every_term_of_detrdistill(student, deeper_teacher, tmp_path):
+    """Beside the teacher's queries as prior, with the teacher's assignment of each layer; of confident pairs, too."""
+    options = {"logits": 1.3, "logits_negative": 0.6, "logits_layers": (0.5, 1.0, 2.0)}
+    options |= {"assignment": "teacher_per_layer", "threshold": 0.935}
+    expected = compare(student, deeper_teacher, tmp_path, **options)
+    assert expected.keys() == names_of("student", "auxiliary") | {"student/logits"}
+    images = examples()
+    for changes in ({"logits_negative": 0.0}, {"logits_layers": (1.0, 1.0, 1.0)}, {"threshold": 0.0}):
+        others = expected_terms(student, deeper_teacher, images, settings(**(options | changes)))
+        assert others["student/logits"] != pytest.approx(expected["student/logits"], rel=1e-3), changes
 
 
 def test_every_term_without_any_object(student, deeper_teacher, tmp_path):

@@ -75,17 +75,18 @@ def test_every_term_of_rt_detr_is_the_stock_classes(family, denoising, objects, 
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize(("family", "halved"), [("d_fine", "first_head"), ("rf_detr", "further_groups")])
-def test_averaged_groups_average_all_that_is_predicted_of_groups(family, halved, tmp_path):
+@pytest.mark.parametrize(("family", "averaged"), [("d_fine", "first_head"), ("rf_detr", "further_groups")])
+def test_averaged_groups_average_all_that_is_predicted_of_groups(family, averaged, tmp_path):
     """Group by group, whatever of them is supervised beside their layers; the encoder's proposals are no group's."""
     found = []
+    groups = {"auxiliary_queries": "learned", "auxiliary_groups": 2}
     for reduction in ("sum", "mean"):
         model = tiny_model(model_type=family)
-        options = {"auxiliary_queries": "learned", "group_reduction": reduction}
+        options = groups | {"group_reduction": reduction}
         found.append(logged(model, examples(OBJECTS), tmp_path / reduction, **options))
-    for name, share in (("student", 0.5), (halved, 0.5), ("proposals", 1.0)):
+    for name, share in (("student", 1 / 3), (averaged, 1 / 3), ("auxiliary_2", 1 / 3), ("proposals", 1.0)):
         assert found[1][f"loss/{name}/l1"] == pytest.approx(share * found[0][f"loss/{name}/l1"], rel=1e-4), name
-    options = {"auxiliary_queries": "learned", "detection_weight": 0.3}
+    options = groups | {"detection_weight": 0.3}
     light = logged(tiny_model(model_type=family), examples(OBJECTS), tmp_path / "light", **options)
-    for name in ("student", halved, "proposals"):
+    for name in ("student", averaged, "proposals"):
         assert light[f"loss/{name}/l1"] == pytest.approx(0.3 * found[0][f"loss/{name}/l1"], rel=1e-4), name

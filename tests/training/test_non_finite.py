@@ -194,11 +194,12 @@ def test_no_more_steps_are_skipped_than_may_be(shapes, tmp_path, teacher):
     ],
 )
 def test_a_kept_step_is_taken_again_bit_by_bit(shapes, tmp_path, teacher, model_type, changes, monkeypatch, capsys):
-    """Dropout, denoising queries and a teacher's queries of the image: every term is what it was."""
+    """Dropout, denoising, random queries and a teacher's queries of the image: every term is what it was."""
     folder = tmp_path / "teacher"
     tiny_model(seed=1, model_type=model_type).save_pretrained(folder)
     student = tiny_model(seed=2, model_type=model_type, dropout=0.1)
     options = {"detection_weight": 2.0, "prediction_weight": 0.5, "max_steps": 4} | changes
+    options |= {"shared_query_weight": 1.0, "shared_random_queries": 6, "seed": 3}
     trainer = shapes_trainer(
         shapes, tmp_path, student=student, teacher=type(student).from_pretrained(folder), **options
     )

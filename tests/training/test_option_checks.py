@@ -42,6 +42,18 @@ def test_every_option_with_odd_values_is_taken_or_refused_in_one_line():
     [
         ({"seed": -1}, "seed=-1: must be from 0 to "),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0: must be from 1"),
+        ({"auxiliary_groups": 0, "auxiliary_queries": "learned"}, "auxiliary_groups=0: must be from 1 to 32"),
+        ({"auxiliary_groups": 3}, "auxiliary_groups=3, auxiliary_queries='teacher': only learned"),
+        ({"matching_score_threshold": 1.5}, "matching_score_threshold=1.5: must be from 0 to 1"),
+        ({"logits_layer_weights": [1.0, -1.0]}, r"logits_layer_weights=\[1.0, -1.0\]: must be numbers of 0 or more"),
+        (
+            {"logits_distillation_weight": 1.0, "adaptive_matching": False},
+            "logits_distillation_weight=1.0, adaptive_matching=False: .*set adaptive_matching to true",
+        ),
+        (
+            {"shared_query_weight": 1.0, "shared_random_queries": 0, "shared_teacher_queries": False},
+            "shared_query_weight=1.0, shared_random_queries=0, shared_teacher_queries=False: there are no queries",
+        ),
         ({"optim": "galore_adamw"}, "optim='galore_adamw': cannot be built .*ImportError"),
         ({"optim_args": "nonsense"}, "optim='adamw_torch_fused', optim_args='nonsense': cannot be built"),
         (

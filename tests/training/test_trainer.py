@@ -99,8 +99,11 @@ def test_accumulated_batches_equal_one_batch(shapes, tmp_path):
             assert parts_log[name] == pytest.approx(value, rel=1e-4), name
 
 
-@pytest.mark.parametrize(("queries", "held"), [("teacher", [10, 8]), ("learned", [10, 10]), ("none", [10])])
-def test_objects_beyond_a_groups_queries_are_not_counted_as_held(shapes, tmp_path, queries, held):
+@pytest.mark.parametrize(
+    ("queries", "groups", "held"),
+    [("teacher", 1, [10, 8]), ("learned", 1, [10, 10]), ("learned", 2, [10, 10, 10]), ("none", 1, [10])],
+)
+def test_objects_beyond_a_groups_queries_are_not_counted_as_held(shapes, tmp_path, queries, groups, held):
     """The class loss of DETR is divided by what finds a query: of nine objects seven, or a smaller teacher's five."""
     trainer = shapes_trainer(
         shapes,
@@ -108,6 +111,7 @@ def test_objects_beyond_a_groups_queries_are_not_counted_as_held(shapes, tmp_pat
         student=tiny_model(num_queries=7),
         teacher=tiny_model(num_queries=5),
         auxiliary_queries=queries,
+        auxiliary_groups=groups,
     )
     batches = [{"labels": [{"objects": 9}, {"objects": 0}]}, {"labels": [{"objects": 3}]}]
     counts = trainer._get_num_items_in_batch(batches, trainer.args.device)
