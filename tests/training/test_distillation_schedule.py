@@ -55,6 +55,7 @@ def test_every_term_of_a_teacher_follows():
     weights = {name: 8.0 for name in Distillation().__dict__ if name.endswith("_weight")}
     now = DistillationSchedule(distillation_decay=True).at(Distillation(**weights), step=3, steps=4)
     kept = {"detection_weight", "distillation_class_weight", "distillation_l1_weight", "distillation_giou_weight"}
+    kept |= {"one_to_many_weight", "logits_negative_weight"}
     assert {name: getattr(now, name) for name in weights} == {n: 8.0 if n in kept else 2.0 for n in weights}
 
 
