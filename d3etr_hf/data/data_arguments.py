@@ -50,7 +50,7 @@ class DataArguments:
     dataset_train_split: str = field(
         default="train",
         metadata={
-            "help": "Split of `dataset_name` or `data_folder` to train on; a slice of one is written as train[:80%]."
+            "help": "Split of `dataset_name` or `data_folder` to train on; a slice of one is written as train[:80%%]."
         },
     )
     dataset_val_split: str | None = field(
