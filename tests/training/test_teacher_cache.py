@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from d3etr_hf.data import Augmentation, DetectionCollator
 from d3etr_hf.data.shapes import make_shapes
@@ -206,4 +207,7 @@ def test_a_damaged_file_is_named(shapes, tmp_path):
     (file,) = files_in(tmp_path)
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(DamagedFileError, match=f"{file.name} cannot be read .*: remove it"):
+        cache(pixels)
+    save_file({"boxes": torch.zeros(2)}, file)
+    with pytest.raises(DamagedFileError, match=f"{file.name} holds other tensors than these: remove it"):
         cache(pixels)
