@@ -54,6 +54,7 @@ HEARTBEAT, HEARTBEAT_TESTS = "d3etr_hf/training/heartbeat.py", "tests/training/t
 SIGNALS, SIGNAL_TESTS = "d3etr_hf/cli/signals.py", "tests/cli/test_signals.py"
 STRONG_TESTS = "tests/data/test_strong_augmentation.py"
 SCHEDULE, SCHEDULE_TESTS = "d3etr_hf/training/distillation_schedule.py", "tests/training/test_distillation_schedule.py"
+YOLO, YOLO_TESTS = "d3etr_hf/data/yolo.py", "tests/data/test_yolo.py"
 CACHE, CACHE_TESTS = "d3etr_hf/training/teacher_cache.py", "tests/training/test_teacher_cache.py"
 PROBE, PROBE_TESTS = "d3etr_hf/training/step_probe.py", "tests/training/test_step_probe.py"
 MUTATIONS = [
@@ -683,6 +684,36 @@ MUTATIONS = [
      f"{CACHE_TESTS}::test_images_of_several_sizes_stand_on_one_grid"),
     ("cache: half a file stays", CACHE, "unfinished.unlink(missing_ok=True)", "pass",
      f"{CACHE_TESTS}::test_a_disk_without_room_is_told_first_and_a_full_one_once"),
+    ("yolo: labels of the first folder of images", YOLO, 'parts[places[-1]] = "labels"', 'parts[places[0]] = "labels"',
+     f"{YOLO_TESTS}::test_labels_of_the_last_folder_of_images_and_key_points_that_the_data_yaml_says"),
+    ("yolo: key points are forgotten", YOLO, "splits, keypoints)", "splits)",
+     f"{YOLO_TESTS}::test_labels_of_the_last_folder_of_images_and_key_points_that_the_data_yaml_says"),
+    ("voc: files elsewhere are never read", "d3etr_hf/data/pascal_voc.py",
+     "return None if self.anywhere else [self.folder]", "return [self.folder]",
+     "tests/data/test_pascal_voc.py::test_a_list_names_files_of_the_folder_alone"),
+    ("splits: the seed is not handed on", "d3etr_hf/data/reading.py", "        arguments.validation_seed,\n",
+     "        0,\n", "tests/data/test_reading.py::test_the_seed_decides_what_is_held_out"),
+    ("cache: another file's tensors are taken", CACHE, "tensors.keys() != dict(_named_tensors(form)).keys()", "False",
+     f"{CACHE_TESTS}::test_a_damaged_file_is_named"),
+    ("places: folders are made after the long work", "d3etr_hf/cli/analyze.py",
+     "    if has_data:\n        check_places(data)\n", "",
+     "tests/cli/test_places_first.py::test_analyze_and_folders_that_cannot_be_made"),
+    ("cache: the order of classes does not count", CACHE, '        "classes": teacher.class_index.tolist(),\n', "",
+     f"{CACHE_TESTS}::test_all_that_is_taken_of_a_teacher_and_the_shape_of_an_image_are_in_their_names"),
+    ("cache: height and width of the common grid", CACHE, "for side in (1, 2))", "for side in (2, 1))",
+     f"{CACHE_TESTS}::test_a_common_grid_is_as_high_and_as_wide_as_its_images"),
+    ("cache: the layers do not count", CACHE, '        "layers": teacher.layer_map,\n', "",
+     f"{CACHE_TESTS}::test_all_that_is_taken_of_a_teacher_and_the_shape_of_an_image_are_in_their_names"),
+    ("cache: the maps do not count", CACHE, '        "maps": [request.self_attention, request.cross_attention],\n', "",
+     f"{CACHE_TESTS}::test_all_that_is_taken_of_a_teacher_and_the_shape_of_an_image_are_in_their_names"),
+    ("cache: the shape of an image does not count", CACHE, "json.dumps([str(image.dtype), list(image.shape)])",
+     "json.dumps([str(image.dtype)])",
+     f"{CACHE_TESTS}::test_all_that_is_taken_of_a_teacher_and_the_shape_of_an_image_are_in_their_names"),
+    ("strong: one factor for both sides of a mosaic's images", "d3etr_hf/data/strong_augmentation.py",
+     "tile[1] * torch.tensor(factors * 2)", "tile[1] * torch.tensor([factors[0]] * 4)",
+     f"{STRONG_TESTS}::test_boxes_of_narrow_images_fill_their_places_in_a_mosaic"),
+    ("strong: hues end at red", "d3etr_hf/data/strong_augmentation.py", "(tone + turned) % 256",
+     "min(max(tone + turned, 0), 255)", f"{STRONG_TESTS}::test_the_hue_goes_round"),
     ("weights: a part of its own called model is taken for a wrapper", f"{MODELS}/weight_files.py",
      'twice = wrapper != "model." or', "twice = True or",
      "tests/models/test_weight_files.py::test_names_of_a_wrapper_are_read_without_it_and_told_once"),

@@ -196,7 +196,8 @@ def _measure_models(run: PublishedRun, batch_size: int) -> dict:
         rows["teacher"] |= _length_of_training(run.teacher_name)
         rows["teacher"]["taught_at"] = run.taught_at
     timed = {}
-    for role, (model, val) in run.models.items():
+    for title, (model, val) in run.models.items():
+        role = title if title in rows else "student"
         pixels = val[0]["pixel_values"][None].to(model.device)
         rows[role]["family"] = {"title": model.title, "tag": model.tag, "citation": model.citation}
         rows[role] |= count_cost(model, pixels)

@@ -149,3 +149,10 @@ def test_a_name_longer_than_any_file_has(option: str) -> None:
     others = {"train_images": ".", "val_annotations": ".", "val_images": "."} if option != "data_folder" else {}
     with pytest.raises(DatasetError, match=f"{option} 'x+[.]{{3}}x+': there is no such"):
         check_places(DataArguments(**{option: "x" * 300}, **others))
+
+
+def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
+    WRITERS["yolo"](tmp_path)
+    options = {"data_folder": str(tmp_path), "validation_fraction": 0.5}
+    held = {read_splits(DataArguments(**options, validation_seed=seed))[1].rows["image_id"][0] for seed in range(5)}
+    assert held == {1, 2}

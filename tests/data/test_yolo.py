@@ -130,6 +130,14 @@ def test_entries_lie_where_the_user_or_the_data_yaml_says(tmp_path: Path) -> Non
     read()
 
 
+def test_labels_of_the_last_folder_of_images_and_key_points_that_the_data_yaml_says(tmp_path: Path) -> None:
+    write_text(tmp_path / "data.yaml", "names: [cat]\nkpt_shape: [1, 3]\ntrain: images/a/images\nval: images/a/images")
+    write_image(tmp_path / "images" / "a" / "images" / "1.png")
+    write_text(tmp_path / "images" / "a" / "labels" / "1.txt", "0 0.5 0.5 0.5 1.0 0.1 0.1 2")
+    train, _ = read_splits(DataArguments(data_folder=str(tmp_path)))
+    assert train.rows["boxes"][0] == [[10, 0, 30, 30]]
+
+
 def test_labels_lie_beside_the_images_that_the_data_yaml_names(tmp_path: Path) -> None:
     """Absolute paths of images alone, in a file that begins with the mark of Windows."""
     write_image(tmp_path / "elsewhere" / "images" / "a.png")
