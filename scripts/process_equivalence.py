@@ -32,6 +32,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.models.loading import FAMILIES
+from d3etr_hf.models.memory_methods import MEMORY_METHODS
 from tests.distributed_worker import NOTHING_DRAWN, freeze_statistics, in_processes
 from tests.shapes_fixture import SIDE, keep_objects, load_shapes, shapes_trainer, weights_of
 from tests.tiny import small_image_processor, tiny_model
@@ -60,6 +61,9 @@ CASES |= {
     f"{family}, normaliser boxes": Case(family, {"prediction_normaliser": "boxes"}, approximate=True)
     for family in ("conditional_detr", "detr")
 }
+DRAWN = "icd"  # whose instances every process draws
+MEMORIES = {f"{method}_weight": 1.0 for method in MEMORY_METHODS if method != DRAWN}
+CASES["rt_detr, encoder memories"] = Case("rt_detr", MEMORIES)
 CASES["d_fine, box distributions"] = Case("d_fine", {"box_distribution_weight": 1.0}, approximate=True)
 
 

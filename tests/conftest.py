@@ -1,5 +1,6 @@
 """What every test shares: no network, one thread, no window, caches of its own, and the real images."""
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -26,6 +27,15 @@ def pytest_configure() -> None:
 
 def pytest_unconfigure() -> None:
     CACHE.cleanup()
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """What a command sets up for its own process ends with the test that calls it."""
+    logger = logging.getLogger("d3etr_hf")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from d3etr_hf.models.loading import FAMILIES, load_detector  # noqa: E402
+from d3etr_hf.models.memory_methods import MEMORY_METHODS  # noqa: E402
 from d3etr_hf.training.heartbeat import watching_processes  # noqa: E402
 from d3etr_hf.training.step_probe import StepProbe  # noqa: E402
 from tests.shapes_fixture import load_shapes, shapes_trainer, weights_of  # noqa: E402
@@ -69,6 +70,8 @@ UNEVEN: dict[str, dict] = {
     "detr": {},
     "d_fine": {"prediction_normaliser": "boxes", "box_distribution_weight": 1.0},
 }
+# all methods that compare encoder memories, but the one that draws instances
+MEMORIES = {f"{method}_weight": 1.0 for method in MEMORY_METHODS if method != "icd"}
 CASES = {
     "pairs": Case(evaluates=True),
     **{family: Case(family=family) for family in FAMILIES if family != "conditional_detr"},
@@ -77,6 +80,8 @@ CASES = {
     "gradient checkpointing": Case(split_options={"gradient_checkpointing": True}),
     "learned queries": Case(options={"auxiliary_queries": "learned"}),
     "projected queries": Case(teacher={"d_model": 48}),
+    "memories": Case(options=MEMORIES, accumulated=2, teacher={"d_model": 48}, data="sparse", rows=[0, 1, 2, 3]),
+    "memories of several levels": Case("rt_detr", options=MEMORIES),
     "no object": Case(images=2, data="sparse", rows=[0, 1]),
     "one object": Case(images=2, data="sparse", rows=[2, 3]),
     # the last step of an epoch: one process has four images and the other the fifth, or none is left for the other

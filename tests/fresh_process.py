@@ -40,6 +40,8 @@ class FreshProcesses:
         return self
 
     def __exit__(self, *_) -> None:
+        # an empty line: the end of the input does not come while a fork of this process holds the other end, too
+        self._server.stdin.write("\n")
         self._server.stdin.close()
         self._server.wait(timeout=60)
 
@@ -95,7 +97,9 @@ def serve() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     sys.modules["torch"].set_num_threads(1)
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, "\n"):
+        if not line:
+            break
         child = os.fork()
         if child == 0:
             run(json.loads(line))

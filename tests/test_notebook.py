@@ -29,6 +29,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     """The table of a training shows few columns, and no loss that is not computed."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (constants,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     for name, value in SMALL.items():

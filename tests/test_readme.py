@@ -111,7 +111,8 @@ def place(tmp_path_factory):
         model_type = next(kind for word, kind in FAMILY_OF.items() if word in name)
         torch.manual_seed(0)
         tiny_model(model_type=model_type).save_pretrained(folder / name)
-        image_processor_of(model_type, None).save_pretrained(folder / name)
+        size = {"image_size": 64} if model_type in ("d_fine", "rt_detr") else {"short_side": 64, "long_side": 64}
+        image_processor_of(model_type, None, **size).save_pretrained(folder / name)
     shutil.copytree(shipped("model_cards") / "shapes_teacher", folder / "runs" / "demo" / "teacher")
     (folder / "photographs").mkdir()
     for number in range(2):

@@ -215,8 +215,7 @@ def build_trainer(
 ) -> D3etrTrainer:
     """The trainer of a run from its seed on: data, student, teacher, and what the student inherits."""
     set_seed(training_arguments.seed)
-    # what is named is looked for before anything is loaded
-    check_places(data_arguments)
+    check_places(data_arguments)  # before anything is loaded
     teacher_type = None
     if teacher_arguments.teacher is not None:
         teacher_type = check_teacher(teacher_arguments.teacher)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from d3etr_hf import optional_torchvision  # noqa: F401
 from d3etr_hf.evaluation.coco_average_precision import coco_average_precision
 from d3etr_hf.evaluation.detections import detect, select_detections, to_coco_detections
 from d3etr_hf.evaluation.prediction import average_precision_of, predict_detections

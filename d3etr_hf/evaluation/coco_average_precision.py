@@ -5,15 +5,17 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 try:  # the extra [fast]: the same statistics, of compiled code
-    from faster_coco_eval import COCO
-    from faster_coco_eval import COCOeval_faster as COCOeval
+    from faster_coco_eval import COCO as FastCOCO
+    from faster_coco_eval import COCOeval_faster
 except ImportError:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+    FastCOCO, COCOeval_faster = COCO, COCOeval
 
 # The places of these in COCOeval.stats of both libraries; 9..11 are the average recalls by size.
 STATISTICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
@@ -47,9 +49,9 @@ def coco_average_precision(
     evaluated = _evaluated_images(image_ids, known_images)
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress by print
-        evaluation = COCOeval(
-            _indexed(ground_truth, _ground_truth_regions(ground_truth, names, known_images)),
-            _indexed(ground_truth, _predicted_regions(predictions)),
+        evaluation = COCOeval_faster(
+            _indexed(ground_truth, _ground_truth_regions(ground_truth, names, known_images), FastCOCO),
+            _indexed(ground_truth, _predicted_regions(predictions), FastCOCO),
             "bbox",
         )
         evaluation.params.imgIds = evaluated
@@ -173,8 +175,8 @@ def _predicted_regions(predictions: list[dict]) -> list[dict]:
     ]
 
 
-def _indexed(ground_truth: dict, regions: list[dict]) -> COCO:
-    indexed = COCO()
+def _indexed(ground_truth: dict, regions: list[dict], kind: type = COCO) -> Any:
+    indexed = kind()
     indexed.dataset = {
         "images": ground_truth["images"],
         "categories": ground_truth["categories"],

@@ -7,10 +7,16 @@ from d3etr_hf.losses.attention_distillation import (
 )
 from d3etr_hf.losses.attention_geometry import moment_distillation, place_distillation, space_of
 from d3etr_hf.losses.box_distribution_distillation import box_distribution_distillation
+from d3etr_hf.losses.defeat_distillation import defeat_distillation
 from d3etr_hf.losses.detection_loss import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
+from d3etr_hf.losses.detrdistill_memory_distillation import detrdistill_memory_distillation, query_quality
 from d3etr_hf.losses.distribution_criterion import DistributionCriterion
+from d3etr_hf.losses.fgd_distillation import fgd_distillation
+from d3etr_hf.losses.fitnet_distillation import fitnet_distillation
+from d3etr_hf.losses.icd_distillation import icd_distillation
 from d3etr_hf.losses.overlap_criteria import IouAwareCriterion, VarifocalCriterion
 from d3etr_hf.losses.prediction_distillation import PREDICTION_NORMALISERS, pair_weights, prediction_distillation
+from d3etr_hf.losses.vidt_distillation import vidt_distillation
 
 __all__ = [
     "DIVERGENCES",
@@ -23,10 +29,17 @@ __all__ = [
     "VarifocalCriterion",
     "box_distribution_distillation",
     "cross_attention_distillation",
+    "defeat_distillation",
+    "detrdistill_memory_distillation",
+    "fgd_distillation",
+    "fitnet_distillation",
+    "icd_distillation",
     "moment_distillation",
     "pair_weights",
     "place_distillation",
     "prediction_distillation",
+    "query_quality",
     "self_attention_distillation",
     "space_of",
+    "vidt_distillation",
 ]

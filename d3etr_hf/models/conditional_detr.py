@@ -71,7 +71,7 @@ class D3etrConditionalDetrForObjectDetection(DenseMemoryDetector, ConditionalDet
             boxes = self.bbox_predictor(hidden_states)
             centre = boxes[..., :2] + inverse_sigmoid(anchors)
             boxes = torch.cat([centre, boxes[..., 2:]], dim=-1).sigmoid()
-        return collect_groups(logits, boxes, groups, own, memory)
+        return collect_groups((logits, boxes, hidden_states), groups, own, memory, request)
 
     def _anchors(self, queries: Queries) -> torch.Tensor:
         """Reference points, x and y in 0..1: handed over with the queries, or from the decoder's own head."""

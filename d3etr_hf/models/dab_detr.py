@@ -128,7 +128,7 @@ class D3etrDabDetrForObjectDetection(OwnAttentionDetector, DabDetrForObjectDetec
             hidden_states = decoded.intermediate_hidden_states
             logits = self.class_embed(hidden_states)
             boxes = (self.bbox_predictor(hidden_states) + inverse_sigmoid(decoded.reference_points)).sigmoid()
-        return collect_groups(logits, boxes, groups, own, memory)
+        return collect_groups((logits, boxes, hidden_states), groups, own, memory, request)
 
     def _decode(self, memory: Memory, queries: dict[str, Queries], groups: GroupAttention):
         """The stock decoder over the queries of all groups."""

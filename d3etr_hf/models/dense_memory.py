@@ -13,7 +13,7 @@ from d3etr_hf.losses import FocalCriterion
 from d3etr_hf.models.detector import BACKBONE, DECODER, ENCODER, HEADS, QUERIES, Detector
 from d3etr_hf.models.group_attention import GroupAttention, implementation_of, route_attention
 from d3etr_hf.models.initialisation import freeze_backbone_as_detr
-from d3etr_hf.outputs import DetectorOutput, GroupOutput, GroupRequest, Queries, wide
+from d3etr_hf.outputs import DetectorOutput, GroupOutput, GroupRequest, MemoryLevel, Queries, wide
 
 # where they are learned
 POSITION_EMBEDDINGS = ("model.position_embedding.", "model.backbone.position_embedding.")
@@ -36,6 +36,10 @@ class Memory(NamedTuple):
     def attention_mask(self) -> torch.Tensor:
         """bool `(B, 1, 1, H*W)`, for every head and query. Made here: the stock one reads the mask on the host."""
         return self.mask.flatten(1)[:, None, None]
+
+    def as_level(self) -> MemoryLevel:
+        """The tokens as a map."""
+        return MemoryLevel(self.tokens.mT.unflatten(-1, self.mask.shape[1:]), self.mask)
 
 
 class AssumeFinite(TorchFunctionMode):
@@ -75,16 +79,25 @@ def join(parts: Iterable[torch.Tensor], batch: int) -> torch.Tensor:
 
 
 def collect_groups(
-    logits: torch.Tensor, boxes: torch.Tensor, groups: GroupAttention, own: Queries, memory: Memory
+    predictions: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    groups: GroupAttention,
+    own: Queries,
+    memory: Memory,
+    request: GroupRequest,
 ) -> DetectorOutput:
-    """Predictions of all groups `(L, B, sum of N, ·)` and their maps as one output."""
+    """Logits, boxes and normed hidden states of all groups, `(L, B, sum of N, ·)` each, and maps as one output."""
     groups.open = False
+    logits, boxes, hidden_states = predictions
     logits_of, boxes_of = groups.split(wide(logits), 2), groups.split(wide(boxes), 2)
+    states_of = groups.split(wide(hidden_states[-1]), 1) if request.hidden_states else {}
     outputs = {
-        name: GroupOutput(logits=logits_of[name], boxes=boxes_of[name], **groups.maps_of(name))
+        name: GroupOutput(
+            logits=logits_of[name], boxes=boxes_of[name], hidden_states=states_of.get(name), **groups.maps_of(name)
+        )
         for name in groups.sizes
     }
-    return DetectorOutput(groups=outputs, queries=own, memory_mask=memory.mask)
+    levels = (memory.as_level(),) if request.memory else None
+    return DetectorOutput(groups=outputs, queries=own, memory_mask=memory.mask, memory=levels)
 
 
 def focal_criterion(config) -> FocalCriterion:

@@ -9,7 +9,7 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,8 +18,20 @@ from transformers.utils import logging
 
 from d3etr_hf.errors import DetectorLoadError
 from d3etr_hf.losses import DetectionCriterion
+from d3etr_hf.losses.grids import compared_levels
+from d3etr_hf.models.memory_adapters import VIDT, ComparesMemory
 from d3etr_hf.models.timm_names import copy_dilation
-from d3etr_hf.outputs import OWN, DetectorOutput, GroupRequest, Queries, Scores, SelectedScores
+from d3etr_hf.outputs import (
+    OWN,
+    ComparedLevel,
+    DecodedInstances,
+    DetectorOutput,
+    GroupRequest,
+    MemoryLevel,
+    Queries,
+    Scores,
+    SelectedScores,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -138,6 +150,11 @@ class Detector(StockModel):
     def decoder_depth(self) -> int:
         """Number of decoder layers whose predictions are returned."""
         return self.config.decoder_layers
+
+    @property
+    def memory_levels(self) -> int:
+        """Number of levels of the memory, all of the decoder's width."""
+        return 1
 
     @property
     @abstractmethod
@@ -280,7 +297,27 @@ class Detector(StockModel):
             raise TypeError(
                 f"with a request forward takes pixel_values and pixel_mask only, and got {[*args, *kwargs]}"
             )
-        return self.forward_groups(pixel_values, pixel_mask, request)
+        output = self.forward_groups(pixel_values, pixel_mask, request)
+        if request.teacher_memory is not None:
+            # by item: what is set as an attribute a distributed model would not find in the output
+            output["compared_memory"] = self._compared(output.memory, request)
+            if VIDT in self.query_adapters:
+                carried: Any = self.query_adapters[VIDT]
+                with torch.autocast(self.device.type, enabled=False):
+                    output["carried_queries"] = carried.carried_queries(output.groups[OWN].hidden_states)
+        return output
+
+    def _compared(
+        self, memory: tuple[MemoryLevel, ...], request: GroupRequest
+    ) -> dict[str, tuple[ComparedLevel, ...] | DecodedInstances]:
+        """By the memory adapter's name, its memory and the teacher's as that adapter hands them to its loss."""
+        with torch.autocast(self.device.type, enabled=False):
+            levels = compared_levels(memory, request.teacher_memory)
+            return {
+                name: adapter(levels, request.targets)
+                for name, adapter in self.query_adapters.items()
+                if isinstance(adapter, ComparesMemory)
+            }
 
     def queries_of_groups(self, own: Queries, request: GroupRequest) -> dict[str, Queries]:
         """The model's own queries and those of the request, carried into its width, by the group's name."""

@@ -49,7 +49,7 @@ class PlainDetector(DenseMemoryDetector):
             hidden_states = hidden_states.to(position.dtype)
             logits = self.class_labels_classifier(hidden_states)
             boxes = self.bbox_predictor(hidden_states).sigmoid()
-        return collect_groups(logits, boxes, groups, own, memory)
+        return collect_groups((logits, boxes, hidden_states), groups, own, memory, request)
 
     def _decode(self, memory: Memory, position: torch.Tensor, groups: GroupAttention) -> torch.Tensor:
         """Run the decoder's own layers over all groups; see `normed_layers`."""

@@ -126,6 +126,10 @@ class GroupDetrDetector(SampledMemoryDetector):
 
     # what both share
 
+    @property
+    def memory_levels(self) -> int:
+        return len(self.strides)
+
     @classmethod
     def check_config(cls, config) -> None:
         backbone, expected = config.backbone_config, cls.stock_class.config_class().backbone_config.model_type

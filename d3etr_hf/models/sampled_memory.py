@@ -18,7 +18,18 @@ from d3etr_hf.models.group_attention import route_attention
 from d3etr_hf.models.group_decoder import DecoderPass, GroupDecoder
 from d3etr_hf.models.initialisation import reset_but
 from d3etr_hf.models.query_adapters import FRESH_SIDE
-from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupOutput, GroupRequest, Queries, Supervised, Targets
+from d3etr_hf.outputs import (
+    AUXILIARY,
+    OWN,
+    DetectorOutput,
+    GroupOutput,
+    GroupRequest,
+    MemoryLevel,
+    Queries,
+    Supervised,
+    Targets,
+    wide,
+)
 
 
 class SampledMemoryDetector(Detector):
@@ -69,6 +80,10 @@ class SampledMemoryDetector(Detector):
         return self.config.d_model
 
     @property
+    def memory_levels(self) -> int:
+        return self.config.num_feature_levels
+
+    @property
     def anchor_size(self) -> int:
         return 4
 
@@ -95,11 +110,17 @@ class SampledMemoryDetector(Detector):
             output = self.model(pixel_values, pixel_mask=pixel_mask, **self.model_arguments(request))
             outputs = decoder_pass.outputs(*self.predictions(output, decoder_pass))
             supervised = self.supervised(outputs, output, decoder_pass, request) if self.training else {}
+            if request.hidden_states:
+                states = decoder_pass.groups.split(wide(output.last_hidden_state), 1)
+                for name, group in outputs.items():
+                    group["hidden_states"] = states[name]
+        levels = self.memory_of(decoder_pass)
         return DetectorOutput(
             groups={name: group for name, group in outputs.items() if name in (OWN, AUXILIARY, *request.queries)},
             queries=decoder_pass.own,
-            memory_mask=self.memory_mask(decoder_pass),
+            memory_mask=levels[min(1, len(levels) - 1)].mask,  # the second finest, or the only one
             supervised=supervised or None,
+            memory=levels if request.memory else None,
         )
 
     @contextmanager
@@ -126,15 +147,19 @@ class SampledMemoryDetector(Detector):
             stack.enter_context(memory_module.register_forward_hook(leave_autocast))
             yield
 
-    def memory_mask(self, decoder_pass: DecoderPass) -> torch.Tensor:
-        """bool `(B, H, W)`, true on the image, on the second finest level or the only one."""
+    def memory_of(self, decoder_pass: DecoderPass) -> tuple[MemoryLevel, ...]:
+        """The memory that the decoder was given, in its order."""
         shapes = [tuple(shape) for shape in decoder_pass.arguments["spatial_shapes_list"]]
-        level = min(1, len(shapes) - 1)
-        if not self.reads_padding:
-            memory = decoder_pass.arguments["encoder_hidden_states"]
-            return memory.new_ones((len(memory), *shapes[level]), dtype=torch.bool)
-        masks = decoder_pass.arguments["encoder_attention_mask"].split([math.prod(shape) for shape in shapes], dim=1)
-        return masks[level].unflatten(1, shapes[level])
+        sizes = [math.prod(shape) for shape in shapes]
+        memory = decoder_pass.arguments["encoder_hidden_states"]
+        if self.reads_padding:
+            masks = decoder_pass.arguments["encoder_attention_mask"].split(sizes, dim=1)
+        else:
+            masks = memory.new_ones(memory.shape[:2], dtype=torch.bool).split(sizes, dim=1)
+        parts = zip(memory.split(sizes, dim=1), masks, shapes, strict=True)
+        return tuple(
+            MemoryLevel(tokens.mT.unflatten(-1, shape), mask.unflatten(1, shape)) for tokens, mask, shape in parts
+        )
 
     def check_tokens(self, tokens: int, height: int, width: int) -> None:
         """Refuse an image whose memory has fewer tokens than queries are chosen from it.

@@ -11,6 +11,7 @@ from d3etr_hf.outputs.groups import (
     Queries,
     Supervised,
 )
+from d3etr_hf.outputs.memory import ComparedLevel, DecodedInstances, MemoryLevel
 from d3etr_hf.outputs.scores import Scores, SelectedScores, SigmoidScores, SoftmaxScores, wide
 from d3etr_hf.outputs.targets import NO_OBJECT, Targets
 
@@ -19,9 +20,12 @@ __all__ = [
     "NO_OBJECT",
     "OWN",
     "AttentionMap",
+    "ComparedLevel",
+    "DecodedInstances",
     "DetectorOutput",
     "GroupOutput",
     "GroupRequest",
+    "MemoryLevel",
     "Queries",
     "SampledAttention",
     "Scores",

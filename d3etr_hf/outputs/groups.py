@@ -8,6 +8,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from d3etr_hf.outputs.attention_maps import AttentionMap, SampledAttention
+from d3etr_hf.outputs.memory import ComparedLevel, DecodedInstances, MemoryLevel
 from d3etr_hf.outputs.scores import wide
 from d3etr_hf.outputs.targets import Targets
 
@@ -45,12 +46,18 @@ class GroupRequest(NamedTuple):
         queries: further groups by name; None for a group whose queries the model holds itself.
         self_attention, cross_attention: whether to return these maps.
         targets: the ground truth, for families that make queries of it while they train (denoising).
+        memory: whether to return the encoder's memory.
+        hidden_states: whether to return what the last decoder layer makes of the queries.
+        teacher_memory: what the model's memory adapters shall compare its own with; it must be asked for, too.
     """
 
     queries: Mapping[str, Queries | None] = {}
     self_attention: bool = False
     cross_attention: bool = False
     targets: Targets | None = None
+    memory: bool = False
+    hidden_states: bool = False
+    teacher_memory: tuple[MemoryLevel, ...] | None = None
 
 
 @dataclass
@@ -67,6 +74,8 @@ class GroupOutput(ModelOutput):
         box_reference: `(B, N, 4)`, the boxes from whose edges those distances are counted, cxcywh in 0..1.
         box_bins: `(bins,)`, the distance that each bin stands for, outwards, as a share of the reference box's width
             (left, right) or height; ascending.
+        hidden_states: `(B, N, d)`, the queries after the last decoder layer, as its heads read them; None unless they
+            were asked for.
     """
 
     logits: torch.Tensor | None = None
@@ -76,6 +85,7 @@ class GroupOutput(ModelOutput):
     box_distribution: torch.Tensor | None = None
     box_reference: torch.Tensor | None = None
     box_bins: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -110,6 +120,10 @@ class DetectorOutput(ModelOutput):
         supervised: predictions by name that only ground truth supervises; None where there are none.
         repeats: of how many groups that ask for every object the model's own is one (Group DETR; None: the only one);
             its detection loss is divided by so many times the objects.
+        memory: what the decoder reads, level by level, in its order; None unless it was asked for.
+        compared_memory: by the memory adapter's name, its memory beside the teacher's; None without one.
+        carried_queries: `(B, N, d_t)`, its own group's hidden states in the teacher's width; None unless an adapter
+            carries them.
     """
 
     # first, as in `Supervised`: a mapping there would be taken apart
@@ -118,3 +132,6 @@ class DetectorOutput(ModelOutput):
     queries: Queries | None = None
     supervised: dict[str, Supervised] | None = None
     repeats: int | None = None
+    memory: tuple[MemoryLevel, ...] | None = None
+    compared_memory: dict[str, tuple[ComparedLevel, ...] | DecodedInstances] | None = None
+    carried_queries: torch.Tensor | None = None

@@ -55,6 +55,7 @@ def check_models(student: Detector, teacher: Detector | OtherDetector | None, ar
             f"the student's {student.skipped_layers}: skipped layers have nothing to match; set it to 0"
         )
     _check_distributions(student, teacher, args)
+    _check_memory(student, teacher, args)
     takes_queries = args.auxiliary_queries == "teacher" and not teacher.predictions_only
     if takes_queries and args.auxiliary_reference_points == "teacher":
         if student.anchor_size == 0 or teacher.anchor_size < student.anchor_size:
@@ -76,6 +77,23 @@ def _check_distributions(
                 f"box_distribution_weight={args.box_distribution_weight}: the {role}, a {model.title}, predicts no "
                 "box distributions; set it to 0"
             )
+
+
+def _check_memory(student: Detector, teacher: Detector | OtherDetector | None, args: D3etrTrainingArguments) -> None:
+    methods = args.distillation.memory_methods
+    if not methods or teacher is None:
+        return
+    if teacher.predictions_only:
+        options = [f"{name}_weight" for name in methods]
+        raise IncompatibleTeacherError(
+            f"{', '.join(options)}: the teacher, a {teacher.title}, has predictions only, and no encoder memory that "
+            "could be compared; set them to 0, or take a teacher of a supported family"
+        )
+    if args.vidt_weight > 0 and student.query_count != teacher.query_count:
+        raise IncompatibleTeacherError(
+            f"vidt_weight={args.vidt_weight}: queries are compared place by place, and the teacher has "
+            f"{teacher.query_count}, the student {student.query_count}; set it to 0, or take as many"
+        )
 
 
 def terms_in_common(options: Distillation, teacher: Detector | OtherDetector | None) -> Distillation:

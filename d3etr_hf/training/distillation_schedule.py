@@ -36,8 +36,7 @@ class DistillationSchedule:
         weight = self.weight(step, steps)
         if weight == 1:
             return options
-        names = ("self_attention_weight", "cross_attention_weight", "prediction_weight", "box_distribution_weight")
-        changed = replace(options, **{name: weight * getattr(options, name) for name in names})
+        changed = replace(options, **{name: weight * getattr(options, name) for name in options.term_weights})
         return changed if weight > 0 else replace(changed, auxiliary_queries="none")
 
     def check(self, options: Distillation) -> None:

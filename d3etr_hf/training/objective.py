@@ -27,6 +27,7 @@ from d3etr_hf.matching import (
 )
 from d3etr_hf.outputs import AUXILIARY, NO_OBJECT, OWN, DetectorOutput, GroupOutput, Supervised, Targets
 from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.memory_terms import memory_losses, teacher_quality
 from d3etr_hf.training.teacher import TeacherOutput
 
 PAIRS = "pairs"
@@ -117,7 +118,8 @@ class D3etrObjective:
             teacher_assignment: from `start_teacher_assignment`.
 
         Returns:
-            Terms named "group/term", `(L,)` each, whose sum is the loss; and statistics, scalars without gradient.
+            Terms, whose sum is the loss, named "group/term", `(L,)` each, or "memory/method", `(levels,)` each; and
+            statistics, scalars without gradient.
 
         Raises:
             NonFiniteCostError: a prediction is NaN or infinite.
@@ -146,6 +148,7 @@ class D3etrObjective:
         if pairs:
             terms |= self._prediction_terms(teacher.group, groups, pairs, shares)
             terms |= self._box_distribution_terms(teacher.group, groups, pairs, shares)
+        terms |= self._memory_terms(student, teacher, targets, shares)
         if not shares.counted:
             terms = {name: 0 * term for name, term in terms.items()}
         return terms, statistics
@@ -290,6 +293,19 @@ class D3etrObjective:
             * box_distribution_distillation(teacher, groups[name], matched, weights[name], totals[name])
             for name, matched in pairs.items()
         }
+
+    def _memory_terms(
+        self, student: DetectorOutput, teacher: TeacherOutput | None, targets: Targets, shares: Shares
+    ) -> Terms:
+        """Per method the mean over the levels of the student's memory, `(levels,)`: each level's part of it."""
+        terms: Terms = {}
+        quality = None
+        if self.options.detrdistill_memory_weight > 0:
+            quality = teacher_quality(self.teacher_criterion, teacher, targets, self.tolerant)
+        for method in self.options.memory_methods:
+            losses = memory_losses(method, student, teacher, targets, shares.images, shares.objects, quality)
+            terms[f"memory/{method}"] = getattr(self.options, f"{method}_weight") * losses / len(losses)
+        return terms
 
     @staticmethod
     def _pair_weights(teacher: TaughtGroup, pairs: dict[str, MatchedPairs], shares: Shares, normaliser: str):

@@ -36,12 +36,13 @@ class Pace:
 
     def __init__(self) -> None:
         self.first_step: int | None = None  # the number of steps taken when this call of the training began
+        self._seconds, self._steps = 0.0, 0
 
     def begin_step(self, step: int) -> None:
         """A step begins after that many."""
         if self.first_step is None:
             self.first_step, self._began = step, time.perf_counter()
-            self._mark, self._seconds, self._steps = self._began, 0.0, 0
+            self._mark = self._began
 
     def end_step(self) -> None:
         """It is over."""

@@ -20,7 +20,7 @@ from d3etr_hf.losses.grids import resample_map
 from d3etr_hf.matching import TaughtGroup
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.other_detector import OtherDetector
-from d3etr_hf.outputs import OWN, GroupOutput, GroupRequest, Queries, SampledAttention
+from d3etr_hf.outputs import OWN, GroupOutput, GroupRequest, MemoryLevel, Queries, SampledAttention
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class TeacherOutput:
         last: its predictions in its own last layer, with L = 1.
         queries: its queries of this batch; None of a teacher of predictions only.
         memory_mask: bool `(B, H, W)`, of its memory; None likewise.
+        memory: its encoder's memory, level by level; None unless it was asked for.
+        hidden_states: `(B, N_t, d_t)`, its queries after the last decoder layer; None likewise.
         own_grid: whether its memory's grid is another than that of the batch as it is padded.
     """
 
@@ -39,6 +41,8 @@ class TeacherOutput:
     last: TaughtGroup
     queries: Queries | None
     memory_mask: torch.Tensor | None
+    memory: tuple[MemoryLevel, ...] | None = None
+    hidden_states: torch.Tensor | None = None
     own_grid: bool = False
 
     def on_memory(self, memory_mask: torch.Tensor) -> "TeacherOutput":
@@ -113,7 +117,7 @@ class Teacher:
 
         Args:
             pixels: `pixel_values` `(B, 3, H, W)` and `pixel_mask` `(B, H, W)`.
-            request: which maps to return.
+            request: which maps to return, and whether memory and hidden states.
             autocast: makes the context of mixed precision; outside the model's own pass there is none but this.
         """
         pixel_values = pixels["pixel_values"].to(self.detector.dtype)
@@ -121,7 +125,10 @@ class Teacher:
             output = self.detector(pixel_values, pixels["pixel_mask"], request=request)
         group = output.groups[OWN]
         last = replace(self._aligned(group, [-1]), self_attention=None, cross_attention=None)
-        return TeacherOutput(self._aligned(group, self.layer_map), last, output.queries, output.memory_mask)
+        memory = None if output.memory is None else tuple(level.detach() for level in output.memory)
+        states = None if group.hidden_states is None else group.hidden_states.detach()
+        given = output.queries, output.memory_mask, memory, states
+        return TeacherOutput(self._aligned(group, self.layer_map), last, *given)
 
     def _aligned(self, group: GroupOutput, layers: list[int]) -> TaughtGroup:
         """The outputs in these of its layers, for the student's classes; no gradient reaches the teacher."""

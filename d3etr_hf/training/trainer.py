@@ -14,6 +14,7 @@ from d3etr_hf.data.sampling import TrainingSampler
 from d3etr_hf.errors import EvaluationError, NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
 from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
+from d3etr_hf.models.memory_methods import MEMORY_METHODS
 from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.models.query_adapters import LearnedQueries, QueryAdapter
 from d3etr_hf.outputs import AUXILIARY, OWN, DetectorOutput, GroupRequest, Queries, Targets
@@ -104,8 +105,8 @@ class DistillationTrainer(ResumableTrainer):
         trainer_options.setdefault("data_collator", DetectionCollator())
         trainer_options.setdefault("compute_metrics", self._average_precision)
         super().__init__(model=model, args=args, **trainer_options)
-        show_progress(self)
         check_launch(self.accelerator, args)
+        show_progress(self)
         # the loss is already divided by what the whole step holds, accumulated batches included
         self.loss_is_scaled_for_ga = True
         self.teacher = None if aligned is None else aligned.to(self.args.device)
@@ -141,6 +142,9 @@ class DistillationTrainer(ResumableTrainer):
             return None
         if not self._runs_teacher:
             raise UnsupportedOptionError("teacher_cache: these options never run a teacher; leave it out")
+        if self._maps.memory:
+            weights = ", ".join(f"{name}_weight" for name in self.distillation.memory_methods)
+            raise UnsupportedOptionError(f"teacher_cache keeps no encoder memory: leave it out, or set {weights} to 0")
         cache = TeacherCache(
             self.teacher,
             self.args.teacher_cache,
@@ -154,8 +158,10 @@ class DistillationTrainer(ResumableTrainer):
 
     @property
     def _maps(self) -> GroupRequest:
-        """Which maps teacher and student return."""
-        return GroupRequest({}, self.distillation.reads_self_attention, self.distillation.reads_cross_attention)
+        """Which maps, and what else that is compared, teacher and student return."""
+        options = self.distillation
+        maps = options.reads_self_attention, options.reads_cross_attention
+        return GroupRequest({}, *maps, memory=bool(options.memory_methods), hidden_states=options.reads_hidden_states)
 
     def _add_callbacks(self) -> None:
         self.guard = NonFiniteGuard(self)
@@ -258,6 +264,8 @@ class DistillationTrainer(ResumableTrainer):
             # threads assign while the student's forward pass runs
             assignment = self.objective.start_teacher_assignment(teacher, targets)
         request = self._maps._replace(queries=self._further_queries(teacher), targets=targets)
+        if request.memory:
+            request = request._replace(teacher_memory=teacher.memory)
         pixels = {name: inputs[name] for name in ("pixel_values", "pixel_mask")}
         student: DetectorOutput = model(**pixels, request=request)
         if teacher is not None and (teacher.own_grid or "teacher_pixel_values" in inputs):
@@ -446,12 +454,15 @@ class DistillationTrainer(ResumableTrainer):
 
 
 def attach_query_adapter(student: Detector, teacher: Teacher | None, options: Distillation) -> None:
-    """Give the student what its auxiliary group needs, instead of anything from before."""
+    """Give the student what its auxiliary group and comparisons of memories need, instead of anything from before."""
     student.query_adapters = torch.nn.ModuleDict()
     if options.auxiliary_queries == "learned":
         student.query_adapters[AUXILIARY] = LearnedQueries(student.new_queries(student.query_count))
     elif options.auxiliary_queries == "teacher":
         student.query_adapters[AUXILIARY] = QueryAdapter(teacher.detector.width, student.width)
+    for method in options.memory_methods:
+        sizes = student.width, teacher.detector.width, student.memory_levels, len(student.class_names)
+        student.query_adapters[method] = MEMORY_METHODS[method](*sizes)
     student.query_adapters.to(student.device)
 
 

@@ -98,6 +98,35 @@ class D3etrTrainingArguments(TrainingArguments):
         "Weight of the distillation of box distributions, between two models that predict such (D-FINE, DEIMv2): "
         "where the teacher sees each edge, weighted by its class score; 0 switches it off.",
     )
+    fitnet_weight: float = option(
+        Distillation.fitnet_weight,
+        "Weight of FitNet's mean squared error of encoder memories, through a learned projection; 0 switches it off.",
+    )
+    fgd_weight: float = option(
+        Distillation.fgd_weight,
+        "Weight of FGD on encoder memories: differences in objects and around them apart, where the teacher's "
+        "features are large, and of what each token learns from all others; 0 switches it off.",
+    )
+    defeat_weight: float = option(
+        Distillation.defeat_weight,
+        "Weight of DeFeat on encoder memories: differences in objects and around them, each as a whole; 0 switches it "
+        "off.",
+    )
+    detrdistill_memory_weight: float = option(
+        Distillation.detrdistill_memory_weight,
+        "Weight of DETRDistill's feature distillation on encoder memories: differences where the teacher's good "
+        "queries look alike; 0 switches it off.",
+    )
+    icd_weight: float = option(
+        Distillation.icd_weight,
+        "Weight of ICD on encoder memories: differences where a decoder, which learns that beside, finds each object "
+        "in the teacher's; 0 switches it off.",
+    )
+    vidt_weight: float = option(
+        Distillation.vidt_weight,
+        "Weight of ViDT's token matching: distances of tokens of encoder memories and of the last decoder layer's "
+        "queries, each from the one at its place; 0 switches it off.",
+    )
     detection_weight: float = option(
         Distillation.detection_weight, "Weight of the detection loss of both groups; 0 switches it off."
     )
@@ -170,7 +199,7 @@ class D3etrTrainingArguments(TrainingArguments):
     )
 
     # logging
-    log_each_layer: bool = option(False, "Log every loss term per decoder layer too.")
+    log_each_layer: bool = option(False, "Log every loss term per decoder layer (or memory level) too.")
     log_gradient_norms: bool = option(
         False, "Log the gradient norm of every loss term at each logging step (costs one backward pass a term)."
     )
@@ -230,7 +259,8 @@ class D3etrTrainingArguments(TrainingArguments):
         for name in ("backbone_learning_rate", *weights):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
-        if self.detection_weight == 0 and not self.distillation.distilled_groups:
+        distillation = self.distillation
+        if self.detection_weight == 0 and not (distillation.distilled_groups or distillation.memory_methods):
             raise ValueError("every loss is off: set detection_weight, or a distillation weight and a matching")
         if not any(self.distillation.match_weights):
             raise ValueError(

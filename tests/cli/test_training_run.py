@@ -628,8 +628,10 @@ def test_call_that_fails_on_its_arguments_leaves_the_folder_free(shapes, tmp_pat
 
 def test_teacher_is_looked_for_before_the_data_is_read(tmp_path):
     """A slip in its name costs seconds, not the reading of a large data set and retries on the Hub."""
+    make_shapes(tmp_path / "data", 1, 1, image_size=SIDE, progress=False)
+    (tmp_path / "data" / "annotations" / "train.json").write_text("cannot be read")
     with pytest.raises(DetectorLoadError, match="teacher .*no such folder"):
-        train_detector(*arguments(tmp_path / "no_data", tmp_path / "run", teacher=tmp_path / "no_teacher"))
+        train_detector(*arguments(tmp_path / "data", tmp_path / "run", teacher=tmp_path / "no_teacher"))
 
 
 def test_squares_from_training_to_evaluation(shapes, teacher, tmp_path):

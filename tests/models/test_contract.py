@@ -282,6 +282,28 @@ def test_predictions_of_a_model_in_half_precision_are_wide(family):
             assert all(part.dtype == torch.float32 for part in attention)
 
 
+def test_memory_and_hidden_states_are_the_stock_decoders(family):
+    """On request alone, whatever further groups there are; padding is where it is in the image."""
+    model = tiny_model(model_type=family)
+    twin, given = stock_twin(model), {}
+    twin.model.decoder.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    stock = twin(**BATCH)
+    request = request_for(further_queries(model))._replace(memory=True, hidden_states=True)
+    output = model(**BATCH, request=request)
+    assert len(output.memory) == model.memory_levels
+    tokens = torch.cat([level.features.flatten(2).mT for level in output.memory], dim=1)
+    close(tokens, given["encoder_hidden_states"])
+    for level in output.memory:
+        height, width = level.mask.shape[1:]
+        assert level.features.shape == (2, model.width, height, width)
+        assert level.mask[0].all() and level.mask[1].all() != model.reads_padding
+    assert any(torch.equal(level.mask, output.memory_mask) for level in output.memory)
+    close(output.groups[OWN].hidden_states, stock.last_hidden_state)
+    assert output.groups[AUXILIARY].hidden_states.shape == (2, 5, model.width)
+    unasked = model(**BATCH, request=request_for())
+    assert unasked.memory is None and unasked.groups[OWN].hidden_states is None
+
+
 # gradient
 
 

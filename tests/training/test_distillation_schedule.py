@@ -6,6 +6,7 @@ import torch
 from d3etr_hf.data import DetectionCollator
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import UnsupportedOptionError
+from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.distillation_schedule import DistillationSchedule
 from tests.shapes_fixture import SIDE, shapes_trainer, weights_of
 from tests.tiny import tiny_model
@@ -47,6 +48,14 @@ def terms_at(trainer, step, steps=8):
     loss = trainer.compute_loss(trainer.model.train(), batch)
     trainer.guard.watch = watch
     return kept[0], loss.detach()
+
+
+def test_every_term_of_a_teacher_follows():
+    """And no weight of anything else: those of the matching, and of ground truth."""
+    weights = {name: 8.0 for name in Distillation().__dict__ if name.endswith("_weight")}
+    now = DistillationSchedule(distillation_decay=True).at(Distillation(**weights), step=3, steps=4)
+    kept = {"detection_weight", "distillation_class_weight", "distillation_l1_weight", "distillation_giou_weight"}
+    assert {name: getattr(now, name) for name in weights} == {n: 8.0 if n in kept else 2.0 for n in weights}
 
 
 def test_steps_without_distillation_are_plain_and_the_others_weigh_less(shapes, tmp_path):

@@ -179,6 +179,8 @@ def test_images_that_change_are_refused(shapes, tmp_path):
         shapes_trainer(shapes, tmp_path, train=data, teacher_cache=str(tmp_path / "cache"))
     with pytest.raises(UnsupportedOptionError, match="teacher_cache: these options never run a teacher"):
         shapes_trainer(shapes, tmp_path, teacher=None, teacher_cache=str(tmp_path / "cache"))
+    with pytest.raises(UnsupportedOptionError, match="keeps no encoder memory: leave it out, or set fgd_weight to 0"):
+        shapes_trainer(shapes, tmp_path, teacher_cache=str(tmp_path / "cache"), fgd_weight=1.0)
 
 
 def test_a_disk_without_room_is_told_first_and_a_full_one_once(shapes, tmp_path, monkeypatch):
