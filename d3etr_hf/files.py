@@ -48,7 +48,7 @@ def nearest_place(path: str | Path) -> str:
     """What a path that is not there may have been meant to be, for a message: "; did you mean ...?", or nothing."""
     place = Path(path)
     there = place.parent
-    while not there.is_dir() and there != there.parent:
+    while not os.path.isdir(there) and there != there.parent:
         there = there.parent
     try:
         names = os.listdir(there)
@@ -56,6 +56,18 @@ def nearest_place(path: str | Path) -> str:
         return ""
     nearest = difflib.get_close_matches(place.relative_to(there).parts[0], names, n=1)
     return f"; did you mean {quoted(str(there / nearest[0]))}?" if nearest else ""
+
+
+def make_folder(path: str | Path) -> Path:
+    """A folder that is there, with those above it.
+
+    Raises:
+        WriteError: it cannot be made, as where a file has its name.
+    """
+    folder = Path(path)
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def write_json(path: Path, content: Any) -> None:

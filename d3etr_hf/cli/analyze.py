@@ -7,14 +7,13 @@ Prints tables and a verdict, and writes them to analysis.json in --output_dir.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from d3etr_hf.cli.benchmark import format_costs, measure_costs
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
-from d3etr_hf.data import DataArguments, load_splits
+from d3etr_hf.data import DataArguments, check_places, load_splits
 from d3etr_hf.evaluation.structure import SINK, as_rows, layer_structures
-from d3etr_hf.files import write_json
+from d3etr_hf.files import make_folder, write_json
 from d3etr_hf.models.image_processors import image_processor_of
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.training.teacher import with_classes_of
@@ -34,11 +33,19 @@ class AnalysisArguments:
     width: int = option(640, "Width of the image whose cost is measured, pixels, before it is resized.")
     use_cpu: bool = option(False, "Do not use a GPU.")
 
+    def __post_init__(self):
+        for name in ("batch_size", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
 
 def main() -> None:
     """What `d3etr analyze` runs."""
     arguments, data = parse_arguments((AnalysisArguments, DataArguments), description=__doc__, first_argument="model")
     has_data = data != DataArguments()
+    if has_data:
+        check_places(data)
+    path = make_folder(arguments.output_dir) / "analysis.json"
     cost = measure_costs([arguments.model], arguments.height, arguments.width, arguments.use_cpu)
     layers = analyze_layers(arguments.model, data, arguments.batch_size) if has_data else []
     print(format_costs(cost))
@@ -46,8 +53,6 @@ def main() -> None:
         print(f"\n{format_layers(layers)}")
     said = verdict(cost[arguments.model], layers)
     print("\n" + "\n".join(said))
-    path = Path(arguments.output_dir) / "analysis.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"model": arguments.model, "cost": cost[arguments.model], "layers": layers, "verdict": said})
 
 

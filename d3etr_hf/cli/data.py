@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from d3etr_hf.data.image_headers import ImageHeader, read_headers
 from d3etr_hf.data.image_sizes import set_image_size
 from d3etr_hf.data.overview import overview_of, overview_table
 from d3etr_hf.errors import CommandLineError, DatasetError
+from d3etr_hf.files import make_folder
 from d3etr_hf.models.image_processors import image_processor_of
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.training.object_counts import REMEDY, describe_more_objects
@@ -65,6 +65,7 @@ def check_data(data: DataArguments, model: str | None = None, pictured: int = 8,
 
     Raises:
         DetectorLoadError: the model cannot be read.
+        WriteError: the folder for the picture cannot be made.
     """
     processor, queries = None, {}
     if model is not None:
@@ -86,9 +87,9 @@ def check_data(data: DataArguments, model: str | None = None, pictured: int = 8,
     more = [each for split in splits for each in describe_more_objects(split, queries, evaluated=split is splits[1])]
     told += [f"{'; '.join(more)}. {REMEDY}"] if more else []
     if examples := _spread(splits, headers, pictured):
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        draw_annotations(examples, Path(output_dir) / "annotations.png")
-        print(f"\n{Path(output_dir) / 'annotations.png'}")
+        picture = make_folder(output_dir) / "annotations.png"
+        draw_annotations(examples, picture)
+        print(f"\n{picture}")
     return _report(told, refused)
 
 

@@ -19,7 +19,7 @@ from d3etr_hf.configurations import option
 from d3etr_hf.data.image_lists import find_images
 from d3etr_hf.errors import CommandLineError, OutputFolderError
 from d3etr_hf.evaluation.image_detections import Predictor, readable, record_of
-from d3etr_hf.files import write_errors, write_json
+from d3etr_hf.files import make_folder, write_errors, write_json
 from d3etr_hf.visualization.detected_image import draw_detected_image
 
 PREDICTIONS = "predictions.json"
@@ -62,14 +62,17 @@ def with_names(argv: Sequence[str]) -> list[str]:
     """The arguments with `--model` and `--images` before those that come first, without names.
 
     Raises:
-        CommandLineError: a model without images.
+        CommandLineError: a model without images, or images named in both ways.
     """
     count = next((index for index, word in enumerate(argv) if word.startswith("-")), len(argv))
     positional, named = list(argv[:count]), list(argv[count:])
     if not positional:
         return named
     model, *images = positional
-    if not images and "--images" not in named:
+    by_name = any(word.split("=")[0] == "--images" for word in named)
+    if images and by_name:
+        raise CommandLineError(f"images are {images} and --images: give all of them in one of the two places")
+    if not images and not by_name:
         raise CommandLineError(f"which images? d3etr predict {model} IMAGES ... (files, folders or patterns)")
     return ["--model", model, *(["--images", *images] if images else []), *named]
 
@@ -86,8 +89,7 @@ def predict_into(arguments: PredictionArguments) -> None:
     if arguments.pictures and out.resolve() in {path.resolve().parent for path in files}:
         raise OutputFolderError(f"--out {out} holds the images themselves: give another folder, or --pictures false")
     predictor = Predictor(arguments.model, arguments.batch_size, arguments.use_cpu)
-    with write_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     records, names = [], dict(zip(files, picture_names(files), strict=True))
     try:
         for path, image, detections in predictor(files, arguments.skip_broken_images):

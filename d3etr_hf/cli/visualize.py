@@ -11,7 +11,6 @@ is 2 in the data set's annotations; of --images, the second one.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,6 +18,7 @@ import torch
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments, check_places
+from d3etr_hf.files import make_folder
 from d3etr_hf.models.image_processors import image_processor_of
 from d3etr_hf.models.loading import family_of_checkpoint, load_detector
 from d3etr_hf.visualization.attention_picture import draw_attention_of
@@ -74,6 +74,7 @@ def main() -> None:
         check_places(data)
     for role, path in paths.items():
         family_of_checkpoint(path, role)
+    output = make_folder(arguments.output_dir)
     source = choose_images(arguments.images, data, arguments.split)
     attended = source.place_of(arguments.image)
     first = arguments.first or (OF_DATA_SET if arguments.images is None else len(source.names))
@@ -86,8 +87,6 @@ def main() -> None:
         processor = image_processor_of(detector.config.model_type, path, *size)
         torch.nn.Module.to(detector, device)
         models[titles[role]] = detector, processor
-    output = Path(arguments.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     pages = draw_detection_pages(source, models, output, first, arguments.batch_size, arguments.score_threshold)
     for path, drawn in pages:
         print(f"{path} ({', '.join(drawn)})")

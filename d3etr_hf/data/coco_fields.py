@@ -49,7 +49,7 @@ def is_box(value: Any) -> bool:
 
 INTEGER = Rule(is_integer, "an integer of at most 64 bits")
 SIDE = Rule(lambda value: is_integer(value) and value > 0, "an integer of at least 1, in pixels")
-NAME = Rule(is_text, "text, without NUL or lone surrogates")
+NAME = Rule(lambda value: is_text(value) and value.strip() != "", "text, without NUL or lone surrogates")
 FILE_NAME = Rule(lambda value: is_text(value) and value != "", "the name of a file")
 BOX = Rule(is_box, "four finite numbers, x, y, width, height in pixels")
 AREA = Rule(

@@ -222,9 +222,13 @@ class DataArguments:
             raise ValueError(f"validation_seed is {self.validation_seed}: it must be at least 0.")
         if self.class_names is not None and len(set(self.class_names)) < max(len(self.class_names), 1):
             raise ValueError(f"class_names is {self.class_names}: give at least one name, and each once.")
+        if not all(map(str.strip, self.class_names or ())):
+            raise ValueError(f"class_names is {self.class_names}: give each class a name, none of blanks.")
         renamed = self.rename_classes or {}
         if not all(isinstance(name, str) for pair in renamed.items() for name in pair):
             raise ValueError(f"rename_classes is {renamed}: give a name for each name.")
+        if not all(map(str.strip, renamed.values())):
+            raise ValueError(f"rename_classes is {renamed}: give each class a name, none of blanks.")
 
     def _check_augmentation_short_sides(self, short_sides: list[int]) -> None:
         if self.augmentation not in DRAW_SIZES:

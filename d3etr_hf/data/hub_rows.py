@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -164,17 +163,15 @@ def described(rows: datasets.Dataset, images: datasets.Dataset, place: str) -> d
     Args:
         rows: of a split, from `with_objects`.
         images: its column `image`, undecoded; their paths have been looked at.
-        place: what an error message calls the split.
-
-    Raises:
-        DatasetError: an image whose size is needed cannot be read.
+        place: what a message calls the split.
     """
     columns = {}
     kind = getattr(rows.features.get("image_id"), "dtype", None)
     if kind in (None, "string", "large_string"):
         columns["image_id"] = list(range(len(rows)))
     if not {"width", "height"} <= rows.features.keys():
-        sizes = [_size(image, f"{place}, row {index}") for index, image in enumerate(images["image"])]
+        sources = (image["path"] if image["bytes"] is None else image["bytes"] for image in images["image"])
+        sizes = list(map(upright_size, sources))
         columns["width"], columns["height"] = [width for width, _ in sizes], [height for _, height in sizes]
     if columns:
         logger.info("%s: %s of each image derived", place, ", ".join(columns))
@@ -184,12 +181,6 @@ def described(rows: datasets.Dataset, images: datasets.Dataset, place: str) -> d
     )
     rows = rows.select_columns(kept)
     return datasets.concatenate_datasets([rows, derived], axis=1) if columns else rows
-
-
-def _size(image: dict[str, Any], place: str) -> tuple[int, int]:
-    if image["bytes"] is None:
-        return upright_size(image["path"], image["path"])
-    return upright_size(image["bytes"], place)
 
 
 def as_coco(rows: datasets.Dataset, categories: Categories, place: str) -> dict:

@@ -113,7 +113,7 @@ def _refuse(faults: dict[str, list[str]], source: str, images: str | Path | None
     if others := faults["no file"]:
         raise DatasetError(
             f"{source}: {len(others)} of its {what} are folders, named pipes or devices instead of files, the first "
-            f"{quoted(others[0])}: put the images in their place."
+            f"{quoted(others[0])}: put files in their place."
         )
 
 

@@ -1,6 +1,7 @@
 """Which image files are meant by what a user names: files, folders and patterns."""
 
 import glob
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,10 +34,10 @@ def find_images(named: str | Path | Iterable[str | Path]) -> list[Path]:
 
 
 def _images_at(place: str) -> list[Path]:
-    path = Path(place).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(place))
+    if os.path.isdir(path):
         return _image_files(path.iterdir(), f"the folder {quoted(place)} holds", _subfolders(path))
-    if path.exists():
+    if os.path.exists(path):
         return [path]
     if "://" in place:
         raise DatasetError(f"{quoted(place)} is an address: download the image, and name its file")

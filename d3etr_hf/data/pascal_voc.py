@@ -154,7 +154,7 @@ def load_voc_split(voc: VocFolder, split: str, name: str) -> DetectionDataset:
     coco["categories"] = [{"id": number, "name": class_name} for class_name, number in category_ids.items()]
     for image_id, (path, image) in enumerate(zip(files, images, strict=True), 1):
         described = voc.read[path]
-        width, height = described.size or upright_size(image, str(image))
+        width, height = described.size or upright_size(image)
         entry = {"id": image_id, "file_name": relative(image, voc.folder), "width": width, "height": height}
         coco["images"].append(entry)
         for thing in described.objects:

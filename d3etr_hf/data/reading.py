@@ -1,6 +1,7 @@
 """The data set that the arguments name, in whatever format it is."""
 
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -60,12 +61,12 @@ def check_places(arguments: "DataArguments") -> None:
         DatasetError: it is not; the message names the option and what is there instead.
     """
     if arguments.data_folder is not None:
-        _require(arguments.data_folder, "data_folder", lambda place: place.is_dir() or _is_yaml(place))
+        _require(arguments.data_folder, "data_folder", lambda place: os.path.isdir(place) or _is_yaml(place))
         _format_of(Path(arguments.data_folder))
     elif arguments.dataset_name is not None:
         name = arguments.dataset_name
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            _require(name, "dataset_name", Path.is_dir)
+            _require(name, "dataset_name", os.path.isdir)
     elif arguments.train_annotations is None:
         raise DatasetError(
             "no data: give data_folder (COCO, YOLO, Pascal VOC, or images with their metadata), dataset_name (Hub), "
@@ -74,8 +75,8 @@ def check_places(arguments: "DataArguments") -> None:
     for split in ("train", "val"):
         annotations, images = (getattr(arguments, f"{split}_{part}") for part in ("annotations", "images"))
         if annotations is not None:
-            _require(annotations, f"{split}_annotations", Path.is_file)
-            _require(images, f"{split}_images", Path.is_dir)
+            _require(annotations, f"{split}_annotations", os.path.isfile)
+            _require(images, f"{split}_images", os.path.isdir)
 
 
 def open_source(arguments: "DataArguments") -> Source:
@@ -162,7 +163,7 @@ def _content_of(folder: Path, most: int = 8) -> str:
 
 def _is_yaml(path: Path) -> bool:
     """Whether it is a file as YOLO's data.yaml."""
-    return path.suffix in (".yaml", ".yml") and path.is_file()
+    return path.suffix in (".yaml", ".yml") and os.path.isfile(path)
 
 
 def _require(path: str, option: str, is_right: Callable[[Path], bool]) -> None:
@@ -173,7 +174,7 @@ def _require(path: str, option: str, is_right: Callable[[Path], bool]) -> None:
     place = Path(path)
     if is_right(place):
         return
-    if place.exists():
+    if os.path.exists(place):
         raise DatasetError(f"{option} {quoted(path)} is no {wanted}: name the {wanted}.")
     raise DatasetError(f"{option} {quoted(path)}: there is no such {wanted}{nearest_place(place) or '.'}")
 

@@ -26,7 +26,7 @@ from d3etr_hf.files import regular_file
 logger = logging.getLogger(__name__)
 
 NAME_FILES = ("classes.txt", "obj.names", "names.txt")
-HAS_NAMES = re.compile(rb"^names\s*:", re.MULTILINE)
+HAS_NAMES = re.compile(rb"^(\xef\xbb\xbf)?names\s*:", re.MULTILINE)  # after the mark that Windows writes
 MOST_BYTES = 10_000_000  # of one image's labels
 LARGEST = 2  # a coordinate beyond it is no fraction, of a box that leaves its image a little
 
@@ -51,9 +51,10 @@ class YoloFolder:
 
     @property
     def roots(self) -> list[Path]:
-        """The folders that the user and `data.yaml` name: in these images and labels may lie."""
+        """The folders that the user and `data.yaml` name: in these, and beside them, images and labels may lie."""
         named = [path if path.is_dir() else path.parent for paths in self.splits.values() for path in paths]
-        return [self.folder, self.base, *named]
+        labels = [beside for path in named for beside in _label_candidates(path / "image", self)]
+        return [self.folder, self.base, *named, *(path.parent for path in labels)]
 
 
 def find_yolo(path: Path) -> YoloFolder | None:
@@ -89,7 +90,7 @@ def _from_yaml(folder: Path, file: Path) -> YoloFolder:
     names = _class_names(content, file)
     base = folder
     given = content.get("path")
-    if isinstance(given, str) and "\0" not in given and (folder / given).is_dir():
+    if isinstance(given, str) and "\0" not in given and os.path.isdir(folder / given):
         base = folder / given
     splits = {}
     for split in SPLITS:
@@ -108,7 +109,7 @@ def _from_yaml(folder: Path, file: Path) -> YoloFolder:
 
 
 def _class_names(content: dict, file: Path) -> list[str]:
-    names, count = content["names"], content.get("nc")
+    names, count = content.get("names"), content.get("nc")
     if isinstance(names, dict):
         if sorted(names, key=repr) != sorted(range(len(names)), key=repr):
             raise DatasetError(f"{file}: the keys of `names` are {quoted(list(names))}: number the classes from 0.")
@@ -139,7 +140,7 @@ def _place(entry: object, split: str, base: Path, folder: Path, file: Path) -> P
     inside = re.sub(r"^(\.\./)+", "", entry)
     candidates = [folder / inside, base / entry, folder / entry] if inside != entry else [base / entry, folder / entry]
     for candidate in candidates:
-        if candidate.exists():
+        if os.path.exists(candidate):  # which is false, not an error, of a name that no file can have
             return candidate
     looked = dict.fromkeys(quoted(os.path.normpath(candidate)) for candidate in candidates)
     raise DatasetError(
@@ -201,7 +202,7 @@ def load_yolo_split(yolo: YoloFolder, split: str, name: str, anywhere: bool = Fa
     coco: dict = {"images": [], "annotations": []}
     coco["categories"] = [{"id": index, "name": class_name} for index, class_name in enumerate(yolo.class_names)]
     for image_id, image in enumerate(images, 1):
-        width, height = upright_size(image, str(image))
+        width, height = upright_size(image)
         entry = {"id": image_id, "file_name": relative(image, yolo.folder), "width": width, "height": height}
         coco["images"].append(entry)
         for category_id, box in read_labels(labels[image], yolo) if image in labels else ():
@@ -219,7 +220,7 @@ def _images_at(place: Path, yolo: YoloFolder) -> list[Path]:
     for line in _text_of(place).splitlines():
         if line := line.strip().replace("\\", "/"):
             beside = place.parent / line
-            found.append(beside if line.startswith("./") or beside.is_file() else yolo.base / line)
+            found.append(beside if line.startswith("./") or os.path.isfile(beside) else yolo.base / line)
     return found
 
 

@@ -1,5 +1,6 @@
 """What users point at as a model, where it is none: which place was meant, before any library reads it."""
 
+import os
 import shlex
 from pathlib import Path
 
@@ -24,13 +25,13 @@ def refuse_other_place(path: str, what: str) -> None:
         DetectorLoadError: the message names the folder that was meant, or the command that makes one.
     """
     place = Path(path)
-    if place.is_file():
+    if os.path.isfile(place):  # false, not an error, of a name that no file can have
         raise DetectorLoadError(f"{what} is a file: {_meant_by_file(place)}")
-    if not place.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+    if not os.path.exists(place) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise DetectorLoadError(
             f"{what}: there is no such folder, and it is no Hub id (owner/name){nearest_place(path)}"
         )
-    if place.is_dir() and not (place / CONFIG_NAME).exists():
+    if os.path.isdir(place) and not (place / CONFIG_NAME).exists():
         raise DetectorLoadError(f"{what}: the folder holds no {CONFIG_NAME}: {_meant_by_folder(place)}")
 
 

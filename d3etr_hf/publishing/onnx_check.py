@@ -1,5 +1,6 @@
 """A detector's ONNX file, kept only if onnxruntime computes with it on real images what PyTorch does."""
 
+import os
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import cycle, islice
@@ -16,7 +17,7 @@ from d3etr_hf.data import DataArguments, DetectionCollator, DetectionDataset, lo
 from d3etr_hf.errors import OnnxExportError
 from d3etr_hf.evaluation import average_precision_of, select_detections
 from d3etr_hf.evaluation.timing import seconds_of
-from d3etr_hf.files import sha256_of
+from d3etr_hf.files import make_folder, sha256_of, write_errors
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import image_processor_of
 from d3etr_hf.models.loading import load_detector
@@ -105,13 +106,14 @@ def export_and_check(
         OnnxExportError: a package is missing, it is not known where the file or the images are, the detector cannot
             be exported, the images would not be of the file's size, or the exported one computes something else.
         DetectorLoadError, DatasetError: the detector or its data cannot be read.
+        WriteError: the file cannot be written.
     """
     require_packages()
     refuse_other_place(folder, f"model {folder!r}")
     path = _output_path(folder, output, precision)
+    make_folder(path.parent)
     detector = load_detector(folder)
     trial, metadata = _prepare(detector, folder, data_arguments or _data_of_run(Path(folder)), check_images, ap_images)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figures = _write_checked(trial, path, metadata, precision)
     weights = {"weights": hash_of_weights(Path(folder))} if Path(folder).is_dir() else {}
     weights["onnx"] = sha256_of(path)
@@ -170,6 +172,8 @@ def _write_checked(trial: OnnxTrial, path: Path, metadata: dict[str, str], preci
     """Write the file if it passes; its figures."""
     plain, unfinished = (path.with_name(f"{path.name}{end}.unfinished") for end in (".float32", ""))
     try:
+        with write_errors(path):  # before the long work
+            plain.touch()
         export_onnx(trial.detector, plain, metadata, trial.size)
         figures = trial.figures_of(plain)
         _refuse_differences(figures, path)
@@ -296,6 +300,8 @@ def _session(path: Path):
 def _output_path(folder: str, output: str | None, precision: str) -> Path:
     if output is None and not Path(folder).is_dir():
         raise OnnxExportError(f"{folder!r} is no folder here: say with --output where its {FILES[precision]} goes")
+    if output is not None and os.path.isdir(output):
+        raise OnnxExportError(f"--output {output} is a folder: name the file, for example {FILES[precision]} in it")
     return Path(folder) / FILES[precision] if output is None else Path(output)
 
 

@@ -81,7 +81,7 @@ class PublishedRun:
 
     @property
     def models(self) -> dict[str, tuple[Detector, DetectionDataset]]:
-        """The teacher, if there is one, and the student, each with the validation split as it sees it."""
+        """The teacher and the student, or `model` alone, as pictures call them; with validation as each sees it."""
         if self.teacher is None:
             return {"model": (self.student, self.val)}
         return {"teacher": (self.teacher, self.teacher_val), "student": (self.student, self.val)}

@@ -107,7 +107,7 @@ class TeacherCache:
     def _of_image(self, name: str, image: torch.Tensor) -> TeacherOutput:
         path = self.folder / name[:2] / f"{name}.safetensors"
         if self._form is not None and path.exists():
-            return _in_form(self._form, _read(path, image.device))
+            return _in_form(self._form, _read(path, image.device, self._form))
         output = self._ask(image)
         # a name of its own: another process may be at the same image
         unfinished = path.with_name(f"{path.stem}.{uuid.uuid4().hex}{UNFINISHED}")
@@ -171,13 +171,16 @@ def _bytes_of(tensor: torch.Tensor) -> Any:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _read(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+def _read(path: Path, device: torch.device, form: TeacherOutput) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path, device=str(device))
+        tensors = load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
         raise DamagedFileError(
             f"{path} cannot be read ({one_line(error)}): remove it, and the teacher is asked again"
         ) from error
+    if tensors.keys() != dict(_named_tensors(form)).keys():
+        raise DamagedFileError(f"{path} holds other tensors than these: remove it, and the teacher is asked again")
+    return tensors
 
 
 def _named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,9 +6,9 @@ from typing import NoReturn
 
 import pytest
 
-from d3etr_hf.cli import evaluate, training_run, visualize
+from d3etr_hf.cli import analyze, evaluate, training_run, visualize
 from d3etr_hf.data import DataArguments
-from d3etr_hf.errors import DatasetError, DetectorLoadError
+from d3etr_hf.errors import DatasetError, DetectorLoadError, WriteError
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests.data.coco_files import coco, write_split
@@ -31,6 +31,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (evaluate, ["load_detector", "load_splits"]),
         (training_run, ["load_splits", "load_teacher", "build_model", "load_image_processor"]),
         (visualize, ["load_detector", "choose_images"]),
+        (analyze, ["measure_costs"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, loaded)
@@ -77,3 +78,20 @@ def test_visualize(tmp_path, data, data_suffix, option, error, message, monkeypa
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(error, match=message):
         visualize.main()
+
+
+def test_analyze_and_folders_that_cannot_be_made(tmp_path, data, monkeypatch) -> None:
+    """Whatever would be written is placed before the long work."""
+    (tmp_path / "file").touch()
+
+    def call(module, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["d3etr", *arguments, "--output_dir", str(tmp_path / "file")])
+        module.main()
+
+    with pytest.raises(DatasetError, match="data_folder .*teethh'"):
+        call(analyze, "nowhere", "--data_folder", f"{data}h")
+    with pytest.raises(WriteError, match="file cannot be written .File exists"):
+        call(analyze, "nowhere")
+    monkeypatch.setattr(visualize, "family_of_checkpoint", lambda *arguments: None)
+    with pytest.raises(WriteError, match="file cannot be written .File exists"):
+        call(visualize, "--model", "nowhere", "--data_folder", data)

@@ -92,5 +92,8 @@ def test_names_of_arguments_and_pictures():
     assert with_names(["m", "--images", "a"]) == ["--model", "m", "--images", "a"]
     with pytest.raises(CommandLineError, match="which images"):
         with_names(["m"])
+    assert with_names(["m", "--images=a"]) == ["--model", "m", "--images=a"]
+    with pytest.raises(CommandLineError, match=r"images are \['a'\] and --images"):
+        with_names(["m", "a", "--images", "b"])
     files = [Path(name) for name in ("x/1.jpg", "y/1.png", "y/1_2.jpg", "z/1.jpg", "X.jpg", "x.png")]
     assert picture_names(files) == ["1.png", "1_2.png", "1_2_2.png", "1_3.png", "X.png", "x_2.png"]

@@ -81,3 +81,9 @@ def test_names_of_texts_give_their_order(tmp_path: Path) -> None:
     assert val.class_names == ["mug", "lamp", "fern"] and val[0]["target"]["class_labels"].tolist() == [2]
     with pytest.raises(DatasetError, match=r"class_names lack \['fern'\], which objects are named"):
         read_splits(DataArguments(data_folder=str(folder), class_names=["mug", "lamp"]))
+
+
+@pytest.mark.parametrize("option", [{"class_names": ["cat", " "]}, {"rename_classes": {"cat": ""}}])
+def test_no_name_is_of_blanks(option: dict) -> None:
+    with pytest.raises(ValueError, match="none of blanks"):
+        DataArguments(**option)

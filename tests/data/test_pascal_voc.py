@@ -79,6 +79,8 @@ def test_a_list_names_files_of_the_folder_alone(tmp_path: Path) -> None:
     write_text(data / "ImageSets" / "Main" / "train.txt", "../../secret\n")
     with pytest.raises(DatasetError, match="1 of its annotation files lie outside"):
         read_splits(DataArguments(data_folder=str(data)))
+    train, _ = read_splits(DataArguments(data_folder=str(data), allow_images_elsewhere=True))
+    assert len(train) == 1
     write_text(data / "ImageSets" / "Main" / "train.txt", "4\n")
     with pytest.raises(DatasetError, match="1 of its annotation files are missing, the first .*4.xml'"):
         read_splits(DataArguments(data_folder=str(data)))

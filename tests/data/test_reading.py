@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from d3etr_hf.data import DataArguments, DetectionDataset
+from d3etr_hf.data.image_checks import check_images
 from d3etr_hf.data.reading import check_places, read_splits
 from d3etr_hf.errors import DatasetError
 from tests.data.coco_files import coco, write_split
@@ -36,6 +37,20 @@ def test_every_format_gives_the_same(style: str, tmp_path: Path) -> None:
         assert sorted(each["name"] for each in truth["categories"]) == split.class_names
         assert sorted(each["bbox"][2] for each in truth["annotations"]) == pytest.approx([5, 10, 39.5])
         assert {each["image_id"] for each in truth["annotations"]} == set(split.rows["image_id"])
+
+
+@pytest.mark.parametrize("style", ["metadata", "yolo", "voc_beside"])
+def test_broken_images_are_told_at_once_whatever_the_format(style: str, tmp_path: Path) -> None:
+    """Also where the size of an image is in nothing but the image; or they are left out."""
+    WRITERS[style](tmp_path)
+    for split in {path.parent for path in tmp_path.rglob("*.png")}:
+        (split / next(iter(SCENES))).write_bytes(b"no image")
+    for path in tmp_path.rglob("*.xml"):
+        write_text(path, path.read_text().replace("size>", "sides>"))
+    splits = read_splits(DataArguments(data_folder=str(tmp_path)))
+    with pytest.raises(DatasetError, match="1 of 2 images .*1 of 2 images "):
+        check_images(splits)
+    assert [len(split) for split in check_images(splits, skip_broken=True)] == [1, 1]
 
 
 def test_a_data_yaml_may_be_named_itself(tmp_path: Path) -> None:
@@ -126,3 +141,18 @@ def test_explicit_paths_without_a_validation_split(tmp_path: Path) -> None:
     )
     train, val = read_splits(arguments)
     assert len(train) == len(val) == 1 and train.class_names == ["a", "b"]
+
+
+@pytest.mark.parametrize("option", ["data_folder", "train_annotations"])
+def test_a_name_longer_than_any_file_has(option: str) -> None:
+    """Guards the one clear line: Python's pathlib raises the system's error."""
+    others = {"train_images": ".", "val_annotations": ".", "val_images": "."} if option != "data_folder" else {}
+    with pytest.raises(DatasetError, match=f"{option} 'x+[.]{{3}}x+': there is no such"):
+        check_places(DataArguments(**{option: "x" * 300}, **others))
+
+
+def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
+    WRITERS["yolo"](tmp_path)
+    options = {"data_folder": str(tmp_path), "validation_fraction": 0.5}
+    held = {read_splits(DataArguments(**options, validation_seed=seed))[1].rows["image_id"][0] for seed in range(5)}
+    assert held == {1, 2}

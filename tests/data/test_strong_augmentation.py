@@ -133,6 +133,23 @@ def test_a_mosaic_has_four_images_boxes_on_their_pixels(seed):
     assert len(quarters) == 4
 
 
+def test_boxes_of_narrow_images_fill_their_places_in_a_mosaic():
+    """Of 100×3 pixels a place of 20×20 shows 20×1: another factor in width than in height."""
+    narrow = Image.new("RGB", (100, 3), "red"), torch.tensor([[0.0, 0, 100, 3]]), torch.zeros(1, dtype=torch.int64)
+    blank = Image.new("RGB", (40, 40)), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    _, boxes, _ = Mosaic(1.0)(blank, lambda row: narrow, 3, 0.0)
+    assert boxes.tolist() == [[20, 19, 40, 20], [0, 20, 20, 21], [20, 20, 40, 21]]
+
+
+def test_the_hue_goes_round():
+    """Guards red, whose neighbours are at both ends of the hues."""
+    found = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        found.add(np.asarray(distorted(Image.new("RGB", (2, 2), "red")).convert("HSV"))[0, 0, 0] > 128)
+    assert found == {False, True}
+
+
 def test_mosaics_are_drawn_as_often_as_asked_and_end():
     def drawn(mosaic, progress):
         return mosaic(scene(), lambda row: scene([[1, 1, 9, 9]], COLORS[:1]), 5, progress)[1]

@@ -59,6 +59,8 @@ def test_what_is_no_label(tmp_path: Path, line: str, message: str) -> None:
         ("names: [cat]\ntrain: images/nowhere", "`train` is 'images/nowhere', which is not there; looked for"),
         ("names: [cat]\ntrain: {a: b}", "`train` is {'a': 'b'}: name a folder"),
         ("names: [cat]", "names no images: add `train` and `val`"),
+        ('text: "a\nnames: b"', "`names` is None: list the name of each class"),
+        (f"names: [cat]\npath: {'x' * 300}\ntrain: {'x' * 300}", "`train` is 'xx+[.]{3}x+', which is not there"),
         ("names: [cat\ntrain: x", "not valid YAML"),
     ],
 )
@@ -126,6 +128,31 @@ def test_entries_lie_where_the_user_or_the_data_yaml_says(tmp_path: Path) -> Non
         read()
     write_text(data / "data.yaml", f"names: [cat]\npath: {tmp_path / 'elsewhere'}\ntrain: images\nval: images")
     read()
+
+
+def test_labels_of_the_last_folder_of_images_and_key_points_that_the_data_yaml_says(tmp_path: Path) -> None:
+    write_text(tmp_path / "data.yaml", "names: [cat]\nkpt_shape: [1, 3]\ntrain: images/a/images\nval: images/a/images")
+    write_image(tmp_path / "images" / "a" / "images" / "1.png")
+    write_text(tmp_path / "images" / "a" / "labels" / "1.txt", "0 0.5 0.5 0.5 1.0 0.1 0.1 2")
+    train, _ = read_splits(DataArguments(data_folder=str(tmp_path)))
+    assert train.rows["boxes"][0] == [[10, 0, 30, 30]]
+
+
+def test_labels_lie_beside_the_images_that_the_data_yaml_names(tmp_path: Path) -> None:
+    """Absolute paths of images alone, in a file that begins with the mark of Windows."""
+    write_image(tmp_path / "elsewhere" / "images" / "a.png")
+    write_text(tmp_path / "elsewhere" / "labels" / "a.txt", "0 0.5 0.5 0.5 0.5")
+    images = tmp_path / "elsewhere" / "images"
+    write_text(tmp_path / "data" / "data.yaml", f"\ufeffnames: [cat]\ntrain: {images}\nval: {images}")
+    train, _ = read_splits(DataArguments(data_folder=str(tmp_path / "data")))
+    assert [len(boxes) for boxes in train.rows["boxes"]] == [1]
+
+
+def test_a_list_of_names_that_no_file_can_have(tmp_path: Path) -> None:
+    write_text(tmp_path / "data.yaml", "names: [cat]\ntrain: train.txt\nval: train.txt")
+    write_text(tmp_path / "train.txt", "x" * 300)
+    with pytest.raises(DatasetError, match="1 of its images are missing"):
+        read_splits(DataArguments(data_folder=str(tmp_path)))
 
 
 def test_images_or_labels_that_are_missing(tmp_path: Path) -> None:

@@ -115,3 +115,10 @@ def test_broken_images(detector, photos, caplog):
         "left out 2 files that are no readable images",
         "left out 1 files that are no readable images",
     ]
+
+
+def test_a_detector_of_many_queries_finds_as_many(tmp_path):
+    """More than the hundred detections that COCO counts."""
+    noise(64, 64).save(tmp_path / "a.png")
+    path = save(tiny_model(num_queries=130), small_image_processor(), tmp_path / "detector")
+    assert len(d3etr_hf.predict(path, tmp_path / "a.png", threshold=0.0)[0]["detections"]) == 130

@@ -75,3 +75,8 @@ def test_what_was_meant_is_named(places, place):
         message = str(caught.value)
         assert MEANT[place](places) in message and repr(path) in message and "\n" not in message, name
     assert not list(places.glob("**/*.onnx*"))
+
+
+def test_a_name_longer_than_any_file_has():
+    with pytest.raises(DetectorLoadError, match="there is no such folder, and it is no Hub id"):
+        load_detector("x" * 300)

@@ -181,6 +181,8 @@ def test_what_cannot_be_exported_is_refused(run_folder, packages_found, tmp_path
     """A Hub id with no output, a folder that tells of no data, one that is absent, Swin, and two gigabytes."""
     with pytest.raises(OnnxExportError, match="'user/student' is no folder here: say with --output where"):
         run_script("user/student")
+    with pytest.raises(OnnxExportError, match="--output .* is a folder: name the file, for example model.onnx in it"):
+        export_and_check(str(run_folder), str(tmp_path))
     tiny_model().save_pretrained(tmp_path / "bare")
     with pytest.raises(OnnxExportError, match="bare holds no run.yaml .* give --data_folder"):
         run_script(str(tmp_path / "bare"))

@@ -1,17 +1,19 @@
 """What is kept of a teacher is what it would say of an image alone, to the last bit; nothing else is taken for it."""
 
+import copy
 import shutil
 from dataclasses import fields
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from d3etr_hf.data import Augmentation, DetectionCollator
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import DamagedFileError, UnsupportedOptionError, WriteError
 from d3etr_hf.outputs import GroupRequest
 from d3etr_hf.training.teacher import Teacher, teacher_pixels
-from d3etr_hf.training.teacher_cache import TeacherCache
+from d3etr_hf.training.teacher_cache import TeacherCache, _digest_of_teacher, _images_of
 from tests.shapes_fixture import SIDE, crop_every_other, load_shapes, shapes_trainer, weights_of
 from tests.tiny import tiny_model
 
@@ -209,3 +211,43 @@ def test_a_damaged_file_is_named(shapes, tmp_path):
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(DamagedFileError, match=f"{file.name} cannot be read .*: remove it"):
         cache(pixels)
+    save_file({"boxes": torch.zeros(2)}, file)
+    with pytest.raises(DamagedFileError, match=f"{file.name} holds other tensors than these: remove it"):
+        cache(pixels)
+
+
+def test_all_that_is_taken_of_a_teacher_and_the_shape_of_an_image_are_in_their_names():
+    """Files of one folder are taken for whatever asks for their names."""
+    teacher = teacher_of()
+    folders = [_digest_of_teacher(teacher, MAPS, "no")]
+    folders.append(_digest_of_teacher(teacher, MAPS._replace(self_attention=not MAPS.self_attention), "no"))
+    folders.append(_digest_of_teacher(teacher, MAPS._replace(cross_attention=not MAPS.cross_attention), "no"))
+    for name, value in (("class_index", teacher.class_index.flip(0)), ("layer_map", teacher.layer_map[::-1])):
+        changed = copy.copy(teacher)
+        setattr(changed, name, value)
+        folders.append(_digest_of_teacher(changed, MAPS, "no"))
+    assert len(set(folders)) == 5
+    names = set()
+    for height, width in ((2, 8), (4, 4), (8, 2)):
+        pixels = {"pixel_values": torch.zeros(1, 3, 9, 9), "pixel_mask": torch.zeros(1, 9, 9)}
+        pixels["pixel_mask"][:, :height, :width] = 1
+        ((name, image),) = _images_of(pixels)
+        assert image.shape == (3, height, width)
+        names.add(name)
+    assert len(names) == 3
+
+
+def test_a_common_grid_is_as_high_and_as_wide_as_its_images(uneven, tmp_path):
+    """Of one that is higher and one that is wider, neither of them square."""
+    cache, pixels, sizes = cache_of(tmp_path, uneven), pixels_of(uneven, [0, 2]), ((SIDE, 16), (16, 48))
+    pixels["pixel_mask"] = torch.zeros_like(pixels["pixel_mask"])
+    for index, (height, width) in enumerate(sizes):
+        pixels["pixel_mask"][index, :height, :width] = 1
+    grids = [
+        tuple(cache({name: value[index : index + 1] for name, value in pixels.items()}).memory_mask.shape[1:])
+        for index in range(2)
+    ]
+    (high, _), (_, wide) = grids
+    found = cache(pixels).memory_mask
+    assert found.shape[1:] == (high, wide) and high > grids[1][0] and wide > grids[0][1]
+    assert [(int(mask.any(1).sum()), int(mask.any(0).sum())) for mask in found] == grids
