@@ -1,5 +1,6 @@
 """What the README says can be done is done: its commands run, or are parsed by their own parser; its snippets run."""
 
+import json
 import re
 import runpy
 import shlex
@@ -160,6 +161,26 @@ def test_snippet_runs(index, place, monkeypatch, fresh_processes):
     exec(compile(short, "README.md", "exec"), {})
     if index == 0:
         assert len(AutoModelForObjectDetection.from_pretrained("runs/student").config.id2label) == 3
+
+
+def test_first_table_is_the_demos():
+    """As its card has measured it; no word is left to be filled in."""
+    measured = json.loads((REPOSITORY / "model_cards" / "shapes_student" / "metrics.json").read_text())
+    rows = {
+        "teacher": measured["teacher"],
+        "student, distilled": measured["student"],
+        **measured["compared"],
+    }
+    found = re.findall(
+        r"^\| \**(.+?)\** \| ([\d,]+) \| ([\d.]+) \| \**([\d.]+)\** \| ([\d.]+) \|$", README, re.MULTILINE
+    )
+    assert len(found) == 4 and not re.search(r"DEMO_|TODO", README)
+    for title, parameters, milliseconds, ap, ap50 in found:
+        row = rows[title.split(", ships")[0]]
+        assert int(parameters.replace(",", "")) == row["parameters"], title
+        assert [ap, ap50] == [f"{100 * row['metrics'][name]:.1f}" for name in ("AP", "AP50")], title
+        timed = row if "milliseconds" in row else measured["student"]
+        assert milliseconds == f"{timed['milliseconds']['median']:.1f}", title
 
 
 def test_comparison():
