@@ -12,7 +12,7 @@ from pathlib import Path
 from d3etr_hf.cli.benchmark import format_costs, measure_costs
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
-from d3etr_hf.data import DataArguments, load_splits
+from d3etr_hf.data import DataArguments, check_places, load_splits
 from d3etr_hf.evaluation.structure import SINK, as_rows, layer_structures
 from d3etr_hf.files import write_json
 from d3etr_hf.models.image_processors import image_processor_of
@@ -39,6 +39,8 @@ def main() -> None:
     """What `d3etr analyze` runs."""
     arguments, data = parse_arguments((AnalysisArguments, DataArguments), description=__doc__, first_argument="model")
     has_data = data != DataArguments()
+    if has_data:
+        check_places(data)  # before anything is measured
     cost = measure_costs([arguments.model], arguments.height, arguments.width, arguments.use_cpu)
     layers = analyze_layers(arguments.model, data, arguments.batch_size) if has_data else []
     print(format_costs(cost))
@@ -56,9 +58,10 @@ def analyze_layers(model: str, data: DataArguments, batch_size: int = 8) -> list
 
     Raises:
         DetectorLoadError, DatasetError, IncompatibleTeacherError: the model or the data cannot be read.
+        EvaluationError: the validation split has no object.
     """
     detector = load_detector(model)
-    _, val = load_splits(data, image_processor_of(detector.config.model_type, model))
+    _, val = load_splits(data, image_processor_of(detector.config.model_type, model), trains=False)
     return as_rows(layer_structures(with_classes_of(detector, val.class_names, "model"), val, batch_size))
 
 
