@@ -66,8 +66,9 @@ assert wheel["Version"] == d3etr_hf.__version__ and wheel["License-Expression"] 
 assert "every DETR" in wheel["Summary"] and wheel["Description-Content-Type"] == "text/markdown"
 assert wheel.get_all("Project-URL") and len(wheel.get_all("Classifier")) > 5
 package = Path(d3etr_hf.__file__).parent
-for name in ("py.typed", "configs/shapes/distill.yaml", "publishing/model_card.md.jinja"):
-    assert (package / name).stat().st_size >= 0, name
+teacher = [f"model_cards/shapes_teacher/{name}" for name in ("model.safetensors", "config.json", "results.json")]
+for name in ("py.typed", "configs/shapes/distill.yaml", "publishing/model_card.md.jinja", *teacher):
+    assert (package / name).stat().st_size > 0, name
 PYTHON
 }
 
@@ -88,6 +89,10 @@ launch=(accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_preci
 step "what the wheel says of itself" metadata
 step "d3etr --help" d3etr --help
 step "d3etr make-shapes" d3etr make-shapes --folder data/shapes --train_images 16 --val_images 4
+step "d3etr data check" d3etr data check data/shapes
+shipped="$(python -c "from d3etr_hf.configurations import shipped; print(shipped('model_cards') / 'shapes_teacher')")"
+step "d3etr predict, by the wheel's own teacher" d3etr predict "$shipped" data/shapes/val --use_cpu true
+step "d3etr analyze" d3etr analyze "$shipped" "${data[@]}" --use_cpu true
 step "d3etr train" d3etr train configs/shapes/teacher.yaml "${short[@]}" --output_dir runs/teacher
 step "accelerate launch, d3etr distill" "${launch[@]}" distill configs/shapes/distill.yaml "${short[@]}" \
     --teacher runs/teacher --output_dir runs/student

@@ -61,9 +61,10 @@ def analyze_layers(model: str, data: DataArguments, batch_size: int = 8) -> list
 
     Raises:
         DetectorLoadError, DatasetError, IncompatibleTeacherError: the model or the data cannot be read.
+        EvaluationError: the validation split has no object.
     """
     detector = load_detector(model)
-    _, val = load_splits(data, image_processor_of(detector.config.model_type, model))
+    _, val = load_splits(data, image_processor_of(detector.config.model_type, model), trains=False)
     return as_rows(layer_structures(with_classes_of(detector, val.class_names, "model"), val, batch_size))
 
 

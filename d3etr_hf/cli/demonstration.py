@@ -94,14 +94,25 @@ def run_demo(
 
 
 def prepare_teacher(folder: Path, data_folder: Path, train: bool, overrides: Sequence[str] = ()) -> dict:
-    """Copy the teacher that comes with the package, or train it, and show what it can; its results."""
+    """Copy the teacher that comes with the package, or train it, and show what it can; its results.
+
+    One that was trained here before stays.
+
+    Raises:
+        DemoError: it was not trained to the end.
+    """
     place = folder / "teacher"
     if train:
         scenes = str(make_shapes(folder / "teacher_data", train_images=TEACHER_IMAGES))
         command = ["train", str(CONFIGURATIONS / "teacher.yaml"), "--data_folder", scenes, *overrides]
         train_one("teacher", command, folder)
-    else:
+    elif not (place / CONFIGURATION).exists():
         shutil.copytree(shipped("model_cards") / "shapes_teacher", place, dirs_exist_ok=True)
+    elif not (place / RESULTS).exists():
+        raise DemoError(
+            f"{place} holds a teacher whose training is not finished: pass --train_teacher true to finish it, or "
+            "remove the folder to take the one that comes with the package"
+        )
     evaluated = evaluate_detector(DataArguments(data_folder=str(data_folder)), str(place), str(place))
     results = read_record(place / RESULTS) | evaluated
     picture = folder / "teacher.png"

@@ -32,7 +32,7 @@ from d3etr_hf.runs.description import describe_run
 from d3etr_hf.runs.environment import describe_environment
 from d3etr_hf.runs.folder_lock import holding
 from d3etr_hf.runs.inputs import check_inputs, inputs_of, read_inputs
-from d3etr_hf.runs.longer_run import refuse_without_checkpoint
+from d3etr_hf.runs.longer_run import refuse_stopped_early, refuse_without_checkpoint
 from d3etr_hf.runs.output_folder import (
     CONFIGURATION,
     ENVIRONMENT,
@@ -140,6 +140,8 @@ def begin(
     checkpoint = checkpoint_to_go_on_from(output, training_arguments)
     if (output / RESULTS).exists():
         refuse_without_checkpoint(output, checkpoint)
+    if longer and (output / HISTORY).exists():
+        refuse_stopped_early(output, read_record(output / HISTORY), training_arguments)
     return None, checkpoint
 
 

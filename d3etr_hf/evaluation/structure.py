@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from d3etr_hf.data import DetectionCollator, DetectionDataset
+from d3etr_hf.errors import EvaluationError
 from d3etr_hf.evaluation.detections import select_detections
 from d3etr_hf.evaluation.prediction import average_precision_of
 from d3etr_hf.models.detector import Detector
@@ -52,8 +53,14 @@ def layer_structures(model: Detector, dataset: DetectionDataset, batch_size: int
         batch_size: predictions depend a little on which images share a batch.
 
     Raises:
+        EvaluationError: the data set has no object, so that there is no average precision.
         ValueError: a detection is not finite.
     """
+    if all(annotation.get("iscrowd", 0) for annotation in dataset.ground_truth["annotations"]):
+        raise EvaluationError(
+            f"{dataset.name}: none of its {len(dataset)} images has an object that is not a crowd region, so there is "
+            "no average precision of a layer: choose another validation split, or more of its images"
+        )
     model.eval()
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=DetectionCollator())
     detections: list[list[torch.Tensor]] = [[] for _ in range(model.decoder_depth)]

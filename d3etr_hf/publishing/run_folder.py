@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from d3etr_hf.data import DataArguments, DetectionDataset, DetectionTransform, load_splits
-from d3etr_hf.errors import OutputFolderError, PublishError
+from d3etr_hf.errors import OutputFolderError, PublishError, quoted
 from d3etr_hf.files import copy_whole, sha256_of
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 EMISSIONS = "emissions.csv"
 PLACES = {"data_folder", "dataset_name", "train_annotations", "train_images", "val_annotations", "val_images"}
+SPLITS = {"dataset_train_split", "dataset_val_split", "validation_fraction"}
 CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # what is read with the weights
 CONFIGURATIONS = (CONFIG, WEIGHTS_INDEX, "preprocessor_config.json")
@@ -194,12 +195,25 @@ def _why_no_model(folder: Path) -> str | None:
 
 
 def merged_data_arguments(configuration: dict, given: DataArguments) -> DataArguments:
-    """The run's own data arguments with those that were given in their place; one new place replaces all old ones."""
+    """The run's own data arguments with those that were given in their place; one new place replaces all old ones.
+
+    With the old places goes what was evaluated on there: splits by name, and a held out share.
+
+    Raises:
+        PublishError: those that were given do not go with the run's own.
+    """
     changed = {field.name: value for field in fields(given) if (value := getattr(given, field.name)) != field.default}
     own = {field.name: configuration[field.name] for field in fields(given) if field.name in configuration}
     if PLACES & changed.keys():
-        own = {name: value for name, value in own.items() if name not in PLACES}
-    return DataArguments(**(own | changed))
+        own = {name: value for name, value in own.items() if name not in PLACES | SPLITS}
+    try:
+        return DataArguments(**(own | changed))
+    except ValueError as error:
+        shown = ", ".join(f"{name} {quoted(value)}" for name, value in changed.items()) or "none were given"
+        raise PublishError(
+            f"the data options given here ({shown}) cannot be used with those of the run: {error} Name a place of the "
+            "data as well (data_folder, dataset_name or the explicit paths), which replaces the run's splits"
+        ) from error
 
 
 def load_run(folder: Path, data_arguments: DataArguments | None = None, teacher: str | None = None) -> PublishedRun:
@@ -219,10 +233,13 @@ def load_run(folder: Path, data_arguments: DataArguments | None = None, teacher:
     student = load_detector(str(folder), "student")
     processor = image_processor_of(student.config.model_type, str(folder))
     teacher = teacher or configuration.get("teacher")
+    # of training images only boxes are counted, of those that were not left out
+    trains = data_arguments.skip_broken_images
     if teacher is None or teacher == NO_TEACHER:
-        return PublishedRun(folder, student, *load_splits(data_arguments, processor), data_moved=moved)
+        splits = load_splits(data_arguments, processor, trains=trains)
+        return PublishedRun(folder, student, *splits, data_moved=moved)
     model, teacher_processor = load_teacher(teacher), load_image_processor(teacher)
-    train, val = load_splits(data_arguments, processor, teacher_processor)
+    train, val = load_splits(data_arguments, processor, teacher_processor, trains=trains)
     return PublishedRun(folder, student, train, val, model, teacher, teacher_processor, moved)
 
 

@@ -1,9 +1,12 @@
 """A run that is called again with more steps or epochs: whether it can go on, and what to do where it cannot."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from d3etr_hf.errors import OutputFolderError
+from d3etr_hf.training.early_stopping import evaluations_since_best
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 STEPS, EPOCHS = "max_steps", "num_train_epochs"
 DEFAULTS = {STEPS: -1, EPOCHS: 3.0}
@@ -64,4 +67,27 @@ def refuse_without_checkpoint(output: Path, checkpoint: str | None) -> None:
         raise OutputFolderError(
             f"{output} holds this run, finished, without a checkpoint to go on from: train its model on in another "
             f"run: --model {output} --output_dir NEW_FOLDER, without model_config"
+        )
+
+
+def refuse_stopped_early(output: Path, log_history: Sequence[Mapping], args: D3etrTrainingArguments) -> None:
+    """A longer run that goes on from where it got no better would not take another step.
+
+    Args:
+        output: the run's folder.
+        log_history: what it logged so far.
+        args: of the longer run.
+
+    Raises:
+        OutputFolderError: its evaluations got no better for `early_stopping_patience` of them.
+    """
+    if args.early_stopping_patience is None:
+        return
+    without_gain = evaluations_since_best(log_history, args)
+    if without_gain >= args.early_stopping_patience:
+        raise OutputFolderError(
+            f"{output} holds this run stopped early, since in {without_gain} evaluations {args.metric_for_best_model} "
+            "was no better: a longer one would take no further step. Train its model on in another run: "
+            f"--model {output} --output_dir NEW_FOLDER, without model_config, and without early_stopping_patience or "
+            "with a larger one"
         )

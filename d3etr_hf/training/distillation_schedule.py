@@ -1,5 +1,6 @@
 """When a training distils: on every step or each n-th, to the end or not, with weights that stay or fall."""
 
+import math
 from dataclasses import dataclass, replace
 
 from d3etr_hf.errors import UnsupportedOptionError
@@ -30,6 +31,15 @@ class DistillationSchedule:
         if step % self.distillation_interval or (steps and step >= last):
             return 0.0
         return 1 - step / last if self.distillation_decay and steps else 1.0
+
+    def share(self, steps: int) -> float:
+        """How many of a training's steps distil, as a share of all; 1 where their number is not known."""
+        return math.ceil(self.distillation_end * steps / self.distillation_interval) / steps if steps else 1.0
+
+    def first_plain_step(self, steps: int) -> int | None:
+        """The first step, from 0, that does not distil; None where each does."""
+        step = 1 if self.distillation_interval > 1 else math.ceil(self.distillation_end * steps)
+        return step if step < steps else None
 
     def at(self, options: Distillation, step: int, steps: int) -> Distillation:
         """The options of a step; without distillation the student's own detection loss is left."""

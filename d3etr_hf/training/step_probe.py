@@ -43,6 +43,7 @@ class Forecast:
         steps: of the training.
         processes: that train together.
         without_optimizer: why the optimizer's share is in none of these, in one line; None if it is.
+        asks_teacher: whether a teacher was asked in each of them whose outputs the training keeps in a cache.
     """
 
     peak: int
@@ -56,11 +57,14 @@ class Forecast:
     steps: int
     processes: int = 1
     without_optimizer: str | None = None
+    asks_teacher: bool = False
 
     def lines(self, now: datetime) -> list[str]:
         """As a user reads it."""
         duration = timedelta(seconds=round(self.steps * self.step_seconds))
         left_out = "evaluation" if self.processes == 1 else "evaluation and what processes send each other"
+        if self.asks_teacher:
+            left_out += ", and as if there were no teacher_cache, which spares the teacher where it knows the images"
         lines = [
             f"a step takes about {self.step_seconds:.3g} s ({self.loading_seconds:.2g} s of them for loading images); "
             f"{self.steps} steps end about {now + duration:%Y-%m-%d %H:%M}, after {duration}, without {left_out}",
@@ -80,9 +84,9 @@ class Forecast:
 class StepProbe(TrainerCallback):
     """Prints before the first step what the training will take.
 
-    It takes about five steps' time, and changes nothing of the training. A training of fewer than 50 steps, one that
-    goes on from a checkpoint, one with `torch_compile` (whose first steps are of another kind) and one with
-    `split_batches` go without.
+    It takes about five steps' time, seven where some steps do not distil, and changes nothing of the training. A
+    training of fewer than 50 steps, one that goes on from a checkpoint, one with `torch_compile` (whose first steps
+    are of another kind) and one with `split_batches` go without.
 
     Args:
         trainer: whose training data have a `DetectionTransform`; others are passed over.
@@ -119,8 +123,7 @@ def forecast(trainer: DistillationTrainer) -> Forecast:
         growth = MemoryGrowth(trainer, largest, loaded.example, loaded.varied)
         growth.measure()
         optimizer.kept.clear()  # it was there to take its memory
-        seconds = [seconds_of(partial(trainer.trial_step, batch)) for batch in loaded.typical]
-    batch_seconds, loading_seconds = float(np.mean(seconds)), loaded.seconds
+        batch_seconds, loading_seconds = seconds_of_batch(trainer, loaded.typical), loaded.seconds
     if args.dataloader_num_workers > 0:  # they load while the step before is taken
         loading_seconds = max(0.0, loading_seconds / args.dataloader_num_workers - batch_seconds)
     accumulated = args.gradient_accumulation_steps
@@ -137,7 +140,22 @@ def forecast(trainer: DistillationTrainer) -> Forecast:
         steps=state.max_steps,
         processes=args.world_size,
         without_optimizer=optimizer.failure,
+        asks_teacher=trainer.teacher_cache is not None,
     )
+
+
+def seconds_of_batch(trainer: DistillationTrainer, batches: list[dict]) -> float:
+    """Mean over steps that distil and those that do not, as many of each as the schedule has; without loading."""
+
+    def mean(**step: int) -> float:
+        return float(np.mean([seconds_of(partial(trainer.trial_step, batch, **step)) for batch in batches]))
+
+    schedule, steps = trainer.args.schedule, trainer.state.max_steps
+    distilled, plain = mean(), schedule.first_plain_step(steps)
+    if plain is None:
+        return distilled
+    share = schedule.share(steps)
+    return share * distilled + (1 - share) * mean(step=plain)
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
+from d3etr_hf import __version__
 from d3etr_hf.data import DetectionCollator, DetectionDataset, DetectionTransform
-from d3etr_hf.errors import DamagedFileError, UnsupportedOptionError, WriteError, one_line
+from d3etr_hf.errors import DamagedFileError, UnsupportedOptionError, WriteError, one_line, quoted
 from d3etr_hf.files import UNFINISHED, write_errors
 from d3etr_hf.outputs import AttentionMap, GroupRequest
 from d3etr_hf.training.processes import on_main_process
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, teacher_pixels
 
 GIB = 2**30
+MOST_LOOKED_UP = 64  # images that tell how many of a data set are there
 # tensors of a `TeacherOutput` by their last name: of all layers, with images on the second axis; and of no image
 LAYERS_FIRST = ("probabilities", "boxes", "box_distribution")
 OF_NO_IMAGE = ("box_bins",)
@@ -71,16 +73,21 @@ class TeacherCache:
                 "teacher_cache: images that augmentation changes are other ones every epoch, and nothing can be kept "
                 "of them: set augmentation to none, or leave teacher_cache out"
             )
+        if dataset.mosaic is not None:
+            raise UnsupportedOptionError(
+                "teacher_cache: mosaics are other images every epoch, and nothing can be kept of them: set mosaic to "
+                "0 (in Python the data set's `mosaic` to None), or leave teacher_cache out"
+            )
         ((_, image),) = _images_of(teacher_pixels(DetectionCollator()([dataset[0]])))
         output = self._ask(image.to(self.teacher.detector.device))
         tensors = dict(_named_tensors(output))
-        on_main_process(lambda: self._announce(len(dataset), sum(value.nbytes for value in tensors.values())))
+        on_main_process(lambda: self._announce(dataset, sum(value.nbytes for value in tensors.values())))
 
-    def _announce(self, images: int, bytes_each: int) -> None:
+    def _announce(self, dataset: DetectionDataset, bytes_each: int) -> None:
         with write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        there = sum(1 for _ in self.folder.glob("*/*.safetensors"))
-        needed, free = max(images - there, 0) * bytes_each, shutil.disk_usage(self.folder).free
+        images, there = len(dataset), self._share_there(dataset)
+        needed, free = round(images * (1 - there)) * bytes_each, shutil.disk_usage(self.folder).free
         if needed > free:
             raise WriteError(
                 f"{self.folder.parent}: the teacher's outputs of {images} images take about {needed / GIB:.1f} GiB "
@@ -88,9 +95,21 @@ class TeacherCache:
                 "another teacher_cache, or leave it out"
             )
         logger.warning(
-            f"the teacher's outputs are kept in {self.folder}: {there} images are there, and all {images} take about "
-            f"{images * bytes_each / GIB:.2f} GiB"
+            f"the teacher's outputs are kept in {self.folder}: about {there:.0%} of {images} images are there, and "
+            f"all take about {images * bytes_each / GIB:.2f} GiB"
         )
+
+    def _share_there(self, dataset: DetectionDataset) -> float:
+        """About how much of a data set is there already, 0..1, by some of its images: other data may be there, too."""
+        if not any(self.folder.glob("*/*.safetensors")):
+            return 0.0
+        looked_at = range(0, len(dataset), max(1, len(dataset) // MOST_LOOKED_UP))
+        pixels = (teacher_pixels(DetectionCollator()([dataset[index]])) for index in looked_at)
+        found = [self._path_of(name).exists() for each in pixels for name, _ in _images_of(each)]
+        return sum(found) / len(found)
+
+    def _path_of(self, name: str) -> Path:
+        return self.folder / name[:2] / f"{name}.safetensors"
 
     def __call__(self, pixels: Mapping[str, torch.Tensor]) -> TeacherOutput:
         """What the teacher says of a batch, of files or else of itself.
@@ -105,7 +124,7 @@ class TeacherCache:
         return self._joined([self._of_image(name, image) for name, image in _images_of(pixels)])
 
     def _of_image(self, name: str, image: torch.Tensor) -> TeacherOutput:
-        path = self.folder / name[:2] / f"{name}.safetensors"
+        path = self._path_of(name)
         if self._form is not None and path.exists():
             return _in_form(self._form, _read(path, image.device, self._form))
         output = self._ask(image)
@@ -148,7 +167,7 @@ def _digest_of_teacher(teacher: Teacher, request: GroupRequest, precision: str) 
         "layers": teacher.layer_map,
         "maps": [request.self_attention, request.cross_attention],
         "precision": [precision, detector.device.type],
-        "versions": [torch.__version__, transformers.__version__],
+        "versions": [torch.__version__, transformers.__version__, __version__],
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for value in state.values():
@@ -172,14 +191,18 @@ def _bytes_of(tensor: torch.Tensor) -> Any:
 
 
 def _read(path: Path, device: torch.device, form: TeacherOutput) -> dict[str, torch.Tensor]:
+    """The tensors of a file, which must be those that this teacher gives."""
+    remedy = "remove it, and the teacher is asked again"
     try:
         tensors = load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
-        raise DamagedFileError(
-            f"{path} cannot be read ({one_line(error)}): remove it, and the teacher is asked again"
-        ) from error
-    if tensors.keys() != dict(_named_tensors(form)).keys():
-        raise DamagedFileError(f"{path} holds other tensors than these: remove it, and the teacher is asked again")
+        raise DamagedFileError(f"{path} cannot be read ({one_line(error)}): {remedy}") from error
+    expected, found = (
+        {name: (value.dtype, value.ndim) for name, value in named} for named in (_named_tensors(form), tensors.items())
+    )
+    if found != expected:
+        name = min(name for name, _ in expected.items() ^ found.items())
+        raise DamagedFileError(f"{path} holds other tensors than this teacher's outputs, as {quoted(name)}: {remedy}")
     return tensors
 
 

@@ -278,7 +278,7 @@ class DistillationTrainer(ResumableTrainer):
             self._keep_for_log(sums, terms, statistics, part)
             if self.instability is not None:
                 self._keep_instability(labels, part)
-            if self.args.log_gradient_norms and self._logs_after_this_step():
+            if self.args.log_gradient_norms and self._takes_norms_in_this_step():
                 self._keep_gradient_norms(sums, part)
         else:
             self.guard.look_at_terms()
@@ -349,17 +349,22 @@ class DistillationTrainer(ResumableTrainer):
         self.guard.look_at_gradient(norm, model)
         return norm
 
-    def trial_step(self, batch: dict) -> None:
+    def trial_step(self, batch: dict, step: int | None = None) -> None:
         """Forward and backward pass of one batch as if it were a whole step; gradients and what is logged go again.
 
         All processes must call this. They do not exchange gradients. Nothing is kept of what the teacher says.
+
+        Args:
+            step: whose distillation is on, see `DistillationSchedule`; by default the step that comes next.
         """
+        now = self.state.global_step
         cache, self.teacher_cache = self.teacher_cache, None
         kept = [dict(log.sums) for log in self._logs]
         try:
+            self.state.global_step = now if step is None else step
             self.training_step(self.model, batch, self._get_num_items_in_batch([batch], self.args.device))
         finally:
-            self.teacher_cache = cache
+            self.teacher_cache, self.state.global_step = cache, now
             self.model.zero_grad()
             self.guard.forget()
             for log, sums in zip(self._logs, kept, strict=True):
@@ -424,9 +429,14 @@ class DistillationTrainer(ResumableTrainer):
                 logs["skipped_steps"] = self.guard.skipped
         super().log(logs, start_time)
 
-    def _logs_after_this_step(self) -> bool:
-        step = self.state.global_step + 1
-        return step % max(1, int(self.state.logging_steps)) == 0 or (step == 1 and self.args.logging_first_step)
+    def _takes_norms_in_this_step(self) -> bool:
+        """Whether it is the last that distils before a log, or the last before it where none of them does."""
+        step, every = self.state.global_step, max(1, int(self.state.logging_steps))
+        first, end = step // every * every, (step // every + 1) * every  # of steps that are logged together
+        if self.args.logging_first_step and first == 0:
+            first, end = (0, 1) if step == 0 else (1, every)
+        weight, steps = self.args.schedule.weight, self.state.max_steps
+        return step == next((s for s in reversed(range(first, end)) if weight(s, steps) > 0), end - 1)
 
     # optimisation
 

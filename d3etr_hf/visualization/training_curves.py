@@ -34,6 +34,11 @@ LAST_PANELS = {"learning_rate": LEARNING_RATE_TITLE, "eval_AP": AVERAGE_PRECISIO
 Line = tuple[str, str, list[int], list[float]]
 
 
+def has_curves(histories: Mapping[str, Sequence[Mapping]]) -> bool:
+    """Whether any run has logged what `draw_training_curves` draws."""
+    return bool(_panels(histories))
+
+
 def draw_training_curves(histories: Mapping[str, Sequence[Mapping]], path: str | Path) -> None:
     """Draws the training curves of several runs over each other, and writes a PNG.
 

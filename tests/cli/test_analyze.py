@@ -6,9 +6,12 @@ import sys
 import pytest
 
 from d3etr_hf.cli import analyze
+from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.errors import DatasetError, EvaluationError
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.publishing import inference_cost
+from tests.shapes_fixture import keep_objects
 from tests.tiny import tiny_model
 
 
@@ -25,6 +28,23 @@ def test_with_and_without_data(tmp_path, monkeypatch, capsys):
         assert len(content["layers"]) == layers and content["cost"]["parameters"] > 0
         said = capsys.readouterr().out
         assert all(sentence in said for sentence in content["verdict"]) and ("query sinks" in said) == bool(layers)
+
+
+def test_faults_of_the_data_are_told_first(tmp_path, monkeypatch):
+    """Training images are not looked at; a place that is not there is told before anything is measured."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    load_image_processor(None, 64, 64).save_pretrained(tmp_path / "model")
+    folder = make_shapes(tmp_path / "data", 1, 2, image_size=64, progress=False)
+    for image in (folder / "train").iterdir():
+        image.write_text("no image")
+    keep_objects(folder, "val", [0, 1])
+    data = DataArguments(data_folder=str(folder), max_val_images=1)
+    with pytest.raises(EvaluationError, match="shapes/val|data/val.*none of its 1 images has an object"):
+        analyze.analyze_layers(str(tmp_path / "model"), data)
+    monkeypatch.setattr(analyze, "measure_costs", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["d3etr analyze", str(tmp_path / "model"), "--data_folder", "missing"])
+    with pytest.raises(DatasetError, match="data_folder"):
+        analyze.main()
 
 
 def layer(ap, sink_mass=0.0, on_objects=0.5):

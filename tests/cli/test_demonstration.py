@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from tqdm.auto import tqdm
 
+from d3etr_hf.cli import demonstration
 from d3etr_hf.cli.demonstration import (
     equal_time_steps,
     format_table,
@@ -97,6 +98,24 @@ def test_the_teacher_is_trained_where_that_is_asked_for(tmp_path, monkeypatch):
     assert name == "teacher" and scenes == [(tmp_path / "teacher_data", 8000)]
     assert command[:2] == ["train", str(shipped("configs") / "demo" / "teacher.yaml")]
     assert command[2:] == ["--data_folder", str(tmp_path / "teacher_data")]
+
+
+def test_a_teacher_that_was_trained_here_stays(tmp_path, monkeypatch):
+    """The one that comes with the package is copied where there is none, or only such a copy."""
+    shown = []
+    monkeypatch.setattr(demonstration, "evaluate_detector", lambda *_: shown.append("") or {"AP": 0.5})
+    monkeypatch.setattr(demonstration, "draw_demo_detections", lambda *_: None)
+    place = tmp_path / "teacher"
+    for _ in range(2):
+        prepare_teacher(tmp_path, tmp_path, train=False)
+    assert (place / "model.safetensors").stat().st_size > 1000
+    (place / "model.safetensors").write_bytes(b"trained here")
+    (place / "run.yaml").touch()
+    prepare_teacher(tmp_path, tmp_path, train=False)
+    assert (place / "model.safetensors").read_bytes() == b"trained here" and len(shown) == 3
+    (place / "results.json").unlink()
+    with pytest.raises(DemoError, match="not finished: pass --train_teacher true to finish it"):
+        prepare_teacher(tmp_path, tmp_path, train=False)
 
 
 def test_failed_run_names_its_log(tmp_path, monkeypatch):

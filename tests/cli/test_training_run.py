@@ -742,3 +742,15 @@ def test_a_finished_run_that_cannot_go_on_names_the_way(shapes, finished, tmp_pa
     with pytest.raises(OutputFolderError, match="finished, without a checkpoint to go on from.*--model"):
         train_detector(*arguments(shapes, tmp_path / "kept", **(options | {"max_steps": 2})))
     assert (tmp_path / "kept" / "results.json").exists()
+
+
+def test_a_run_that_stopped_early_is_not_made_longer(shapes, tmp_path):
+    """It would take no step, and lose its results."""
+    stopping = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2, "metric_for_best_model": "AP"}
+    options = {"lr_scheduler_type": "constant", "save_steps": 1, "learning_rate": 0.0, "backbone_learning_rate": 0.0}
+    output = tmp_path / "stopped"
+    assert train_detector(*arguments(shapes, output, **options, **stopping))["steps"] == 3
+    before = files_of(output)
+    with pytest.raises(OutputFolderError, match=f"stopped early, since in 2 eval.*--model {output} .*without early_s"):
+        train_detector(*arguments(shapes, output, **options, **stopping, max_steps=10))
+    assert files_of(output) == before

@@ -2,7 +2,11 @@
 
 from types import SimpleNamespace
 
-from d3etr_hf.publishing.run_folder import describe_training
+import pytest
+
+from d3etr_hf.data import DataArguments
+from d3etr_hf.errors import PublishError
+from d3etr_hf.publishing.run_folder import describe_training, merged_data_arguments
 
 
 def test_options_under_a_teacher_of_predictions(tmp_path):
@@ -14,3 +18,16 @@ def test_options_under_a_teacher_of_predictions(tmp_path):
     assert options["distillation_interval"] == 2 and options["prediction_weight"] == 0.5
     assert options["self_attention_weight"] == options["cross_attention_weight"] == 0
     assert options["auxiliary_queries"] == "none"
+
+
+def test_data_named_anew_replace_the_old_splits():
+    old = {"data_folder": "old", "validation_fraction": 0.1, "short_side": 64, "long_side": 80}
+    paths = {"train_annotations": "t.json", "train_images": "t", "val_annotations": "v.json", "val_images": "v"}
+    merged = merged_data_arguments(old, DataArguments(**paths))
+    assert merged == DataArguments(**paths, short_side=64, long_side=80)
+    old = {"dataset_name": "a/b", "dataset_train_split": "train[:80%]", "dataset_val_split": "train[80%:]"}
+    held_out = DataArguments(data_folder="new", validation_fraction=0.2)
+    assert merged_data_arguments(old, held_out) == held_out
+    assert merged_data_arguments(old, DataArguments()) == DataArguments(**old)
+    with pytest.raises(PublishError, match=r"options given here \(validation_fraction 0.2\) .*not both"):
+        merged_data_arguments(old, DataArguments(validation_fraction=0.2))

@@ -112,3 +112,24 @@ def test_the_teacher_is_asked_on_its_steps_alone_and_a_run_goes_on_exactly(shape
 def test_a_schedule_of_nothing_is_refused(shapes, tmp_path, options, message):
     with pytest.raises(UnsupportedOptionError, match=message):
         shapes_trainer(shapes, tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"distillation_interval": 2, "logging_steps": 2}, {2: True, 4: True, 6: True, 8: True}),
+        ({"distillation_interval": 3, "logging_steps": 2, "logging_first_step": True}, {1: 1, 2: 0, 4: 1, 6: 0, 8: 1}),
+    ],
+)
+def test_gradient_norms_are_of_a_step_that_distils(shapes, tmp_path, options, expected):
+    """Steps 0, 2, ..., or 0, 3 and 6, do: the norms are those of one such step alone, as if each step were logged."""
+    whole, _ = trained(shapes, tmp_path / "each", log_gradient_norms=True, **(options | {"logging_steps": 1}))
+    trainer, _ = trained(shapes, tmp_path / "some", log_gradient_norms=True, **options)
+    each, some = ({log["step"]: log for log in t.state.log_history if "loss" in log} for t in (whole, trainer))
+    assert {step: "gradient_norm/student/self_attention" in log for step, log in some.items()} == expected
+    interval, every = options["distillation_interval"], options["logging_steps"]
+    for step, log in some.items():
+        told = range(step - every if step > 1 else 0, step)
+        of = max((s for s in told if s % interval == 0 and not (s == 0 < step - 1 and 1 in some)), default=step - 1)
+        norms = {name: value for name, value in log.items() if name.startswith("gradient_norm/")}
+        assert norms == {name: pytest.approx(each[of + 1][name], rel=1e-5) for name in norms} and norms

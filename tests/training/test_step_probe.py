@@ -236,6 +236,22 @@ def test_the_lines():
     ]
 
 
+def test_a_step_is_timed_as_the_schedule_mixes_them(shapes, tmp_path, monkeypatch):
+    """Every third distils, in the first half of 60 steps: 10 of 60, which take 0.6 s here, and the others 0.06 s."""
+    options = {"distillation_interval": 3, "distillation_end": 0.5, "teacher_cache": str(tmp_path / "cache")}
+    trainer = shapes_trainer(shapes, tmp_path, max_steps=60, callbacks=[StopAt(1)], **options)
+    asked, batch = [], trainer.data_collator([trainer.train_dataset[0]])
+    trainer.teacher.detector.register_forward_hook(lambda *_: asked.append(trainer.state.global_step))
+    trainer.state.max_steps = 60
+    for step in (None, 1, 30, 27):
+        trainer.trial_step(batch, step)
+    assert asked == [0, 27] and trainer.state.global_step == 0
+    monkeypatch.setattr(trainer, "trial_step", lambda batch, step=None: time.sleep(0.6 if step is None else 0.06))
+    found = forecast_of(trainer)
+    assert found.step_seconds - found.loading_seconds == pytest.approx((10 * 0.6 + 50 * 0.06) / 60, rel=0.3)
+    assert "as if there were no teacher_cache" in found.lines(datetime.now())[0]
+
+
 # what does not fit
 
 

@@ -6,12 +6,14 @@ from dataclasses import fields
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from d3etr_hf.data import Augmentation, DetectionCollator
 from d3etr_hf.data.shapes import make_shapes
+from d3etr_hf.data.strong_augmentation import Mosaic
 from d3etr_hf.errors import DamagedFileError, UnsupportedOptionError, WriteError
 from d3etr_hf.outputs import GroupRequest
+from d3etr_hf.training import teacher_cache
 from d3etr_hf.training.teacher import Teacher, teacher_pixels
 from d3etr_hf.training.teacher_cache import TeacherCache, _digest_of_teacher, _images_of
 from tests.shapes_fixture import SIDE, crop_every_other, load_shapes, shapes_trainer, weights_of
@@ -211,9 +213,6 @@ def test_a_damaged_file_is_named(shapes, tmp_path):
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(DamagedFileError, match=f"{file.name} cannot be read .*: remove it"):
         cache(pixels)
-    save_file({"boxes": torch.zeros(2)}, file)
-    with pytest.raises(DamagedFileError, match=f"{file.name} holds other tensors than these: remove it"):
-        cache(pixels)
 
 
 def test_all_that_is_taken_of_a_teacher_and_the_shape_of_an_image_are_in_their_names():
@@ -251,3 +250,38 @@ def test_a_common_grid_is_as_high_and_as_wide_as_its_images(uneven, tmp_path):
     found = cache(pixels).memory_mask
     assert found.shape[1:] == (high, wide) and high > grids[1][0] and wide > grids[0][1]
     assert [(int(mask.any(1).sum()), int(mask.any(0).sum())) for mask in found] == grids
+
+
+def test_a_file_of_other_outputs_is_named(shapes, tmp_path):
+    cache, pixels = cache_of(tmp_path, shapes), pixels_of(shapes, [0])
+    cache(pixels)
+    (file,) = files_in(tmp_path)
+    tensors = load_file(file)
+    name, values = next(iter(tensors.items()))
+    for others in ({n: v for n, v in tensors.items() if n != name}, tensors | {name: values.half()}):
+        save_file(others, file)
+        with pytest.raises(DamagedFileError, match=f"{file.name} holds other tensors .*'{name}': remove it"):
+            cache(pixels)
+
+
+def test_files_of_other_images_take_no_room_off(shapes, uneven, tmp_path, monkeypatch):
+    """Guards a full disk in the middle of a training: a folder is shared by data sets."""
+    cache_of(tmp_path / "cache", shapes)(pixels_of(shapes, range(6)))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    cache_of(tmp_path / "cache", shapes)  # all of it is there
+    with pytest.raises(WriteError, match="outputs of 6 images"):
+        cache_of(tmp_path / "cache", uneven)
+
+
+def test_mosaics_are_refused_of_python_too(shapes, tmp_path):
+    data = load_shapes(shapes, "train")
+    data.mosaic = Mosaic(0.5, 0.5)
+    with pytest.raises(UnsupportedOptionError, match="teacher_cache: mosaics are other images every epoch"):
+        shapes_trainer(shapes, tmp_path, train=data, teacher_cache=str(tmp_path / "cache"))
+
+
+def test_another_version_of_this_package_is_another_entry(shapes, tmp_path, monkeypatch):
+    first = cache_of(tmp_path, shapes).folder
+    monkeypatch.setattr(teacher_cache, "__version__", "0.0.1")
+    assert cache_of(tmp_path, shapes).folder != first

@@ -5,6 +5,7 @@ import json
 import pytest
 from transformers import TrainerState
 
+from d3etr_hf.files import write_errors
 from d3etr_hf.visualization import curves_while_running
 from d3etr_hf.visualization.curves_while_running import CurvesWhileRunning
 
@@ -22,7 +23,8 @@ def test_drawn_at_evaluations_by_the_main_process_and_cheaply(tmp_path, monkeypa
 
     def draw(histories, path):
         ((name, history),) = histories.items()
-        drawn.append((name, len(history), path.name))
+        drawn.append((name, len(history)))
+        path.write_bytes(b"drawn")
         clock[0] += 3
 
     monkeypatch.setattr(curves_while_running, "draw_training_curves", draw)
@@ -32,6 +34,8 @@ def test_drawn_at_evaluations_by_the_main_process_and_cheaply(tmp_path, monkeypa
     def evaluate():
         state.log_history.append({"eval_AP": 0.5, "step": 1})
         callback.on_evaluate(None, state, None)
+        written = tmp_path / "run" / "history.json"
+        assert not state.is_world_process_zero or json.loads(written.read_text()) == state.log_history
 
     state.is_world_process_zero = False
     evaluate()
@@ -43,8 +47,8 @@ def test_drawn_at_evaluations_by_the_main_process_and_cheaply(tmp_path, monkeypa
         clock[0] += 25
     callback.on_train_end(None, state, None)
     evaluate()
-    assert drawn == [("run", 2, "curves.png"), ("run", 5, "curves.png"), ("run", 6, "curves.png")]
-    assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == 6
+    assert drawn == [("run", 2), ("run", 5), ("run", 6)]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["curves.png", "history.json"]
 
 
 def test_the_picture_is_there_before_the_end(tmp_path):
@@ -53,3 +57,26 @@ def test_the_picture_is_there_before_the_end(tmp_path):
     state.log_history = [{"loss": 2.0, "learning_rate": 1e-4, "step": 1}, {"eval_AP": 0.5, "step": 1}]
     callback.on_evaluate(None, state, None)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_to_draw_is_no_failure(tmp_path):
+    """Nothing was logged yet, and a validation split without objects has no AP."""
+    callback, state = CurvesWhileRunning(tmp_path, "history.json"), TrainerState()
+    state.log_history = [{"eval_runtime": 2.0, "step": 1}]
+    callback.on_evaluate(None, state, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["history.json"]
+
+
+@pytest.mark.parametrize("name", ["draw_training_curves", "write_json"])
+def test_a_full_disk_ends_no_training_and_is_told_once(tmp_path, monkeypatch, caplog, name):
+    def full(*args):
+        with write_errors(tmp_path / "file"):
+            raise OSError(28, "No space left on device")
+
+    (tmp_path / "curves.png").write_bytes(b"whole")
+    monkeypatch.setattr(curves_while_running, name, full)
+    callback, state = CurvesWhileRunning(tmp_path, "history.json"), TrainerState()
+    state.log_history = [{"loss": 2.0, "step": 1}]
+    for _ in range(2):
+        callback.on_evaluate(None, state, None)
+    assert caplog.text.count("No space left on device") == 1 and (tmp_path / "curves.png").read_bytes() == b"whole"
