@@ -72,7 +72,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Names of all classes, in order of their category ids, for data that number them, or name them "
-            "otherwise."
+            "otherwise; the data's own names in another order set the order of the classes, and rename none."
         },
     )
     rename_classes: dict | None = field(

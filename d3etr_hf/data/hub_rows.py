@@ -125,7 +125,13 @@ def categories_of(splits: Sequence[datasets.Dataset], class_names: Sequence[str]
     numbers = sorted(value for value in values if isinstance(value, int))
     if class_names is None:
         return Categories(field, {}, {value: f"category {value}" for value in numbers})
-    if numbers and numbers[0] >= 0 and numbers[-1] < len(class_names):
+    if numbers and numbers[0] > 0 and len(class_names) > len(numbers):
+        raise DatasetError(
+            f"{place}: class_names are {len(class_names)} names, but the objects are of the {len(numbers)} categories "
+            f"{quoted(numbers[:10])}, and none is 0, so that the first name's number is unknown: give a name to each "
+            "of these in this order."
+        )
+    if numbers and numbers[0] == 0 and numbers[-1] < len(class_names):
         return Categories(field, {}, dict(enumerate(class_names)))
     if len(numbers) == len(class_names):
         return Categories(field, {}, dict(zip(numbers, class_names, strict=True)))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,14 +40,18 @@ def read_splits(arguments: "DataArguments") -> tuple[DetectionDataset, Detection
         DatasetError: no data are named, a split cannot be read, or the two have different categories.
     """
     check_places(arguments)
-    chosen = choose_splits(
-        open_source(arguments),
+    source = open_source(arguments)
+
+    def named(read: Callable[[], DetectionDataset]) -> DetectionDataset:
+        return with_names(read(), arguments.class_names, arguments.rename_classes)
+
+    train, val = choose_splits(
+        replace(source, splits={split: partial(named, read) for split, read in source.splits.items()}),
         arguments.dataset_train_split,
         arguments.dataset_val_split,
         arguments.validation_fraction,
         arguments.validation_seed,
     )
-    train, val = (with_names(split, arguments.class_names, arguments.rename_classes) for split in chosen)
     _require_same_categories(train, val)
     return train, val
 
