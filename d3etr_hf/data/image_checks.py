@@ -21,6 +21,8 @@ NAMED = 3  # images of a kind that a message names
 def check_images(splits: Sequence[DetectionDataset], skip_broken: bool = False) -> list[DetectionDataset]:
     """Looks at the headers of all images, and for images that are there more than once.
 
+    Where broken images are left out every image is decoded, so that none is met in training.
+
     Args:
         splits: the training and the validation split, or one of them.
         skip_broken: leave out what cannot be used, with one warning, instead of refusing it.
@@ -34,7 +36,7 @@ def check_images(splits: Sequence[DetectionDataset], skip_broken: bool = False) 
             different boxes, or no image is left of a split.
     """
     told = [check_files_named_twice(split) for split in splits]
-    headers = [read_headers(split) for split in splits]
+    headers = [read_headers(split, decode_all=skip_broken) for split in splits]
     sound = list(splits)
     if faults := describe_faults(splits, headers):
         if not skip_broken:
