@@ -179,7 +179,8 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     def place_of(self, row: dict) -> str:
         """What a message calls the image of a row: its file, or else its id."""
-        return row["image_path"] if "image_path" in row else f"{self.name}, image {row['image_id']}"
+        source = source_of(row)
+        return source if isinstance(source, str) else f"{self.name}, image {row['image_id']}"
 
 
 def source_of(row: dict) -> str | bytes:

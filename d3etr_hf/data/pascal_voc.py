@@ -18,7 +18,7 @@ from d3etr_hf.data.converted import images_below, load_converted, relative
 from d3etr_hf.data.dataset import DetectionDataset
 from d3etr_hf.data.image_files import check_image_files
 from d3etr_hf.data.splits import Source
-from d3etr_hf.data.upright_size import upright_size
+from d3etr_hf.data.upright_size import SIZE_OF_BROKEN, upright_size
 from d3etr_hf.errors import DatasetError, one_line, quoted
 from d3etr_hf.files import regular_file
 
@@ -154,10 +154,11 @@ def load_voc_split(voc: VocFolder, split: str, name: str) -> DetectionDataset:
     coco["categories"] = [{"id": number, "name": class_name} for class_name, number in category_ids.items()]
     for image_id, (path, image) in enumerate(zip(files, images, strict=True), 1):
         described = voc.read[path]
-        width, height = described.size or upright_size(image, str(image))
+        size = described.size or upright_size(image)
+        width, height = size or SIZE_OF_BROKEN
         entry = {"id": image_id, "file_name": relative(image, voc.folder), "width": width, "height": height}
         coco["images"].append(entry)
-        for thing in described.objects:
+        for thing in described.objects if size else ():
             coco["annotations"].append(
                 {
                     "id": len(coco["annotations"]) + 1,

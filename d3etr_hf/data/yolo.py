@@ -19,7 +19,7 @@ from d3etr_hf.data.converted import images_below, load_converted, relative
 from d3etr_hf.data.dataset import DetectionDataset
 from d3etr_hf.data.image_files import check_image_files
 from d3etr_hf.data.splits import Source
-from d3etr_hf.data.upright_size import upright_size
+from d3etr_hf.data.upright_size import SIZE_OF_BROKEN, upright_size
 from d3etr_hf.errors import ConfigurationError, DatasetError, quoted
 from d3etr_hf.files import regular_file
 
@@ -201,10 +201,12 @@ def load_yolo_split(yolo: YoloFolder, split: str, name: str, anywhere: bool = Fa
     coco: dict = {"images": [], "annotations": []}
     coco["categories"] = [{"id": index, "name": class_name} for index, class_name in enumerate(yolo.class_names)]
     for image_id, image in enumerate(images, 1):
-        width, height = upright_size(image, str(image))
+        labelled = read_labels(labels[image], yolo) if image in labels else []
+        size = upright_size(image)
+        width, height = size or SIZE_OF_BROKEN
         entry = {"id": image_id, "file_name": relative(image, yolo.folder), "width": width, "height": height}
         coco["images"].append(entry)
-        for category_id, box in read_labels(labels[image], yolo) if image in labels else ():
+        for category_id, box in labelled if size else ():
             x, y, w, h = box[0] * width, box[1] * height, box[2] * width, box[3] * height
             annotation = {"id": len(coco["annotations"]) + 1, "image_id": image_id, "category_id": category_id}
             coco["annotations"].append({**annotation, "bbox": [x, y, w, h], "area": abs(w * h), "iscrowd": 0})

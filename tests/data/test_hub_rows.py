@@ -60,14 +60,6 @@ def test_texts_that_are_no_objects(tmp_path: Path) -> None:
             load_hub_split(folder, "train")
 
 
-def test_a_broken_image_is_named_where_its_size_is_needed(tmp_path: Path) -> None:
-    write_metadata(tmp_path)
-    name = next(iter(SCENES))
-    (tmp_path / "train" / name).write_bytes(b"no image")
-    with pytest.raises(DatasetError, match=f"train/{name}: no readable image"):
-        load_hub_split(tmp_path, "train")
-
-
 def test_an_image_that_the_metadata_names_and_is_missing(tmp_path: Path) -> None:
     write_metadata(tmp_path)
     (tmp_path / "train" / next(iter(SCENES))).unlink()
