@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from d3etr_hf.data.class_names import with_names
 from d3etr_hf.data.coco import load_coco_split
-from d3etr_hf.data.coco_folders import find_coco_splits
+from d3etr_hf.data.coco_folders import find_coco_splits, splits_without_images
 from d3etr_hf.data.dataset import DetectionDataset
 from d3etr_hf.data.hub_datasets import hub_splits, name_of_folder
 from d3etr_hf.data.pascal_voc import find_voc, voc_source
@@ -130,7 +130,7 @@ def _open_folder(folder: Path, arguments: "DataArguments") -> Source:
         split: partial(load_coco_split, *places, name=f"{name}/{split}", roots=roots)
         for split, places in find_coco_splits(folder).items()
     }
-    return Source(str(folder), splits)
+    return Source(str(folder), splits, splits_without_images(folder))
 
 
 def _format_of(folder: Path) -> str:
