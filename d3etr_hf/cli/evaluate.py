@@ -19,6 +19,7 @@ from d3etr_hf.models.image_processors import image_processor_of
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.runs.output_folder import refuse_split_launch
+from d3etr_hf.training.processes import on_main_process
 from d3etr_hf.training.teacher import with_classes_of
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
@@ -65,7 +66,7 @@ def evaluate_detector(
     check_places(data_arguments)
     detector = load_detector(model)
     processor: Any = image_processor_of(detector.config.model_type, model)
-    _, val = load_splits(data_arguments, processor, trains=False)
+    _, val = load_splits(data_arguments, processor, trains=False, decide=on_main_process)
     detector = with_classes_of(detector, val.class_names, "model")
     trainer = D3etrTrainer(model=detector, args=training_arguments, eval_dataset=val, processing_class=processor)
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}

@@ -230,7 +230,8 @@ def build_trainer(
     if teacher_arguments.teacher is not None:
         teacher_processor = load_image_processor(teacher_arguments.teacher)
     sees_images = training_arguments.distillation.needs_teacher
-    train, val = load_splits(data_arguments, processor, teacher_processor if sees_images else None)
+    taught = teacher_processor if sees_images else None
+    train, val = load_splits(data_arguments, processor, taught, decide=on_main_process)
     model = build_model(model_arguments, train.class_names)
     reads_teacher = sees_images or teacher_arguments.inherit_from_teacher
     if teacher_arguments.teacher and not reads_teacher:

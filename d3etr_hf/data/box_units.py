@@ -8,6 +8,7 @@ from d3etr_hf.errors import DatasetError
 LARGEST_FRACTION = 1.01
 SMALLEST_IMAGE = 4  # pixels a side, below which a box of a pixel may be meant
 TOLERANCE = 1.0  # pixels by which a box may leave its image by rounding
+MOST = 0.5  # share of fractions above which the other boxes are not looked at
 # Of boxes that all fit their images as corners, about three quarters leave them as x, y, width, height: those whose
 # centre lies in the right or the lower half. Of boxes that are what they should be next to none do.
 CERTAIN_SHARE, CERTAIN_COUNT = 0.5, 5
@@ -46,10 +47,18 @@ def check_box_units(boxes: np.ndarray, sides: np.ndarray, ids: np.ndarray, sourc
     fractions = (np.abs(boxes) <= LARGEST_FRACTION).all(1) & (sides > SMALLEST_IMAGE).all(1)
     # a box of whole numbers within the first pixel is a place holder rather than a fraction
     told = fractions & (boxes % 1 != 0).any(1)
-    if told.any():
-        found = f"{_share(told)} lie within the first pixel of their image and look like fractions of it (0..1)"
-        return _tell("fractions", found, _first(boxes, ids, told), source, certain=bool(fractions.all()))
+    if not told.any():
+        return _check_corners(boxes, sides, ids, source)
+    found = f"{_share(told)} lie within the first pixel of their image and look like fractions of it (0..1)"
+    note = _tell("fractions", found, _first(boxes, ids, told), source, certain=bool(fractions.all()))
+    if told.mean() > MOST:
+        return note
+    others = ~fractions  # which those few say nothing of
+    return " ".join(filter(None, (note, _check_corners(boxes[others], sides[others], ids[others], source))))
 
+
+def _check_corners(boxes: np.ndarray, sides: np.ndarray, ids: np.ndarray, source: str) -> str:
+    """As `check_box_units`, of corners and centres."""
     leaving = (boxes[:, :2] + boxes[:, 2:] > sides + TOLERANCE).any(1)
     count, share = int(leaving.sum()), leaving.mean() if len(leaving) else 0.0
     if count < SUSPICIOUS_COUNT or share < SUSPICIOUS_SHARE:

@@ -5,6 +5,7 @@ from pathlib import Path
 from d3etr_hf.errors import DatasetError
 
 SPLITS = ("train", "val", "valid", "validation", "dev", "test")
+MOST_BYTES = 1_000_000  # that are looked at to tell what a file is
 # Exports without splits: the annotations, and where their images may be. They are called "train".
 WITHOUT_SPLITS = {
     "_annotations.coco.json": ["."],
@@ -50,14 +51,45 @@ def find_coco_splits(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Annotation file and image folder of every split that is there, by its name; empty if none is.
 
     Raises:
-        DatasetError: annotations are there, but no image folder.
+        DatasetError: annotations are there, but no image folder of any of them.
     """
-    found = {split: _found(folder, layouts(split), split) for split in SPLITS}
-    splits = {split: places for split, places in found.items() if places is not None}
+    splits, absent = _all_found(folder)
+    if absent and not splits:
+        raise DatasetError(next(iter(absent.values())))
     if not splits:
-        places = _found(folder, WITHOUT_SPLITS, "train")
+        # other tools call files result.json, too
+        candidates = {
+            file: images
+            for file, images in WITHOUT_SPLITS.items()
+            if file != "result.json" or _lists_images(folder / file)
+        }
+        places = _found(folder, candidates, "train")
         splits = {} if places is None else {"train": places}
     return splits
+
+
+def splits_without_images(folder: Path) -> dict[str, str]:
+    """By name, what an error message says of a split whose annotations are there and whose images are not."""
+    return _all_found(folder)[1]
+
+
+def _all_found(folder: Path) -> tuple[dict[str, tuple[Path, Path]], dict[str, str]]:
+    splits, absent = {}, {}
+    for split in SPLITS:
+        try:
+            if (places := _found(folder, layouts(split), split)) is not None:
+                splits[split] = places
+        except DatasetError as error:  # of a split that nobody may ask for
+            absent[split] = str(error)
+    return splits, absent
+
+
+def _lists_images(file: Path) -> bool:
+    """Whether the beginning of a JSON file names `images`."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return b'"images"' in opened.read(MOST_BYTES)
 
 
 def _found(folder: Path, candidates: dict[str, list[str]], split: str) -> tuple[Path, Path] | None:

@@ -8,7 +8,7 @@ from typing import Literal
 from transformers.image_processing_utils import BaseImageProcessor
 
 from d3etr_hf.data.dataset import DetectionDataset
-from d3etr_hf.data.image_checks import check_images
+from d3etr_hf.data.image_checks import Decide, check_images
 from d3etr_hf.data.image_sizes import see_the_same, set_image_size, size_of, takes_fixed_size
 from d3etr_hf.data.reading import read_splits
 from d3etr_hf.data.strong_augmentation import Mosaic, StrongAugmentation
@@ -72,7 +72,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Names of all classes, in order of their category ids, for data that number them, or name them "
-            "otherwise."
+            "otherwise; the data's own names in another order set the order of the classes, and rename none."
         },
     )
     rename_classes: dict | None = field(
@@ -252,6 +252,7 @@ def load_splits(
     image_processor: BaseImageProcessor,
     teacher_processor: BaseImageProcessor | None = None,
     trains: bool = True,
+    decide: Decide = lambda find: find(),
 ) -> tuple[DetectionDataset, DetectionDataset]:
     """The training split, augmented, and the validation split, resized only.
 
@@ -265,6 +266,7 @@ def load_splits(
             too; a size that is given holds for a teacher that is sized in the model's way. It is not changed.
         trains: whether the training split is used, or only the validation split: then the former's images are not
             looked at.
+        decide: see `check_images`.
 
     Raises:
         DatasetError: no data are named, a split cannot be loaded, the two have different categories, images are
@@ -274,7 +276,7 @@ def load_splits(
     set_image_size(image_processor, *size)
     augmentation = augmentation_for(arguments, image_processor)
     train, val = load_annotated(arguments)
-    train, val = _checked(train, val, arguments.skip_broken_images, trains)
+    train, val = _checked(train, val, arguments.skip_broken_images, trains, decide)
     if teacher_processor is not None:
         teacher_processor = copy.deepcopy(teacher_processor)
         if takes_fixed_size(teacher_processor) == takes_fixed_size(image_processor):
@@ -409,9 +411,9 @@ def load_annotated(arguments: DataArguments) -> tuple[DetectionDataset, Detectio
 
 
 def _checked(
-    train: DetectionDataset, val: DetectionDataset, skip_broken: bool, trains: bool
+    train: DetectionDataset, val: DetectionDataset, skip_broken: bool, trains: bool, decide: Decide
 ) -> tuple[DetectionDataset, DetectionDataset]:
     if not trains:
-        return train, *check_images([val], skip_broken)
-    train, val = check_images([train, val], skip_broken)
+        return train, *check_images([val], skip_broken, decide)
+    train, val = check_images([train, val], skip_broken, decide)
     return train, val

@@ -1,7 +1,7 @@
 """One split of a detection data set, as the Trainer takes it."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -29,7 +29,7 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     Attributes:
         name: for messages and logs, for example `bccd/val`.
-        class_names: name of each class label 0..C-1, in order of raw category id.
+        class_names: name of each class label 0..C-1, in order of raw category id unless `with_class_order` said else.
         category_ids: raw category id of each class label.
         rows: one row an image: image_id int64; image_path (or image, undecoded, for Hub data); width, height in
             pixels; boxes (n, 4) float32 xyxy in pixels, inside the image, no crowds; class_labels (n,) int64.
@@ -101,6 +101,24 @@ class DetectionDataset(torch.utils.data.Dataset):
         named._load_ground_truth = partial(_with_category_names, self._load_ground_truth, names)
         return named
 
+    def with_class_order(self, class_names: Sequence[str]) -> "DetectionDataset":
+        """The same split whose class labels are in another order; every object keeps its class.
+
+        Args:
+            class_names: those of this split, each once, in the new order.
+        """
+        order = [self.class_names.index(name) for name in class_names]
+        new_labels = np.argsort(order)
+        ordered = copy.copy(self)
+        ordered.class_names = list(class_names)
+        ordered.category_ids = [self.category_ids[label] for label in order]
+        labels = self.rows.select_columns(["class_labels"])["class_labels"][:]
+        column = {"class_labels": [new_labels[each].tolist() if each else [] for each in labels]}
+        features = datasets.Features({"class_labels": BOX_FEATURES["class_labels"]})
+        relabelled = datasets.Dataset.from_dict(column, features=features)
+        ordered.rows = datasets.concatenate_datasets([self.rows.remove_columns("class_labels"), relabelled], axis=1)
+        return ordered
+
     def with_name(self, name: str) -> "DetectionDataset":
         """The same split under another name."""
         named = copy.copy(self)
@@ -161,7 +179,8 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     def place_of(self, row: dict) -> str:
         """What a message calls the image of a row: its file, or else its id."""
-        return row["image_path"] if "image_path" in row else f"{self.name}, image {row['image_id']}"
+        source = source_of(row)
+        return source if isinstance(source, str) else f"{self.name}, image {row['image_id']}"
 
 
 def source_of(row: dict) -> str | bytes:

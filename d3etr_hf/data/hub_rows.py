@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import datasets
 import pyarrow as pa
 
-from d3etr_hf.data.upright_size import upright_size
+from d3etr_hf.data.upright_size import SIZE_OF_BROKEN, upright_size
 from d3etr_hf.errors import DatasetError, one_line, quoted
 
 logger = logging.getLogger(__name__)
 
 CATEGORY_FIELDS = ("category", "categories", "category_id", "label", "labels")
+BROKEN = "broken"  # a column of `described`: whether an image whose size is needed cannot be read
 # Field of an object on the Hub: what a COCO annotation calls it.
 OBJECT_FIELDS = {"bbox": "bbox", "area": "area", "iscrowd": "iscrowd"}
 
@@ -124,7 +125,13 @@ def categories_of(splits: Sequence[datasets.Dataset], class_names: Sequence[str]
     numbers = sorted(value for value in values if isinstance(value, int))
     if class_names is None:
         return Categories(field, {}, {value: f"category {value}" for value in numbers})
-    if numbers and numbers[0] >= 0 and numbers[-1] < len(class_names):
+    if numbers and numbers[0] > 0 and len(class_names) > len(numbers):
+        raise DatasetError(
+            f"{place}: class_names are {len(class_names)} names, but the objects are of the {len(numbers)} categories "
+            f"{quoted(numbers[:10])}, and none is 0, so that the first name's number is unknown: give a name to each "
+            "of these in this order."
+        )
+    if numbers and numbers[0] == 0 and numbers[-1] < len(class_names):
         return Categories(field, {}, dict(enumerate(class_names)))
     if len(numbers) == len(class_names):
         return Categories(field, {}, dict(zip(numbers, class_names, strict=True)))
@@ -155,32 +162,38 @@ def values_of(objects: dict | list[dict] | None, field: str) -> list:
 
 
 def described(rows: datasets.Dataset, images: datasets.Dataset, place: str) -> datasets.Dataset:
-    """`image_id`, `width`, `height` and `objects` of the rows.
+    """`image_id`, `width`, `height` and `objects` of the rows; `broken` as well where sizes are derived.
 
     Rows without an `image_id`, or with text there, are numbered from 0; without width and height they are the image's,
-    as it is seen upright.
+    as it is seen upright. Images that cannot be read are marked as broken.
 
     Args:
         rows: of a split, from `with_objects`.
         images: its column `image`, undecoded; their paths have been looked at.
-        place: what a message calls the split.
+        place: what a log message calls the split.
     """
     columns = {}
     kind = getattr(rows.features.get("image_id"), "dtype", None)
     if kind in (None, "string", "large_string"):
         columns["image_id"] = list(range(len(rows)))
     if not {"width", "height"} <= rows.features.keys():
-        sources = (image["path"] if image["bytes"] is None else image["bytes"] for image in images["image"])
-        sizes = list(map(upright_size, sources))
+        found = [_size(image) for image in images["image"]]
+        sizes = [size or SIZE_OF_BROKEN for size in found]
         columns["width"], columns["height"] = [width for width, _ in sizes], [height for _, height in sizes]
+        columns[BROKEN] = [size is None for size in found]
     if columns:
         logger.info("%s: %s of each image derived", place, ", ".join(columns))
     kept = [name for name in ("image_id", "width", "height", "objects") if name in rows.features.keys() - columns]
     derived = datasets.Dataset.from_dict(
-        columns, features=datasets.Features({name: datasets.Value("int64") for name in columns})
+        columns,
+        features=datasets.Features({name: datasets.Value("bool" if name == BROKEN else "int64") for name in columns}),
     )
     rows = rows.select_columns(kept)
     return datasets.concatenate_datasets([rows, derived], axis=1) if columns else rows
+
+
+def _size(image: dict[str, Any]) -> tuple[int, int] | None:
+    return upright_size(image["path"] if image["bytes"] is None else image["bytes"])
 
 
 def as_coco(rows: datasets.Dataset, categories: Categories, place: str) -> dict:
@@ -200,6 +213,8 @@ def as_coco(rows: datasets.Dataset, categories: Categories, place: str) -> dict:
     images, annotations = [], []
     for row in rows:
         images.append({"id": row["image_id"], "width": row["width"], "height": row["height"]})
+        if row.get(BROKEN):
+            continue
         columns = [values_of(row["objects"], field) for field in names]
         if len({len(column) for column in columns}) > 1:
             lengths = {field: len(column) for field, column in zip(names, columns, strict=True)}

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from d3etr_hf.data.dataset import DetectionDataset
 from d3etr_hf.data.duplicates import (
@@ -18,12 +18,21 @@ from d3etr_hf.errors import DatasetError
 NAMED = 3  # images of a kind that a message names
 
 
-def check_images(splits: Sequence[DetectionDataset], skip_broken: bool = False) -> list[DetectionDataset]:
+Decide = Callable[[Callable[[], list[list[int]]]], list[list[int]]]
+
+
+def check_images(
+    splits: Sequence[DetectionDataset], skip_broken: bool = False, decide: Decide = lambda find: find()
+) -> list[DetectionDataset]:
     """Looks at the headers of all images, and for images that are there more than once.
+
+    Where broken images are left out every image is decoded, so that none is met in training.
 
     Args:
         splits: the training and the validation split, or one of them.
         skip_broken: leave out what cannot be used, with one warning, instead of refusing it.
+        decide: calls what looks at the images, and returns what it does; where several processes read the data, on one
+            of them for all, such as `on_main_process`.
 
     Returns:
         The splits, without the images that were left out.
@@ -33,18 +42,31 @@ def check_images(splits: Sequence[DetectionDataset], skip_broken: bool = False) 
             of them are counted, by split and kind, and the first are named. Or a file is listed under several ids with
             different boxes, or no image is left of a split.
     """
+    left_out = decide(lambda: _broken_rows(splits, skip_broken))
+    return [
+        split.select(sorted(set(range(len(split))).difference(broken))) if broken else split
+        for split, broken in zip(splits, left_out, strict=True)
+    ]
+
+
+def _broken_rows(splits: Sequence[DetectionDataset], skip_broken: bool) -> list[list[int]]:
+    """The rows of each split that are to be left out; what else is to be known is warned of."""
     told = [check_files_named_twice(split) for split in splits]
-    headers = [read_headers(split) for split in splits]
-    sound = list(splits)
+    headers = [read_headers(split, decode_all=skip_broken) for split in splits]
+    broken = [[index for index, header in enumerate(found) if header.fault is not None] for found in headers]
     if faults := describe_faults(splits, headers):
         if not skip_broken:
             raise DatasetError(f"{faults} Or pass --skip_broken_images true to leave them out.")
         told.append(f"Left out: {faults}")
-        sound = [_without_faults(split, found) for split, found in zip(splits, headers, strict=True)]
+        for split, rows in zip(splits, broken, strict=True):
+            if len(rows) == len(split):
+                raise DatasetError(
+                    f"{split.name}: no image is left that can be used: check that these are the right files."
+                )
     told += describe_notes(splits, headers)
     for message in filter(None, told):
         warnings.warn(message, stacklevel=2)
-    return sound
+    return broken
 
 
 def describe_faults(splits: Sequence[DetectionDataset], headers: Sequence[Sequence[ImageHeader]]) -> str:
@@ -82,10 +104,3 @@ def describe_notes(splits: Sequence[DetectionDataset], headers: Sequence[Sequenc
                 "pipelines will turn such images; save them without the orientation."
             )
     return [note for note in notes if note]
-
-
-def _without_faults(split: DetectionDataset, headers: Sequence[ImageHeader]) -> DetectionDataset:
-    kept = [index for index, header in enumerate(headers) if header.fault is None]
-    if not kept:
-        raise DatasetError(f"{split.name}: no image is left that can be used: check that these are the right files.")
-    return split if len(kept) == len(headers) else split.select(kept)

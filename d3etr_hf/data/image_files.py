@@ -44,7 +44,7 @@ def check_image_files(
     Raises:
         DatasetError: some are missing, no files, or elsewhere; the message counts them and names the first.
     """
-    inside = None if roots is None else tuple(os.path.join(os.path.realpath(root), "") for root in roots)
+    inside = _insides(roots)
     listings: dict[str, dict[str, os.DirEntry] | None] = {}
     faults: dict[str, list[str]] = {"outside": [], "missing": [], "no file": []}
     for path in paths:
@@ -57,6 +57,21 @@ def check_image_files(
         if fault := _fault(path, name, listings[folder], inside):
             faults[fault].append(path)
     _refuse(faults, source, images, what)
+
+
+def check_inside(paths: Iterable[str], roots: Iterable[str | Path] | None, source: str) -> None:
+    """Makes sure that folders or files lie in one of the roots, links followed, before anything is read there.
+
+    Raises:
+        DatasetError: some do not; the message counts them and names the first.
+    """
+    inside = _insides(roots)
+    outside = [path for path in paths if not _lies_in(path, inside)]
+    _refuse({"outside": outside, "missing": [], "no file": []}, source, None, "folders of images")
+
+
+def _insides(roots: Iterable[str | Path] | None) -> tuple[str, ...] | None:
+    return None if roots is None else tuple(os.path.join(os.path.realpath(root), "") for root in roots)
 
 
 def _fault(path: str, name: str, listing: dict[str, os.DirEntry] | None, inside: tuple[str, ...] | None) -> str | None:

@@ -1,6 +1,7 @@
 """The headers of all images of a split: what is broken or wrongly described is found before training, and at once.
 
-What was found is kept in the cache of `datasets`: a second call only asks for the sizes and times of the files.
+What was found is kept in the cache of `datasets`, unless the system refused to read a file: a second call only asks
+for the sizes and times of the files.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -36,7 +38,7 @@ from d3etr_hf.files import regular_file, write_whole
 logger = logging.getLogger(__name__)
 
 # Part of the cache's key: raise it when more is looked for.
-READER_VERSION = 1
+READER_VERSION = 2
 SAMPLED = 4096  # bytes of the beginning and of the end
 ROWS_AT_ONCE = 256
 THREADS = 8  # reading waits for disks and networks
@@ -58,7 +60,9 @@ class ImageHeader:
     unturned: bool = False
 
 
-def read_headers(dataset: DetectionDataset, cache_dir: str | Path | None = None) -> list[ImageHeader]:
+def read_headers(
+    dataset: DetectionDataset, cache_dir: str | Path | None = None, decode_all: bool = False
+) -> list[ImageHeader]:
     """The headers of all images of a split, one a row; with a progress bar where it takes long.
 
     An image is decoded only where its end is not that of a whole file, or its size fits an orientation that is not
@@ -67,8 +71,9 @@ def read_headers(dataset: DetectionDataset, cache_dir: str | Path | None = None)
     Args:
         dataset: of any format.
         cache_dir: where what was found is kept; by default `d3etr_hf` in the cache of `datasets`.
+        decode_all: decode every image, which finds damage in the middle of a file, too.
     """
-    key = _key(dataset)
+    key = _key(dataset, decode_all)
     kept_file = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "d3etr_hf") / f"headers-{key}.json"
     if key is not None and (kept := _read_kept(kept_file, len(dataset))) is not None:
         return kept
@@ -76,9 +81,9 @@ def read_headers(dataset: DetectionDataset, cache_dir: str | Path | None = None)
     bar = tqdm(total=len(dataset), desc=f"image headers of {dataset.name}", delay=SECONDS_WITHOUT_BAR)
     with bar, ThreadPoolExecutor(THREADS) as threads:
         for rows in _rows_of(dataset):
-            headers += threads.map(_read_header, rows)
+            headers += threads.map(partial(_read_header, decode_all=decode_all), rows)
             bar.update(len(rows))
-    if key is not None:
+    if key is not None and not any(header.fault and header.fault.passing for header in headers):
         _keep(headers, kept_file)
     return headers
 
@@ -90,7 +95,7 @@ def _rows_of(dataset: DetectionDataset) -> Iterator[list[dict]]:
         yield list(columns.select(range(start, min(start + ROWS_AT_ONCE, len(columns)))))
 
 
-def _read_header(row: dict) -> ImageHeader:
+def _read_header(row: dict, decode_all: bool) -> ImageHeader:
     source, width, height = source_of(row), row["width"], row["height"]
     fingerprint = ""
     try:
@@ -105,7 +110,7 @@ def _read_header(row: dict) -> ImageHeader:
     except DECODING_ERRORS as error:
         return ImageHeader(fingerprint, unreadable(error))
     turns = orientation in ORIENTATIONS_THAT_SWAP_SIDES
-    if not whole or (stored != (width, height) and not turns):
+    if decode_all or not whole or (stored != (width, height) and not turns):
         decoded = decode(source, width, height)
         if isinstance(decoded, ImageFault):
             return ImageHeader(fingerprint, decoded)
@@ -136,9 +141,9 @@ def _ends_as_it_should(image_format: str | None, start: bytes, end: bytes, lengt
     return False
 
 
-def _key(dataset: DetectionDataset) -> str | None:
+def _key(dataset: DetectionDataset, decode_all: bool) -> str | None:
     """What decides what is found: sizes, and of each file length and time; None of images that are in memory alone."""
-    digest = hashlib.sha256(json.dumps([READER_VERSION, PIL.__version__]).encode())
+    digest = hashlib.sha256(json.dumps([READER_VERSION, PIL.__version__, decode_all]).encode())
     embedded = False
     for table in dataset.rows.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
         if "image_path" in table.column_names:
@@ -151,7 +156,7 @@ def _key(dataset: DetectionDataset) -> str | None:
         for path, length, *sides in zip(
             paths, lengths, table["width"].to_pylist(), table["height"].to_pylist(), strict=True
         ):
-            digest.update(json.dumps([*sides, length or _state(path)]).encode())
+            digest.update(json.dumps([*sides, _state(path) if length is None else length]).encode())
     if embedded:
         files = [file["filename"] for file in dataset.rows.cache_files]
         if not files:

@@ -39,10 +39,12 @@ class ImageFault:
     Attributes:
         kind: a key of `REMEDIES`.
         what: what is wrong, as the middle of a sentence.
+        passing: whether the system refused to read it, as of a network that is down, which says nothing of the image.
     """
 
     kind: str
     what: str
+    passing: bool = False
 
     def __str__(self) -> str:
         return f"{self.what}: {REMEDIES[self.kind]}"
@@ -124,7 +126,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 def unreadable(error: Exception) -> ImageFault:
     """The fault of an image at which Pillow, or the system, raised this."""
-    return ImageFault(UNREADABLE, f"the image cannot be read ({one_line(error)})")
+    # the system's errors have a number, those of decoders have none
+    passing = isinstance(error, OSError) and error.errno is not None
+    return ImageFault(UNREADABLE, f"the image cannot be read ({one_line(error)})", passing)
 
 
 def header_fault(image: Image.Image, width: int, height: int) -> ImageFault | None:

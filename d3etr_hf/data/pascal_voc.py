@@ -18,7 +18,7 @@ from d3etr_hf.data.converted import images_below, load_converted, relative
 from d3etr_hf.data.dataset import DetectionDataset
 from d3etr_hf.data.image_files import check_image_files
 from d3etr_hf.data.splits import Source
-from d3etr_hf.data.upright_size import upright_size
+from d3etr_hf.data.upright_size import SIZE_OF_BROKEN, upright_size
 from d3etr_hf.errors import DatasetError, one_line, quoted
 from d3etr_hf.files import regular_file
 
@@ -67,12 +67,13 @@ class VocFolder:
 
     @cached_property
     def read(self) -> dict[Path, VocImage]:
-        """What each XML file says, of all splits: their classes are the same.
+        """What each XML file that is there says, of all splits: their classes are the same.
 
         Raises:
-            DatasetError: a file is missing, elsewhere, or cannot be read.
+            DatasetError: a file is elsewhere, or cannot be read.
         """
-        paths = list(dict.fromkeys(path for files, _ in self.splits.values() for path in files))
+        listed = dict.fromkeys(path for files, _ in self.splits.values() for path in files)
+        paths = [path for path in listed if os.path.lexists(path)]  # lists may name what another archive holds
         check_image_files([str(path) for path in paths], self.roots, str(self.folder), what="annotation files")
         return {path: read_voc(path) for path in paths}
 
@@ -148,16 +149,18 @@ def load_voc_split(voc: VocFolder, split: str, name: str) -> DetectionDataset:
     """
     files, image_folder = voc.splits[split]
     source = f"{voc.folder}, split {split}"
+    check_image_files([str(path) for path in files], voc.roots, source, what="annotation files")
     images = _images_of(files, image_folder, voc, source)
     category_ids = {class_name: number for number, class_name in enumerate(voc.class_names, 1)}
     coco: dict = {"images": [], "annotations": []}
     coco["categories"] = [{"id": number, "name": class_name} for class_name, number in category_ids.items()]
     for image_id, (path, image) in enumerate(zip(files, images, strict=True), 1):
         described = voc.read[path]
-        width, height = described.size or upright_size(image)
+        size = described.size or upright_size(image)
+        width, height = size or SIZE_OF_BROKEN
         entry = {"id": image_id, "file_name": relative(image, voc.folder), "width": width, "height": height}
         coco["images"].append(entry)
-        for thing in described.objects:
+        for thing in described.objects if size else ():
             coco["annotations"].append(
                 {
                     "id": len(coco["annotations"]) + 1,
@@ -191,6 +194,13 @@ def _images_of(files: Iterable[Path], folder: Path, voc: VocFolder, source: str)
     return images
 
 
+class _WithoutDoctype(ElementTree.TreeBuilder):
+    """Refuses a document type, which may define entities that grow without end, in whatever encoding."""
+
+    def doctype(self, name: str, public_id: str | None, system_id: str | None) -> None:
+        raise ValueError("it has a DOCTYPE, which Pascal VOC has not")
+
+
 def read_voc(path: Path) -> VocImage:
     """What an XML file of Pascal VOC says of its image.
 
@@ -200,9 +210,9 @@ def read_voc(path: Path) -> VocImage:
     try:
         with regular_file(path).open("rb") as file:
             content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES or b"<!ENTITY" in content:
-            raise DatasetError(f"{path}: larger than {MOST_BYTES // 10**6} MB, or with entities of its own: not read.")
-        root = ElementTree.fromstring(content)
+        if len(content) > MOST_BYTES:
+            raise DatasetError(f"{path}: larger than {MOST_BYTES // 10**6} MB: not read.")
+        root = ElementTree.fromstring(content, ElementTree.XMLParser(target=_WithoutDoctype()))
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: of encodings
         if isinstance(error, DatasetError):
             raise

@@ -3,13 +3,14 @@
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d3etr_hf.data.class_names import with_names
 from d3etr_hf.data.coco import load_coco_split
-from d3etr_hf.data.coco_folders import find_coco_splits
+from d3etr_hf.data.coco_folders import find_coco_splits, splits_without_images
 from d3etr_hf.data.dataset import DetectionDataset
 from d3etr_hf.data.hub_datasets import hub_splits, name_of_folder
 from d3etr_hf.data.pascal_voc import find_voc, voc_source
@@ -40,14 +41,18 @@ def read_splits(arguments: "DataArguments") -> tuple[DetectionDataset, Detection
         DatasetError: no data are named, a split cannot be read, or the two have different categories.
     """
     check_places(arguments)
-    chosen = choose_splits(
-        open_source(arguments),
+    source = open_source(arguments)
+
+    def named(read: Callable[[], DetectionDataset]) -> DetectionDataset:
+        return with_names(read(), arguments.class_names, arguments.rename_classes)
+
+    train, val = choose_splits(
+        replace(source, splits={split: partial(named, read) for split, read in source.splits.items()}),
         arguments.dataset_train_split,
         arguments.dataset_val_split,
         arguments.validation_fraction,
         arguments.validation_seed,
     )
-    train, val = (with_names(split, arguments.class_names, arguments.rename_classes) for split in chosen)
     _require_same_categories(train, val)
     return train, val
 
@@ -126,7 +131,7 @@ def _open_folder(folder: Path, arguments: "DataArguments") -> Source:
         split: partial(load_coco_split, *places, name=f"{name}/{split}", roots=roots)
         for split, places in find_coco_splits(folder).items()
     }
-    return Source(str(folder), splits)
+    return Source(str(folder), splits, splits_without_images(folder))
 
 
 def _format_of(folder: Path) -> str:

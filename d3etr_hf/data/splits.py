@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import datasets
 import numpy as np
@@ -22,10 +22,12 @@ class Source:
     Attributes:
         name: for messages.
         splits: by its name, what reads and checks each split.
+        absent: by name, why a split that the data list cannot be read; it matters where that split is chosen.
     """
 
     name: str
     splits: dict[str, Callable[[], DetectionDataset]]
+    absent: dict[str, str] = field(default_factory=dict)
 
 
 def choose_splits(
@@ -52,8 +54,12 @@ def choose_splits(
 
 
 def _validation_split(source: Source, train: str) -> str:
-    others = [split for split in source.splits if split != train.partition("[")[0]]
-    found = [split for split in others if split in VALIDATION_NAMES]
+    trained = train.partition("[")[0]
+    # `trainval` of Pascal VOC holds both others
+    shared = {"trainval": ("train", *VALIDATION_NAMES), "train": ("trainval",)}
+    others = [split for split in source.splits if split not in (trained, *shared.get(trained, ()))]
+    listed = [*others, *source.absent] if trained != "trainval" else others
+    found = [split for split in listed if split in VALIDATION_NAMES]
     if found:
         return found[0]
     if len(others) == 1:
@@ -73,6 +79,8 @@ def _validation_split(source: Source, train: str) -> str:
 
 def _sliced(source: Source, split: str, read: dict[str, DetectionDataset]) -> DetectionDataset:
     name, bracket, _ = split.partition("[")
+    if name in source.absent:
+        raise DatasetError(source.absent[name])
     if name not in source.splits:
         raise DatasetError(f"{source.name}: no split `{name}`: choose one of {', '.join(source.splits)}.")
     if name not in read:

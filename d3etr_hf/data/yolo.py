@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,15 +17,18 @@ from d3etr_hf.configurations import read_yaml_file
 from d3etr_hf.data.coco_folders import SPLITS
 from d3etr_hf.data.converted import images_below, load_converted, relative
 from d3etr_hf.data.dataset import DetectionDataset
-from d3etr_hf.data.image_files import check_image_files
+from d3etr_hf.data.image_files import check_image_files, check_inside
 from d3etr_hf.data.splits import Source
-from d3etr_hf.data.upright_size import upright_size
+from d3etr_hf.data.upright_size import SIZE_OF_BROKEN, upright_size
 from d3etr_hf.errors import ConfigurationError, DatasetError, quoted
 from d3etr_hf.files import regular_file
 
 logger = logging.getLogger(__name__)
 
 NAME_FILES = ("classes.txt", "obj.names", "names.txt")
+USUAL_STEMS = ("data", "dataset")
+MOST_BYTES_OF_YAML = 1_000_000  # that are looked at to tell what it is
+HAS_IMAGES = re.compile(rb"^(\xef\xbb\xbf)?(train|val|test|path|nc)\s*:", re.MULTILINE)
 HAS_NAMES = re.compile(rb"^(\xef\xbb\xbf)?names\s*:", re.MULTILINE)  # after the mark that Windows writes
 MOST_BYTES = 10_000_000  # of one image's labels
 LARGEST = 2  # a coordinate beyond it is no fraction, of a box that leaves its image a little
@@ -41,6 +44,7 @@ class YoloFolder:
         class_names: in order, from class 0.
         splits: by name the folders of images, or text files that list images.
         keypoints: numbers after the box in each line, which are passed over.
+        absent: by name, why a split that `data.yaml` lists cannot be read.
     """
 
     folder: Path
@@ -48,13 +52,7 @@ class YoloFolder:
     class_names: list[str]
     splits: dict[str, list[Path]]
     keypoints: int = 0
-
-    @property
-    def roots(self) -> list[Path]:
-        """The folders that the user and `data.yaml` name: in these, and beside them, images and labels may lie."""
-        named = [path if path.is_dir() else path.parent for paths in self.splits.values() for path in paths]
-        labels = [beside for path in named for beside in _label_candidates(path / "image", self)]
-        return [self.folder, self.base, *named, *(path.parent for path in labels)]
+    absent: dict[str, str] = field(default_factory=dict)
 
 
 def find_yolo(path: Path) -> YoloFolder | None:
@@ -65,8 +63,8 @@ def find_yolo(path: Path) -> YoloFolder | None:
     """
     folder = path if path.is_dir() else path.parent
     files = [path] if path.is_file() else sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
-    files = [file for file in files if file.is_file() and HAS_NAMES.search(file.read_bytes()[:1_000_000])]
-    usual = [file for file in files if file.stem in ("data", "dataset")]
+    files = [file for file in files if _is_data_yaml(file, certain=file == path)]
+    usual = [file for file in files if file.stem in USUAL_STEMS]
     if len(usual or files) > 1:
         raise DatasetError(
             f"{folder}: {', '.join(file.name for file in usual or files)} each list names of classes: give the right "
@@ -78,6 +76,16 @@ def find_yolo(path: Path) -> YoloFolder | None:
         if (folder / name).is_file() and (splits := _usual_splits(folder)):
             return YoloFolder(folder, folder, _names_in(folder / name), splits)
     return None
+
+
+def _is_data_yaml(file: Path, certain: bool) -> bool:
+    """Whether a YAML file lists classes and images; `names` suffices where the file, or its name, says it is one."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        head = opened.read(MOST_BYTES_OF_YAML)
+    listed = certain or file.stem in USUAL_STEMS or (file.parent / "labels").is_dir() or HAS_IMAGES.search(head)
+    return bool(listed and HAS_NAMES.search(head))
 
 
 def _from_yaml(folder: Path, file: Path) -> YoloFolder:
@@ -92,20 +100,29 @@ def _from_yaml(folder: Path, file: Path) -> YoloFolder:
     given = content.get("path")
     if isinstance(given, str) and "\0" not in given and os.path.isdir(folder / given):
         base = folder / given
-    splits = {}
+    splits, absent = {}, {}
     for split in SPLITS:
         entries = content.get(split)
         if entries:
             entries = entries if isinstance(entries, list) else [entries]
-            splits[split] = [_place(entry, split, base, folder, file) for entry in entries]
+            try:
+                splits[split] = [_place(entry, split, base, folder, file) for entry in entries]
+            except DatasetError as error:  # of a split that nobody may ask for
+                absent[split] = str(error)
+    if absent and not splits:
+        raise DatasetError(next(iter(absent.values())))
     splits = splits or _usual_splits(base)
     if not splits:
         raise DatasetError(
             f"{file}: names no images: add `train` and `val`, the folders of images, for example images/train."
         )
     shape = content.get("kpt_shape")
-    keypoints = math.prod(shape) if isinstance(shape, list) and all(type(each) is int for each in shape) else 0
-    return YoloFolder(folder, base, names, splits, keypoints)
+    if shape is not None and not (isinstance(shape, list) and all(type(each) is int and each > 0 for each in shape)):
+        raise DatasetError(
+            f"{file}: `kpt_shape` is {quoted(shape)}: give the number of key points and of numbers of each, for "
+            "example [17, 3], or leave it out."
+        )
+    return YoloFolder(folder, base, names, splits, math.prod(shape) if shape else 0, absent)
 
 
 def _class_names(content: dict, file: Path) -> list[str]:
@@ -139,7 +156,8 @@ def _place(entry: object, split: str, base: Path, folder: Path, file: Path) -> P
     entry = entry.replace("\\", "/")
     inside = re.sub(r"^(\.\./)+", "", entry)
     candidates = [folder / inside, base / entry, folder / entry] if inside != entry else [base / entry, folder / entry]
-    for candidate in candidates:
+    # the folder that the user named goes before what else of that name is on this machine
+    for candidate in sorted(candidates, key=lambda each: os.path.isabs(relative(each, folder))):
         if os.path.exists(candidate):  # which is false, not an error, of a name that no file can have
             return candidate
     looked = dict.fromkeys(quoted(os.path.normpath(candidate)) for candidate in candidates)
@@ -163,11 +181,12 @@ def _usual_splits(folder: Path) -> dict[str, list[Path]]:
 
 
 def yolo_source(yolo: YoloFolder, anywhere: bool) -> Source:
-    """The data set's splits; anywhere: whether files may lie outside of the folders that were named."""
+    """The data set's splits; anywhere: whether files may lie outside of the folder that the user named."""
     name = Path(os.path.abspath(yolo.folder)).name
     return Source(
         str(yolo.folder),
         {split: partial(load_yolo_split, yolo, split, f"{name}/{split}", anywhere) for split in yolo.splits},
+        yolo.absent,
     )
 
 
@@ -178,12 +197,14 @@ def load_yolo_split(yolo: YoloFolder, split: str, name: str, anywhere: bool = Fa
         yolo: the data set.
         split: one of its splits.
         name: for messages.
-        anywhere: whether files may lie outside of the folders that were named.
+        anywhere: whether files may lie outside of the folder that the user named.
 
     Raises:
         DatasetError: files are missing or elsewhere, or a line is no label; or as `load_coco_split`.
     """
-    roots = None if anywhere else yolo.roots
+    # not those that `data.yaml` names, which somebody else may have written
+    roots = None if anywhere else [yolo.folder]
+    check_inside([str(place) for place in yolo.splits[split]], roots, f"{yolo.folder}, split {split}")
     images = [image for place in yolo.splits[split] for image in _images_at(place, yolo)]
     source = f"{yolo.folder}, split {split}"
     if not images:
@@ -202,10 +223,12 @@ def load_yolo_split(yolo: YoloFolder, split: str, name: str, anywhere: bool = Fa
     coco: dict = {"images": [], "annotations": []}
     coco["categories"] = [{"id": index, "name": class_name} for index, class_name in enumerate(yolo.class_names)]
     for image_id, image in enumerate(images, 1):
-        width, height = upright_size(image)
+        labelled = read_labels(labels[image], yolo) if image in labels else []
+        size = upright_size(image)
+        width, height = size or SIZE_OF_BROKEN
         entry = {"id": image_id, "file_name": relative(image, yolo.folder), "width": width, "height": height}
         coco["images"].append(entry)
-        for category_id, box in read_labels(labels[image], yolo) if image in labels else ():
+        for category_id, box in labelled if size else ():
             x, y, w, h = box[0] * width, box[1] * height, box[2] * width, box[3] * height
             annotation = {"id": len(coco["annotations"]) + 1, "image_id": image_id, "category_id": category_id}
             coco["annotations"].append({**annotation, "bbox": [x, y, w, h], "area": abs(w * h), "iscrowd": 0})

@@ -100,3 +100,10 @@ def test_boxes_of_a_hub_data_set(tmp_path: Path) -> None:
     folder = write_parquet(tmp_path / "data", rows, fields=("bbox", "category"))
     with pytest.raises(DatasetError, match="train: all 9 boxes .* look like fractions"):
         load_hub_split(folder, "train", cache_dir=tmp_path / "cache")
+
+
+def test_a_box_in_the_first_pixel_hides_no_corners() -> None:
+    """Guards against training on corners because of one small box."""
+    boxes = np.concatenate([[[0.25, 0.25, 0.5, 0.5]], as_corners(drawn_boxes(30))])
+    with pytest.raises(DatasetError, match="all 30 boxes look like corners"):
+        check_coco(given(boxes), "val.json")

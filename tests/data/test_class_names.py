@@ -34,6 +34,7 @@ def test_all_names_and_some(teeth: DetectionDataset) -> None:
     ("class_names", "renamed", "message"),
     [
         (["a"], None, r"class_names are 1 names, but there are 2 categories, \['aeroplane', 'tooth brush'\]"),
+        (["brush", "aeroplane"], None, "would call the class 'tooth brush' 'aeroplane', which is the name of another"),
         (None, {"areoplane": "b"}, "rename_classes names 'areoplane', which is no class; did you mean 'aeroplane'"),
         (None, {"cat": "b"}, r"no class; there are \['aeroplane', 'tooth brush'\]"),
         (None, {"aeroplane": "tooth brush"}, "2 classes are named 'tooth brush'"),
@@ -42,6 +43,23 @@ def test_all_names_and_some(teeth: DetectionDataset) -> None:
 def test_names_that_do_not_fit(teeth: DetectionDataset, class_names: list, renamed: dict, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         with_names(teeth, class_names, renamed)
+
+
+def test_the_same_names_in_another_order_rename_none(tmp_path: Path) -> None:
+    """Guards objects against the name of another class; a slice of a split has the new labels, too."""
+    for split in ("train", "val"):
+        write_split(tmp_path, coco(), split)
+    given = DataArguments(
+        data_folder=str(tmp_path), dataset_val_split="val[1:]", class_names=["tooth brush", "aeroplane"]
+    )
+    train, val = read_splits(given)
+    assert train.class_names == ["tooth brush", "aeroplane"] and train.category_ids == [90, 5]
+    labels = dict(zip(train.rows["image_id"], train.rows["class_labels"], strict=True))
+    raw = {each["id"]: each["category_id"] for each in coco()["annotations"]}
+    assert [train.category_ids[label] for label in labels[3]] == [raw[11], raw[13]] == [90, 5]
+    assert labels[7] == [1] and val[0]["target"]["class_labels"].tolist() == [0, 1]
+    names = {each["id"]: each["name"] for each in train.ground_truth["categories"]}
+    assert names == {5: "aeroplane", 90: "tooth brush"}
 
 
 def numbered(folder: Path, train: list[int], validation: list[int]) -> str:
@@ -65,6 +83,8 @@ def test_names_of_numbers(tmp_path: Path) -> None:
         folder = numbered(tmp_path / str(index), train, validation)
         for split in read_splits(DataArguments(data_folder=folder, class_names=names)):
             assert dict(zip(split.category_ids, split.class_names, strict=True)) == expected
+    with pytest.raises(DatasetError, match=r"3 names, but .* 2 categories \[1, 2\], and none is 0"):
+        read_splits(DataArguments(data_folder=numbered(tmp_path / "8", [1], [2]), class_names=["a", "b", "c"]))
     with pytest.raises(
         DatasetError, match=r"class_names are 2 names, but the objects are of 3 categories, \[0, 2, 7\]"
     ):

@@ -1,8 +1,10 @@
 """What is wrong with the images of both splits is told at once, before training."""
 
 import json
+import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 
 from d3etr_hf.data.data_arguments import DataArguments, load_splits
 from d3etr_hf.errors import DatasetError
+from tests.data.formats import EXPECTED, write_metadata, write_voc_beside, write_yolo
 from tests.data.test_hub_datasets import row, write_parquet
 from tests.data.test_images import write_turned
 from tests.tiny import small_image_processor
@@ -98,6 +101,49 @@ def test_broken_images_are_left_out_where_that_is_asked_for(folder: Path) -> Non
     assert [image["id"] for image in val.ground_truth["images"]] == [1, 3]
     assert [region["image_id"] for region in val.ground_truth["annotations"]] == [1, 3]
     assert len([train[index] for index in range(3)]) == 3
+
+
+def without_sizes(folder: Path) -> None:
+    """Pascal VOC's files, which name no sizes."""
+    write_voc_beside(folder)
+    for file in folder.rglob("*.xml"):
+        file.write_text(re.sub("<size>.*</size>", "", file.read_text()))
+
+
+@pytest.mark.parametrize("write", [write_yolo, write_metadata, without_sizes])
+def test_broken_images_whose_size_is_needed(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    """Guards against a refusal of the first one, before all are told, or can be left out."""
+    write(tmp_path)
+    folders = sorted({path.parent for path in tmp_path.rglob("7.png")})
+    for folder in folders:
+        (folder / "7.png").write_bytes(b"no image")
+    first = str(folders[0] / "7.png")
+    with pytest.raises(DatasetError, match=f"train: 1 of 2 images are unreadable: {first}.* 1 of 2 .*skip_broken"):
+        loaded(tmp_path)
+    with pytest.warns(UserWarning, match="Left out") as caught:
+        train, val = loaded(tmp_path, skip_broken_images=True)
+    assert [str(each.message)[:8] for each in caught if "unreadable" in str(each.message)] == ["Left out"]
+    for split in (train, val):
+        assert [sorted(each) for each in split.rows["boxes"]] == [sorted(EXPECTED[1][0])]
+        assert len(split.ground_truth["images"]) == 1 and len(split.ground_truth["annotations"]) == 2
+
+
+def test_another_process_goes_by_what_was_decided(folder: Path) -> None:
+    """Guards processes that each look for themselves, and train on different images; and the same warning from all."""
+    arguments, decided = DataArguments(data_folder=str(folder), skip_broken_images=True), []
+    damage(folder)
+
+    def deciding(find):
+        decided.append(find())
+        return decided[0]
+
+    with pytest.warns(UserWarning, match="Left out"):
+        load_splits(arguments, small_image_processor(), decide=deciding)
+    assert decided == [[[1, 2, 4], [1]]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train, val = load_splits(arguments, small_image_processor(), decide=lambda _: [[0], [2]])
+    assert train.rows["image_id"][:] == [2, 3, 4, 5, 6] and val.rows["image_id"][:] == [1, 2]
 
 
 def test_a_split_of_which_nothing_is_left(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Broken and wrongly described images are found before training, all of them, and quickly the second time."""
 
+import errno
 from pathlib import Path
 
 import datasets
@@ -91,7 +92,7 @@ def test_orientations_are_those_of_reading(tmp_path: Path, suffix: str, orientat
     assert header.unturned == (orientation == 6 and sides == (8, 6) and suffix != "tiff")
 
 
-def no_reading(*_):
+def no_reading(*_, **__):
     raise AssertionError("an image was opened")
 
 
@@ -108,6 +109,35 @@ def test_a_second_call_opens_only_what_has_changed(tmp_path: Path, monkeypatch) 
         assert read_headers(dataset, tmp_path / "cache") == first
     Image.new("RGB", (40, 30), "red").save(images / "3.png")
     assert all(header.fault is None for header in read_headers(dataset, tmp_path / "cache"))
+
+
+def test_what_the_system_refuses_for_a_while_is_not_kept(tmp_path: Path, monkeypatch) -> None:
+    """Guards against an image that is broken for good because a network was down once."""
+    Image.fromarray(random_pixels(6, 8)).save(tmp_path / "a.png")
+    dataset = split_of([tmp_path / "a.png"], 8, 6)
+
+    def refused(_: str) -> Path:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_headers, "regular_file", refused)
+        assert kinds_of(dataset, tmp_path / "cache") == [UNREADABLE]
+    assert kinds_of(dataset, tmp_path / "cache") == [None]
+
+
+def test_damage_in_the_middle_is_found_by_decoding(tmp_path: Path) -> None:
+    """Whose head and end are sound; also after the headers alone were read, and kept."""
+    path = tmp_path / "a.png"
+    Image.fromarray(random_pixels(60, 60)).save(path)
+    content = bytearray(path.read_bytes())
+    content[5000:5100] = bytes(100)
+    path.write_bytes(content)
+    dataset = split_of([path], 60, 60)
+    with pytest.raises(DatasetError):
+        read_rgb(path, 60, 60, "")
+    assert kinds_of(dataset, tmp_path / "cache") == [None]
+    (header,) = read_headers(dataset, tmp_path / "cache", decode_all=True)
+    assert header.fault.kind == UNREADABLE
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
@@ -140,6 +170,10 @@ def test_images_within_a_table(tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(image_headers, "_read_header", no_reading)
         assert kinds_of(dataset, tmp_path / "cache") == expected
+    empty = row(3, objects, image={"bytes": b"", "path": None})
+    write_parquet(folder, [*rows[:2], empty], fields=("bbox", "category"))
+    dataset = load_hub_split(folder, "train", cache_dir=tmp_path / "rows")
+    assert kinds_of(dataset, tmp_path / "cache") == expected
     write_parquet(folder, [*rows[:2], row(3, objects)], fields=("bbox", "category"))
     dataset = load_hub_split(folder, "train", cache_dir=tmp_path / "rows")
     assert kinds_of(dataset, tmp_path / "cache") == [None, OTHER_SIZE, None]

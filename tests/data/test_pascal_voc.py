@@ -31,7 +31,7 @@ def test_corners_are_the_first_and_the_last_pixel(tmp_path: Path) -> None:
         ("<annotation>", "cannot be read as XML"),
         ("", "cannot be read as XML"),
         ("<svg></svg>", "its root is <svg>"),
-        ('<!DOCTYPE a [<!ENTITY x "y">]><annotation/>', "with entities of its own"),
+        ('<!DOCTYPE a [<!ENTITY x "y">]><annotation/>', "it has a DOCTYPE"),
         (f"<annotation><object>{BOX.format(1)}</object></annotation>", "object 1: has no <name>"),
         ("<annotation><object><name>cat</name></object></annotation>", "object 1 .'cat'.: <bndbox> lacks a corner"),
         (f"<annotation><object><name>cat</name>{BOX.format('x')}</object></annotation>", "<bndbox/xmin> is 'x'"),
@@ -52,6 +52,23 @@ def test_classes_are_those_of_all_splits(tmp_path: Path) -> None:
     assert train.class_names == val.class_names == ["fern", "lamp", "mug"]
     assert [val[index]["target"]["class_labels"].tolist() for index in (0, 1)] == [[0], []]
     assert [each["iscrowd"] for each in val.ground_truth["annotations"]] == [0, 1]
+
+
+def test_a_document_type_in_another_encoding(tmp_path: Path) -> None:
+    """Guards against entities that the bytes do not show."""
+    text = '<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE a [<!ENTITY x "y">]><annotation>&x;</annotation>'
+    (tmp_path / "a.xml").write_bytes(text.encode("utf-16"))
+    with pytest.raises(DatasetError, match="a.xml.*it has a DOCTYPE"):
+        read_voc(tmp_path / "a.xml")
+
+
+def test_a_list_of_files_that_another_archive_holds(tmp_path: Path) -> None:
+    """Guards against a refusal of all for a split that nobody asked for."""
+    write_voc(tmp_path)
+    write_text(tmp_path / "ImageSets" / "Main" / "test.txt", "4\n5\n")
+    assert len(read_splits(DataArguments(data_folder=str(tmp_path)))[1]) == 2
+    with pytest.raises(DatasetError, match="split test: 2 of its annotation files are missing"):
+        read_splits(DataArguments(data_folder=str(tmp_path), dataset_val_split="test"))
 
 
 def test_layouts(tmp_path: Path) -> None:

@@ -71,6 +71,26 @@ def test_which_split_is_evaluated_on(ten: DetectionDataset, caplog: pytest.LogCa
     for splits, message in [
         (("train",), "there is train alone: choose a slice by `dataset_val_split`, or .*`validation_fraction`"),
         (("train", "a", "b"), "there are a, b: choose one"),
+        (("train", "trainval"), "there is train alone"),
     ]:
         with pytest.raises(DatasetError, match=message):
             choose_splits(source_of(ten, *splits), "train", None, None, 0)
+
+
+def test_both_parts_together_are_not_evaluated_on_one_of_them(ten: DetectionDataset) -> None:
+    """Guards a score of images that were trained on: Pascal VOC's `trainval` holds `val`."""
+    read = {split: partial(DetectionDataset.with_name, ten, split) for split in ("train", "val", "trainval", "test")}
+    assert choose_splits(Source("ten", read), "trainval", None, None, 0)[1].name == "test"
+    assert choose_splits(Source("ten", read), "train", None, None, 0)[1].name == "val"
+    del read["test"]
+    with pytest.raises(DatasetError, match="no validation split; there is trainval alone"):
+        choose_splits(Source("ten", read), "trainval", None, None, 0)
+
+
+def test_splits_that_the_data_list_and_lack_matter_where_they_are_chosen(ten: DetectionDataset) -> None:
+    source = Source("ten", source_of(ten, "train", "a").splits, {"val": "val is not there.", "test": "nor is test."})
+    assert len(choose_splits(source, "train", "a", None, 0)[1]) == 10
+    assert len(choose_splits(source, "train", None, 0.1, 0)[1]) == 1
+    for val, message in ((None, "val is not there"), ("test", "nor is test")):
+        with pytest.raises(DatasetError, match=message):
+            choose_splits(source, "train", val, None, 0)

@@ -37,6 +37,7 @@ def test_lines(tmp_path: Path) -> None:
         ("-1 0.5 0.5 0.1 0.1", "class '-1' is none of 0 to 1"),
         ("0.5 0.5 0.5 0.1 0.1", "class '0.5' is none of 0 to 1"),
         ("nan 0.5 0.5 0.1 0.1", "class 'nan' is none"),
+        ("0", "1 numbers are neither a box"),
         ("0 0.5 0.5 0.1", "4 numbers are neither a box"),
         ("0 0.5 0.5 0.1 0.1 0.9", "6 numbers are neither a box"),
         ("0 0.5 0.5 0.1 0.1 0.9 0.9 0.9", "8 numbers are neither a box"),
@@ -58,6 +59,7 @@ def test_what_is_no_label(tmp_path: Path, line: str, message: str) -> None:
         ("nc: 3\nnames: [cat, dog]", "`nc` is 3, but there are 2 `names`"),
         ("names: [cat]\ntrain: images/nowhere", "`train` is 'images/nowhere', which is not there; looked for"),
         ("names: [cat]\ntrain: {a: b}", "`train` is {'a': 'b'}: name a folder"),
+        ("names: [cat]\ntrain: .\nkpt_shape: [-1, 4]", r"`kpt_shape` is \[-1, 4\]: give the number of key points"),
         ("names: [cat]", "names no images: add `train` and `val`"),
         ('text: "a\nnames: b"', "`names` is None: list the name of each class"),
         (f"names: [cat]\npath: {'x' * 300}\ntrain: {'x' * 300}", "`train` is 'xx+[.]{3}x+', which is not there"),
@@ -73,6 +75,7 @@ def test_a_data_yaml_that_cannot_be_used(tmp_path: Path, text: str, message: str
 
 def test_other_yaml_files_are_none_and_two_are_too_many(tmp_path: Path) -> None:
     write_text(tmp_path / "training.yaml", "batch: 3")
+    write_text(tmp_path / "services.yaml", "names: [a, b]")
     assert find_yolo(tmp_path) is None
     write_image(tmp_path / "images" / "a.png")
     for name in ("cats.yaml", "dogs.yaml"):
@@ -106,7 +109,7 @@ def test_fractions_are_of_the_upright_image(tmp_path: Path) -> None:
     assert dataset.read_image(0).size == (30, 40) and dataset[0]["target"]["boxes"].tolist() == [[7.5, 10, 22.5, 30]]
 
 
-def test_entries_lie_where_the_user_or_the_data_yaml_says(tmp_path: Path) -> None:
+def test_entries_lie_in_the_folder_that_the_user_named(tmp_path: Path) -> None:
     """Guards files of this machine against lists, links and labels in data that somebody else made."""
     write_image(tmp_path / "elsewhere" / "images" / "a.png")
     write_text(tmp_path / "elsewhere" / "labels" / "a.txt", "0 0.5 0.5 0.5 0.5")
@@ -127,7 +130,22 @@ def test_entries_lie_where_the_user_or_the_data_yaml_says(tmp_path: Path) -> Non
     with pytest.raises(DatasetError, match="1 of its label files lie outside"):
         read()
     write_text(data / "data.yaml", f"names: [cat]\npath: {tmp_path / 'elsewhere'}\ntrain: images\nval: images")
-    read()
+    (data / "images").rename(data / "others")
+    with pytest.raises(DatasetError, match="1 of its folders of images lie outside .*--allow_images_elsewhere true"):
+        read()
+    read(allow_images_elsewhere=True)
+    write_text(data / "data.yaml", f"names: [cat]\npath: /\ntrain: {tmp_path.parts[1]}\nval: images")
+    with pytest.raises(DatasetError, match="1 of its folders of images lie outside"):
+        read()
+
+
+def test_a_split_that_is_listed_and_absent_matters_where_it_is_chosen(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    with (tmp_path / "data.yaml").open("a") as file:
+        file.write("test: images/test\n")
+    assert len(read_splits(DataArguments(data_folder=str(tmp_path)))[1]) == 2
+    with pytest.raises(DatasetError, match="`test` is 'images/test', which is not there"):
+        read_splits(DataArguments(data_folder=str(tmp_path), dataset_val_split="test"))
 
 
 def test_labels_of_the_last_folder_of_images_and_key_points_that_the_data_yaml_says(tmp_path: Path) -> None:
