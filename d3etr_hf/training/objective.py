@@ -157,8 +157,7 @@ class D3etrObjective:
         problems, chosen = self._problems(student, teacher, targets)
         wait = start_solving(problems, self.tolerant) if problems else dict
         terms, statistics, pairs = Terms(), Terms(), dict[str, MatchedPairs]()
-        # threads assign while what needs no such assignment is computed
-        if AUXILIARY in options.distilled_groups:
+        if AUXILIARY in options.distilled_groups:  # threads assign meanwhile
             pairs[AUXILIARY] = fixed_pairs(teacher.group, groups[AUXILIARY])
             terms |= self._attention_terms(AUXILIARY, teacher, student, pairs[AUXILIARY], shares)
         solutions = wait()
@@ -174,8 +173,9 @@ class D3etrObjective:
             terms |= self._detection_terms(student, targets, *self._assignments(found, given, groups), shares)
         if pairs:
             terms |= self._terms_of_pairs(teacher.group, groups, pairs, shares)
-        terms |= self._memory_terms(student, teacher, targets, shares)
-        terms |= self._shared_query_terms(teacher, groups, shares)
+        terms |= self._memory_terms(student, teacher, targets, shares) | self._shared_query_terms(
+            teacher, groups, shares
+        )
         if self.partners is not None:
             self.partners = self._partners(pairs.get(OWN), teacher, found, given)
         if not shares.counted:

@@ -130,8 +130,6 @@ class DistillationTrainer(ResumableTrainer):
         # after Trainer has set the seed: learned queries are drawn
         attach_query_adapter(model, self.teacher, self.distillation)
         self.criterion = self.model.criterion()
-        if args.log_instability and self.train_dataset is not None:
-            self.instability = Instability(len(self.train_dataset))
         self._prepare_objective()
         self.teacher_cache = self._make_teacher_cache()
         self._add_callbacks()
@@ -145,8 +143,9 @@ class DistillationTrainer(ResumableTrainer):
         """For the options that hold now."""
         teacher_criterion = None if self.teacher is None else self.teacher.criterion
         self.objective = D3etrObjective(self.distillation, self.criterion, teacher_criterion, self._skips_steps)
-        if self.instability is not None:
+        if self.args.log_instability and self.train_dataset is not None:
             self.objective.partners = {}
+            self.instability = self.instability or Instability(len(self.train_dataset))
         self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
 
     def _follow_schedule(self) -> None:

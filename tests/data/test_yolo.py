@@ -162,7 +162,9 @@ def test_labels_lie_beside_the_images_that_the_data_yaml_names(tmp_path: Path) -
     write_text(tmp_path / "elsewhere" / "labels" / "a.txt", "0 0.5 0.5 0.5 0.5")
     images = tmp_path / "elsewhere" / "images"
     write_text(tmp_path / "data" / "data.yaml", f"\ufeffnames: [cat]\ntrain: {images}\nval: {images}")
-    train, _ = read_splits(DataArguments(data_folder=str(tmp_path / "data")))
+    with pytest.raises(DatasetError, match="outside the folders that were named"):
+        read_splits(DataArguments(data_folder=str(tmp_path / "data")))
+    train, _ = read_splits(DataArguments(data_folder=str(tmp_path / "data"), allow_images_elsewhere=True))
     assert [len(boxes) for boxes in train.rows["boxes"]] == [1]
 
 
