@@ -216,9 +216,7 @@ def build_trainer(
     """The trainer of a run from its seed on: data, student, teacher, and what the student inherits."""
     set_seed(training_arguments.seed)
     check_places(data_arguments)  # before anything is loaded
-    teacher_type = None
-    if teacher_arguments.teacher is not None:
-        teacher_type = check_teacher(teacher_arguments.teacher)
+    teacher_type = None if teacher_arguments.teacher is None else check_teacher(teacher_arguments.teacher)
     model_type = model_type_of(model_arguments)
     if model_arguments.model is not None:
         processor = image_processor_of(model_type, model_arguments.model)
