@@ -102,7 +102,8 @@ def split_of(
     tables = {each: with_objects(rows, f"{place}/{each}") for each, rows in splits.items()}
     categories = categories_of(list(tables.values()), class_names, place)
     # Undecoded, because the decoder of `datasets` turns images by EXIF whatever size the annotations mean.
-    images = tables[split].select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+    # Of the loaded rows, which stay files that are mapped into memory, also where `objects` is text.
+    images = splits[split].select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     _check_images(images, roots, name)
     rows = described(tables[split], images, name)
     coco = as_coco(rows, categories, name)

@@ -96,8 +96,7 @@ def read_upright(path: Path) -> Image.Image:
         DatasetError: as `read_rgb`; the message names the file.
     """
     with _opened(path) as image:
-        lying = orientation_of(image) in ORIENTATIONS_THAT_SWAP_SIDES
-        width, height = image.size[::-1] if lying else image.size
+        width, height = upright_size_of(image)
     return read_rgb(path, width, height, str(path))
 
 
@@ -150,6 +149,11 @@ def known_orientation(image: Image.Image) -> int:
 def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation, 1..8."""
     return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def upright_size_of(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image, not decoded, after the turn that its EXIF orientation asks for."""
+    return image.size[::-1] if orientation_of(image) in ORIENTATIONS_THAT_SWAP_SIDES else image.size
 
 
 def _turned(image: Image.Image, orientation: int, annotated: tuple[int, int]) -> Image.Image | ImageFault:

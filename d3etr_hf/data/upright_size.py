@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from d3etr_hf.data.images import DECODING_ERRORS, ORIENTATIONS_THAT_SWAP_SIDES, orientation_of
+from d3etr_hf.data.images import DECODING_ERRORS, upright_size_of
 from d3etr_hf.files import regular_file
 
 # Of a broken image, whose objects are left out with it: any size will do, as `check_images` finds by its file what is
@@ -24,7 +24,6 @@ def upright_size(source: str | Path | bytes) -> tuple[int, int] | None:
     """
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else regular_file(source)) as image:
-            lying = orientation_of(image) in ORIENTATIONS_THAT_SWAP_SIDES
-            return image.size[::-1] if lying else image.size
+            return upright_size_of(image)
     except DECODING_ERRORS:
         return None

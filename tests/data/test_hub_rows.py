@@ -46,6 +46,18 @@ def test_ids_that_are_text_are_numbered(tmp_path: Path) -> None:
     ]
 
 
+def test_images_beside_texts_stay_files(tmp_path: Path) -> None:
+    """Guards a worker's memory against a copy of all images, and the cache of their headers, which needs the files."""
+
+    def as_texts(rows: datasets.Dataset) -> datasets.Dataset:
+        texts = [json.dumps(each) for each in rows["objects"]]
+        return rows.remove_columns("objects").add_column("objects", texts)
+
+    folder = rewritten(write_parquet(tmp_path / "a", ROWS[2:], category=INTEGER), as_texts)
+    dataset = load_hub_split(folder, "train")
+    assert dataset.rows.cache_files and dataset.read_image(0).size == (40, 30)
+
+
 def test_texts_that_are_no_objects(tmp_path: Path) -> None:
     for text, message in [
         ("[1, 2", "`objects` of row 0 is .*, which is no JSON"),
