@@ -86,11 +86,18 @@ def check_data(data: DataArguments, model: str | None = None, pictured: int = 8,
     told += describe_notes(splits, headers)
     more = [each for split in splits for each in describe_more_objects(split, queries, evaluated=split is splits[1])]
     told += [f"{'; '.join(more)}. {REMEDY}"] if more else []
-    if examples := _spread(splits, headers, pictured):
+    examples, undecodable = _decodable(_spread(splits, headers, pictured))
+    if undecodable:
+        refused.append(
+            f"{len(undecodable)} of the {len(examples) + len(undecodable)} images that were to be drawn cannot be "
+            f"decoded, and are left out of the picture: {undecodable[0]}"
+        )
+    accepted = _report(told, refused)
+    if examples:
         picture = make_folder(output_dir) / "annotations.png"
         draw_annotations(examples, picture)
         print(f"\n{picture}")
-    return _report(told, refused)
+    return accepted
 
 
 def _refusals(
@@ -117,6 +124,21 @@ def _spread(
         places = np.linspace(0, len(sound) - 1, min(count, len(sound))).round().astype(int).tolist()
         examples += [(split, sound[place]) for place in places]
     return examples
+
+
+def _decodable(
+    examples: Sequence[tuple[DetectionDataset, int]],
+) -> tuple[list[tuple[DetectionDataset, int]], list[str]]:
+    """Those images that can be drawn, and what is wrong with each of the others: a sound header tells little."""
+    found, faults = [], []
+    for split, index in examples:
+        try:
+            split.read_image(index)
+        except DatasetError as error:
+            faults.append(str(error))
+        else:
+            found.append((split, index))
+    return found, faults
 
 
 def _report(told: list[str], refused: list[str]) -> bool:

@@ -1,16 +1,15 @@
 """One training run in one output folder: guarded, resumable, with its results beside its model."""
 
-import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from d3etr_hf.cli.signals import saying_what_is_kept, stopping_at_signals
 from d3etr_hf.data import DataArguments, check_places, load_splits, with_side_divisor
-from d3etr_hf.errors import DamagedFileError, DatasetError
+from d3etr_hf.errors import DatasetError
 from d3etr_hf.files import write_json, write_whole
 from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
 from d3etr_hf.models.loading import (
@@ -39,9 +38,7 @@ from d3etr_hf.runs.output_folder import (
     HISTORY,
     INPUTS,
     LAUNCH,
-    REMEDIES,
     RESULTS,
-    SECONDS,
     check_output_folder,
     checkpoint_to_go_on_from,
     describe_launch,
@@ -49,6 +46,7 @@ from d3etr_hf.runs.output_folder import (
     refuse_split_launch,
     refuse_to_resume_finished,
 )
+from d3etr_hf.runs.stopwatch import Stopwatch
 from d3etr_hf.training.checks import check_best_metric
 from d3etr_hf.training.heartbeat import watching_processes
 from d3etr_hf.training.processes import on_main_process
@@ -296,34 +294,3 @@ def report(results: dict, training_arguments: TrainingArguments) -> None:
     if training_arguments.process_index == 0:
         scores = [f"{name} {results[name]:.3f}" for name in ("AP", "AP50") if name in results]
         print(f"{training_arguments.output_dir}: {', '.join(scores) or 'no AP: the validation split has no object'}")
-
-
-class Stopwatch(TrainerCallback):
-    """Seconds spent on training steps and waiting for their data; evaluation and saving do not count.
-
-    Kept in the output folder at every save, so that an interrupted run knows what it spent.
-    """
-
-    def __init__(self, output: Path):
-        self.file = output / SECONDS
-        self.seconds = 0.0
-        if self.file.exists():
-            self.seconds = read_record(self.file).get("seconds")
-            if not isinstance(self.seconds, (int, float)):
-                raise DamagedFileError(f"{self.file} is damaged, since it holds no seconds: {REMEDIES[SECONDS]}")
-        self.mark = time.perf_counter()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.mark = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        now = time.perf_counter()
-        self.seconds, self.mark = self.seconds + now - self.mark, now
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.mark = time.perf_counter()
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_json(self.file, {"seconds": self.seconds, "steps": state.global_step})
-        self.mark = time.perf_counter()

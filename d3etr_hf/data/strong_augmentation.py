@@ -1,6 +1,8 @@
 """Stronger augmentation, as real-time detectors are trained: colours, zooming out, crops by overlap, four in one.
 
-The recipe is RT-DETR's (its authors' numbers, after SSD); Pillow changes the colours.
+The recipe is RT-DETR's (its authors' numbers, after SSD); Pillow changes the colours. No library does it: torchvision
+0.28 comes from the package index as a CUDA build, which fails beside a torch for CPUs ("operator torchvision::nms does
+not exist").
 """
 
 from collections.abc import Callable

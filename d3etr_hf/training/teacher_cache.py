@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from d3etr_hf import __version__
 from d3etr_hf.data import DetectionCollator, DetectionDataset, DetectionTransform
 from d3etr_hf.errors import DamagedFileError, UnsupportedOptionError, WriteError, one_line, quoted
 from d3etr_hf.files import UNFINISHED, write_errors
@@ -167,7 +167,7 @@ def _digest_of_teacher(teacher: Teacher, request: GroupRequest, precision: str) 
         "layers": teacher.layer_map,
         "maps": [request.self_attention, request.cross_attention],
         "precision": [precision, detector.device.type],
-        "versions": [torch.__version__, transformers.__version__, __version__],
+        "versions": [torch.__version__, transformers.__version__, version("d3etr_hf")],
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for value in state.values():

@@ -65,6 +65,21 @@ def test_everything_is_told_at_once(folder, monkeypatch, capsys, tmp_path):
         assert part in printed
 
 
+def test_an_image_of_a_sound_header_that_cannot_be_decoded(folder, monkeypatch, capsys, tmp_path):
+    """Guards findings that are lost where drawing fails, and the picture of all the others."""
+    first = min((folder / "train").iterdir())
+    content = first.read_bytes()
+    half = len(content) // 2
+    first.write_bytes(content[:half] + bytes(40) + content[half + 40 :])
+    min((folder / "val").iterdir()).write_bytes(sorted((folder / "train").iterdir())[1].read_bytes())
+    assert called(monkeypatch, "check", folder, "--output_dir", tmp_path / "out", "--pictured", "12") == 1
+    printed = capsys.readouterr().out
+    assert "refused: 1 of the 17 images that were to be drawn cannot be decoded" in printed
+    assert printed.count(f"train/{first.name}: ") == 1
+    assert "1 of 5 images of shapes/val are in shapes/train as well" in printed
+    assert (tmp_path / "out" / "annotations.png").stat().st_size > 0
+
+
 def test_data_that_cannot_be_read_at_all(folder, monkeypatch, capsys):
     """Guards the exit code where there is no table."""
     (folder / "annotations" / "val.json").write_text("{}")

@@ -283,5 +283,5 @@ def test_mosaics_are_refused_of_python_too(shapes, tmp_path):
 
 def test_another_version_of_this_package_is_another_entry(shapes, tmp_path, monkeypatch):
     first = cache_of(tmp_path, shapes).folder
-    monkeypatch.setattr(teacher_cache, "__version__", "0.0.1")
+    monkeypatch.setattr(teacher_cache, "version", lambda package: f"{package} 0.0.1")
     assert cache_of(tmp_path, shapes).folder != first
