@@ -106,7 +106,8 @@ cp -r data/shapes "$folder/my pictures"
 step "from Python, a folder of one's own" python_example "$folder/my pictures"
 
 for file in runs/student/{model.safetensors,results.json,README.md,detections.png} runs/pictures/detections.png \
-    runs/evaluation/evaluation.json runs/student/model.onnx runs/python/model.safetensors; do
+    runs/evaluation/evaluation.json runs/student/model.onnx runs/python/model.safetensors \
+    runs/predictions/predictions.json runs/analysis/analysis.json runs/data_check/annotations.png; do
     test -s "$file" || { echo "$file is missing" >&2; exit 1; }
 done
 echo "== $SECONDS s: the wheel works"
