@@ -1,6 +1,8 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
+# what is imported is compiled once, not by every process
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed

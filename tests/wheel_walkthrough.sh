@@ -8,7 +8,7 @@ set -euo pipefail
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
-unset PYTHONPATH
+unset PYTHONPATH PYTHONDONTWRITEBYTECODE # what is imported is compiled once, not by every command
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off
 table=()
 

@@ -173,14 +173,11 @@ class D3etrObjective:
             terms |= self._detection_terms(student, targets, *self._assignments(found, given, groups), shares)
         if pairs:
             terms |= self._terms_of_pairs(teacher.group, groups, pairs, shares)
-        terms |= self._memory_terms(student, teacher, targets, shares) | self._shared_query_terms(
-            teacher, groups, shares
-        )
+        terms |= self._memory_terms(student, teacher, targets, shares)
+        terms |= self._shared_query_terms(teacher, groups, shares)
         if self.partners is not None:
             self.partners = self._partners(pairs.get(OWN), teacher, found, given)
-        if not shares.counted:
-            terms = {name: 0 * term for name, term in terms.items()}
-        return terms, statistics
+        return terms if shares.counted else {name: 0 * term for name, term in terms.items()}, statistics
 
     @staticmethod
     def _partners(
