@@ -76,9 +76,11 @@ def run(main: Callable[[], None]) -> None:
         news.propagate = False
     try:
         main()
+        leave()
     except TrainingStopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: {stopped}", file=sys.stderr)
+        leave()
         sys.exit(stopped.exit_code)
     except UserError as error:
         # an error in a data loader's worker comes with the worker's traceback; its last line is the message
@@ -89,6 +91,12 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same call does what is not done yet", file=sys.stderr)
         sys.exit(130)
+
+
+def leave() -> None:
+    """Take this process out of the group that trains together, where there is one."""
+    if "torch.distributed" in sys.modules:  # it is not imported for that
+        import_module("d3etr_hf.training.processes").leave_processes()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
@@ -34,3 +35,9 @@ def on_main_process(find: Callable[[], Found]) -> Found:
         refusal.of_all_processes = True
         raise refusal
     return value
+
+
+def leave_processes() -> None:
+    """Take this process out of its group, if it is in one, so that none of the group's threads outlives Python."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,19 +1,22 @@
 import dataclasses
 import logging
 import os
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.cli.main import COMMANDS, main, run
 from d3etr_hf.configurations import read_yaml, shipped
-from d3etr_hf.errors import CommandLineError, UserError
+from d3etr_hf.errors import CommandLineError, TrainingStopped, UserError
 from d3etr_hf.runs.description import describe_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -317,3 +320,17 @@ def test_script_is_its_subcommand(tmp_path):
         assert f'run_command("{command}")' in script.read_text()
     shown = call(str(REPOSITORY / "scripts" / "distill.py"), "--help", cwd=tmp_path)
     assert shown.returncode == 0 and "usage: d3etr distill [" in shown.stdout, shown.stderr
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_command_leaves_its_process_group(tmp_path, stopped):
+    """Its threads abort the process when they run on while Python shuts down."""
+
+    def train():
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+        if stopped:
+            raise TrainingStopped("stopped", signal.SIGTERM)
+
+    with pytest.raises(SystemExit) if stopped else nullcontext():
+        run(train)
+    assert not torch.distributed.is_initialized()

@@ -1,5 +1,8 @@
 """Who says that a process fell silent, and when; the store and SIGSTOP are in tests/test_distributed.py."""
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -65,3 +68,20 @@ def test_an_attempt_is_not_answered_for_by_the_one_before(begin, monkeypatch):
     before = begin(0)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert not set(before.keys) & set(begin(1).keys) and len(set(before.keys)) == RANKS
+
+
+def test_none_of_its_threads_outlives_it(begin, monkeypatch):
+    """One that is in a call to the store while Python shuts down aborts the process."""
+    heartbeat = begin(0)
+    entered, store = threading.Event(), heartbeat.store
+
+    class Slow:
+        def set(self, key, value):
+            entered.set()
+            time.sleep(1.0)
+            store.set(key, value)
+
+    heartbeat.store, heartbeat.interval = Slow(), 0.01
+    heartbeat.end()
+    assert entered.is_set() and not any(thread.is_alive() for thread in heartbeat.threads)
+    assert store.get(heartbeat.keys[0]) == LEFT.encode()
