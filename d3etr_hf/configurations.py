@@ -82,9 +82,12 @@ def read_yaml(text: str) -> Any:
         mark = error.problem_mark
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ValueError(f"not valid YAML: {one_line(error.problem)}{place}") from None
-    # OverflowError: an escaped character beyond all characters
-    except (YAMLError, ValueError, OverflowError) as error:
+    except YAMLError as error:
         raise ValueError(f"not valid YAML: {one_line(error)}") from None
+    except (ValueError, OverflowError) as error:  # of chr(), which of the two depends on Python
+        raise ValueError(
+            f"not valid YAML: a value that cannot be read, such as a \\U of no character ({one_line(error)})"
+        ) from None
 
 
 def write_yaml(values: dict) -> str:
