@@ -35,6 +35,15 @@ def covered_cells(targets: Targets, mask: torch.Tensor) -> torch.Tensor:
     return there[..., None, None] & along_y[..., :, None] & along_x[..., None, :]
 
 
+@torch.no_grad()
+def foreground_weights(targets: Targets, mask: torch.Tensor) -> torch.Tensor:
+    """float64 `(B, H, W)`: one over the number of cells of the smallest object over each cell, 0 on background."""
+    covered = covered_cells(targets, mask).double()
+    shares = covered / covered.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+    none = torch.zeros_like(mask, dtype=shares.dtype)[:, None]  # in a batch without any object, too
+    return torch.cat([none, shares], dim=1).amax(1)
+
+
 def _covered(centre: torch.Tensor, size: torch.Tensor, cells: torch.Tensor, length: int) -> torch.Tensor:
     """Along one axis: bool `(B, T, length)` of centres and sizes `(B, T)` in 0..1 and int64 `(B,)` cells of images."""
     cells = cells[:, None]

@@ -47,6 +47,7 @@ class Distillation:
     fgd_weight: float = 0.0
     defeat_weight: float = 0.0
     detrdistill_memory_weight: float = 0.0
+    clockdistill_memory_weight: float = 0.0
     icd_weight: float = 0.0
     vidt_weight: float = 0.0
     logits_distillation_weight: float = 0.0

@@ -152,6 +152,11 @@ class D3etrTrainingArguments(TrainingArguments):
         "Weight of DETRDistill's feature distillation on encoder memories: differences where the teacher's good "
         "queries look alike; 0 switches it off.",
     )
+    clockdistill_memory_weight: float = option(
+        Distillation.clockdistill_memory_weight,
+        "Weight of CLoCKDistill's memory distillation: differences of encoder memories in objects, each as a whole, "
+        "and very little around them; 0 switches it off.",
+    )
     icd_weight: float = option(
         Distillation.icd_weight,
         "Weight of ICD on encoder memories: differences where a decoder, which learns that beside, finds each object "
