@@ -15,9 +15,8 @@ of several levels is compared level by level; where the widths differ a matrix a
 part is a mean: over channels, and of foreground over objects, of background over its cells and images. Between them
 they weigh 1 and beta / alpha, so that a weight of 1 is sensible.
 
-The paper's other half, queries made of boxes and classes of the ground truth that both decoders are given so that
-their predictions can be compared, is not here; the nearest to it are KD-DETR's queries, see
-`training.shared_queries`.
+The paper's other half, queries made of the ground truth that both decoders are given so that their predictions can be
+compared, is `shared_object_queries`, see `training.shared_queries`.
 """
 
 from collections.abc import Sequence

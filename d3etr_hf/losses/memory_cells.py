@@ -30,9 +30,7 @@ def covered_cells(targets: Targets, mask: torch.Tensor) -> torch.Tensor:
     centre_x, centre_y, box_width, box_height = targets.boxes.unbind(-1)
     along_y = _covered(centre_y, box_height, rows, height)
     along_x = _covered(centre_x, box_width, columns, width)
-    counts = torch.tensor(targets.counts, device=mask.device)
-    there = torch.arange(targets.boxes.shape[1], device=mask.device) < counts[:, None]
-    return there[..., None, None] & along_y[..., :, None] & along_x[..., None, :]
+    return targets.present[..., None, None] & along_y[..., :, None] & along_x[..., None, :]
 
 
 @torch.no_grad()

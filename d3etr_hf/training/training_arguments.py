@@ -195,6 +195,11 @@ class D3etrTrainingArguments(TrainingArguments):
         Distillation.shared_teacher_queries,
         "Whether the teacher's own queries are among KD-DETR's, at the points that auxiliary_reference_points names.",
     )
+    shared_object_queries: bool = option(
+        Distillation.shared_object_queries,
+        "Whether queries made of boxes and classes of the ground truth are among the queries that both decoders are "
+        "given, as in CLoCKDistill (Lan & Tian, arXiv 2502.10683); both models' queries must have anchors.",
+    )
     detection_weight: float = option(
         Distillation.detection_weight, "Weight of the detection loss of both groups; 0 switches it off."
     )
