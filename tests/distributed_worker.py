@@ -95,7 +95,12 @@ CASES = {
         }
     ),
     "shared queries": Case(
-        options={"auxiliary_queries": "none", "shared_query_weight": 1.0, "shared_random_queries": 5},
+        options={
+            "auxiliary_queries": "none",
+            "shared_query_weight": 1.0,
+            "shared_random_queries": 5,
+            "shared_object_queries": True,
+        },
         teacher={"d_model": 48},
     ),
     "projected queries": Case(teacher={"d_model": 48}),

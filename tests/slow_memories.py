@@ -144,6 +144,24 @@ def defeat_loss(levels, targets):
     return losses
 
 
+def clockdistill_loss(levels, targets, alpha=5e-5, beta=1e-7):
+    """Per level; alpha sum M S d^2 over all objects and beta sum (1 - M) S d^2 over images, d^2 a mean, over alpha."""
+    losses = []
+    for level in levels:
+        of_objects = of_background = 0.0
+        for image in range(len(level.mask)):
+            tokens, objects = tokens_of(level, image), cells_of(targets, level, image)
+            outside = [place for place in tokens if not any(place in cells for cells in objects)]
+            for place, pair in tokens.items():
+                sizes = [len(cells) for cells in objects if place in cells]
+                if sizes:
+                    of_objects += alpha / min(sizes) * squared(*pair)
+                else:
+                    of_background += beta / len(outside) * squared(*pair)
+        losses.append((of_objects / max(1, sum(targets.counts)) + of_background / len(level.mask)) / alpha)
+    return losses
+
+
 def cosine(a, b):
     product = sum(x * y for x, y in zip(a, b, strict=True))
     return product / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))

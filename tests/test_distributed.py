@@ -79,7 +79,7 @@ def test_the_cases_are_what_they_are_called(both):
     assert len(one["learned queries"]["gradients"].keys() - plain) == 3
     assert one["confident pairs"]["log"]["loss/student/logits"] > 0
     shared = {name for name in one["shared queries"]["log"] if name.endswith("/shared_query")}
-    assert shared == {"loss/random_queries/shared_query", "loss/teacher_queries/shared_query"}
+    assert shared == {f"loss/{kind}_queries/shared_query" for kind in ("random", "teacher", "object")}
     assert len(one["projected queries"]["gradients"].keys() - plain) == 2
 
 

@@ -7,6 +7,7 @@ from d3etr_hf.losses.attention_distillation import (
 )
 from d3etr_hf.losses.attention_geometry import moment_distillation, place_distillation, space_of
 from d3etr_hf.losses.box_distribution_distillation import box_distribution_distillation
+from d3etr_hf.losses.clockdistill_memory_distillation import clockdistill_memory_distillation
 from d3etr_hf.losses.defeat_distillation import defeat_distillation
 from d3etr_hf.losses.detection_loss import CrossEntropyCriterion, DetectionCriterion, FocalCriterion
 from d3etr_hf.losses.detrdistill_memory_distillation import detrdistill_memory_distillation, query_quality
@@ -29,6 +30,7 @@ __all__ = [
     "IouAwareCriterion",
     "VarifocalCriterion",
     "box_distribution_distillation",
+    "clockdistill_memory_distillation",
     "cross_attention_distillation",
     "defeat_distillation",
     "detrdistill_memory_distillation",

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import torch
 
-from d3etr_hf.losses.memory_cells import covered_cells, mean_over
+from d3etr_hf.losses.memory_cells import foreground_weights, mean_over
 from d3etr_hf.outputs import ComparedLevel, Targets
 
 TEMPERATURE = 0.5
@@ -69,15 +69,6 @@ def _of_level(
     related = mean_over((difference + context).square().mean(1), mask)
     of_images = BACKGROUND_WEIGHT * mean_over(squares, background) + apart + related
     return (foreground * squares).sum() / objects + of_images.sum() / images
-
-
-@torch.no_grad()
-def foreground_weights(targets: Targets, mask: torch.Tensor) -> torch.Tensor:
-    """float64 `(B, H, W)`: one over the number of cells of the smallest object over each cell, 0 on background."""
-    covered = covered_cells(targets, mask).double()
-    shares = covered / covered.sum(dim=(2, 3), keepdim=True).clamp(min=1)
-    none = torch.zeros_like(mask, dtype=shares.dtype)[:, None]  # in a batch without any object, too
-    return torch.cat([none, shares], dim=1).amax(1)
 
 
 def attentions(features: torch.Tensor, mask: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

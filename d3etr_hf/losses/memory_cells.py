@@ -30,9 +30,16 @@ def covered_cells(targets: Targets, mask: torch.Tensor) -> torch.Tensor:
     centre_x, centre_y, box_width, box_height = targets.boxes.unbind(-1)
     along_y = _covered(centre_y, box_height, rows, height)
     along_x = _covered(centre_x, box_width, columns, width)
-    counts = torch.tensor(targets.counts, device=mask.device)
-    there = torch.arange(targets.boxes.shape[1], device=mask.device) < counts[:, None]
-    return there[..., None, None] & along_y[..., :, None] & along_x[..., None, :]
+    return targets.present[..., None, None] & along_y[..., :, None] & along_x[..., None, :]
+
+
+@torch.no_grad()
+def foreground_weights(targets: Targets, mask: torch.Tensor) -> torch.Tensor:
+    """float64 `(B, H, W)`: one over the number of cells of the smallest object over each cell, 0 on background."""
+    covered = covered_cells(targets, mask).double()
+    shares = covered / covered.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+    none = torch.zeros_like(mask, dtype=shares.dtype)[:, None]  # in a batch without any object, too
+    return torch.cat([none, shares], dim=1).amax(1)
 
 
 def _covered(centre: torch.Tensor, size: torch.Tensor, cells: torch.Tensor, length: int) -> torch.Tensor:

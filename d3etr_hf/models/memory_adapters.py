@@ -123,6 +123,12 @@ class DetrdistillAdapter(MemoryAdapter):
     """DETRDistill's dense layer: one matrix a level."""
 
 
+class ClockdistillAdapter(MemoryAdapter):
+    """A matrix a level where the widths differ."""
+
+    always = False
+
+
 class VidtAdapter(MemoryAdapter):
     """Matrices for memory and queries where the widths differ."""
 

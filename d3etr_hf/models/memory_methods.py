@@ -3,6 +3,7 @@
 from d3etr_hf.models.instance_decoder import IcdAdapter
 from d3etr_hf.models.memory_adapters import (
     VIDT,
+    ClockdistillAdapter,
     ComparesMemory,
     DefeatAdapter,
     DetrdistillAdapter,
@@ -17,6 +18,7 @@ MEMORY_METHODS: dict[str, type[ComparesMemory]] = {
     "fgd": FgdAdapter,
     "defeat": DefeatAdapter,
     "detrdistill_memory": DetrdistillAdapter,
+    "clockdistill_memory": ClockdistillAdapter,
     "icd": IcdAdapter,
     VIDT: VidtAdapter,
 }

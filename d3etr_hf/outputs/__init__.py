@@ -5,6 +5,7 @@ from d3etr_hf.outputs.attention_maps import AttentionMap, SampledAttention
 from d3etr_hf.outputs.groups import (
     AUXILIARY,
     MOST_AUXILIARY_GROUPS,
+    OBJECT_QUERIES,
     ONE_TO_MANY,
     OWN,
     RANDOM_QUERIES,
@@ -27,6 +28,7 @@ __all__ = [
     "NO_OBJECT",
     "ONE_TO_MANY",
     "OWN",
+    "OBJECT_QUERIES",
     "RANDOM_QUERIES",
     "SHARED_GROUPS",
     "TEACHER_QUERIES",

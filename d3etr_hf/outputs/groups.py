@@ -15,8 +15,12 @@ from d3etr_hf.outputs.targets import Targets
 OWN, AUXILIARY = "own", "auxiliary"
 # of one student in training; the authors of Group DETR take ten
 MOST_AUXILIARY_GROUPS = 32
-# queries that a teacher and its student are both given (KD-DETR), of which no ground truth is asked
-RANDOM_QUERIES, TEACHER_QUERIES = SHARED_GROUPS = ("random_queries", "teacher_queries")
+# queries that a teacher and its student are both given (KD-DETR, CLoCKDistill), of which no ground truth is asked
+RANDOM_QUERIES, TEACHER_QUERIES, OBJECT_QUERIES = SHARED_GROUPS = (
+    "random_queries",
+    "teacher_queries",
+    "object_queries",
+)
 # learned queries that ground truth is asked of several times (H-DETR)
 ONE_TO_MANY = "one_to_many"
 

@@ -30,6 +30,25 @@ class Targets:
             [times * count for count in self.counts],
         )
 
+    @property
+    def present(self) -> torch.Tensor:
+        """bool `(B, T)`, which places hold an object."""
+        counts = torch.tensor(self.counts, device=self.boxes.device)
+        return torch.arange(self.boxes.shape[1], device=self.boxes.device) < counts[:, None]
+
+    @property
+    def visible(self) -> torch.Tensor:
+        """bool `(B, 1, 1, T)`, whom queries made of these may see: objects, or in an image without any every place."""
+        present = self.present
+        return (present | ~present.any(-1, keepdim=True))[:, None, None]
+
+    def with_a_place(self) -> "Targets":
+        """The same with T of at least 1: in a batch without an object an empty place an image."""
+        if self.boxes.shape[1] > 0:
+            return self
+        whole = self.boxes.new_tensor([0.5, 0.5, 1, 1]).expand(len(self.boxes), 1, 4)
+        return Targets(self.class_labels.new_zeros(len(whole), 1), whole, self.counts)
+
     @classmethod
     def from_packed(cls, packed: torch.Tensor, counts: Sequence[int]) -> "Targets":
         """From what `pack` made, wherever it has been moved since."""

@@ -74,24 +74,22 @@ def noised_queries(
         classes: C, how many there are.
         step: the optimizer step, from 0.
     """
-    batch, most = len(targets.counts), max(1, targets.boxes.shape[1])
+    targets = targets.with_a_place()  # one that is not used, so that all that learns has a gradient
+    batch, most = len(targets.counts), targets.boxes.shape[1]
     noise = torch.zeros(options.denoising_groups, batch, most, 6)
     for image, (image_id, count) in enumerate(zip(image_ids, targets.counts, strict=False)):
         generator = torch.Generator().manual_seed(mixed(seed, step, image_id, 4))
         noise[:, image, :count] = torch.rand(options.denoising_groups, count, 6, generator=generator)
     boxes, labels = targets.boxes, targets.class_labels
-    if boxes.shape[1] == 0:  # no object in the batch: a query that is not used, so that all that learns has a gradient
-        boxes, labels = boxes.new_full((batch, 1, 4), 0.5), labels.new_zeros(batch, 1)
     noise = noise.to(boxes.device)
     places = torch.arange(most, device=boxes.device).expand(batch, -1)
-    used = places < torch.tensor(targets.counts, device=boxes.device)[:, None]
     queries = {}
     for number, drawn in enumerate(noise, 1):
         content = _other_labels(labels, drawn[..., 4:], classes, options.denoising_label_noise)
         anchors = _moved(boxes, drawn[..., :4], options.denoising_box_noise)
         queries[f"{NOISED}_{number}"] = Queries(content=content[..., None], anchors=anchors)
-    seen = (used | ~used.any(-1, keepdim=True))[:, None, None]
-    return NoisedQueries(queries, dict.fromkeys(queries, seen), torch.where(used, places, NO_OBJECT))
+    assignment = torch.where(targets.present, places, NO_OBJECT)
+    return NoisedQueries(queries, dict.fromkeys(queries, targets.visible), assignment)
 
 
 def _moved(boxes: torch.Tensor, drawn: torch.Tensor, scale: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ Beside D3ETR's own they switch on baselines of the field, all of them off by def
 - H-DETR's one-to-many branch (Jia et al., "DETRs with Hybrid Matching", CVPR 2023), without a teacher: L = L_det(own
   queries, objects) + weight L_det(further queries, every object K times), the second divided by K times the objects.
 - DN-DETR's denoising, without a teacher, for families that have none of their own: see `denoising`.
-- KD-DETR: see `shared_queries`.
+- KD-DETR, and CLoCKDistill's queries of objects: see `shared_queries`.
 - DETRDistill: logits by `losses.hungarian_logits_distillation`; its query-prior assignment is an auxiliary group of
   the teacher's queries with the teacher's assignment of each layer, without pairs of fixed matching.
 - Incremental-DETR's confident pairs: see `matching.AdaptiveMatcher`.
@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from d3etr_hf.models.memory_methods import MEMORY_METHODS
-from d3etr_hf.outputs import AUXILIARY, OWN, RANDOM_QUERIES, TEACHER_QUERIES, auxiliary_names
+from d3etr_hf.outputs import AUXILIARY, OBJECT_QUERIES, OWN, RANDOM_QUERIES, TEACHER_QUERIES, auxiliary_names
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Distillation:
     fgd_weight: float = 0.0
     defeat_weight: float = 0.0
     detrdistill_memory_weight: float = 0.0
+    clockdistill_memory_weight: float = 0.0
     icd_weight: float = 0.0
     vidt_weight: float = 0.0
     logits_distillation_weight: float = 0.0
@@ -55,6 +56,7 @@ class Distillation:
     shared_query_weight: float = 0.0
     shared_random_queries: int = 300
     shared_teacher_queries: bool = True
+    shared_object_queries: bool = False
     detection_weight: float = 1.0
     distillation_class_weight: float = 1.0
     distillation_l1_weight: float = 5.0
@@ -128,11 +130,12 @@ class Distillation:
 
     @property
     def shared_groups(self) -> tuple[str, ...]:
-        """Names of the groups whose queries the teacher decodes as well, to be followed query by query (KD-DETR)."""
+        """Names of the groups whose queries the teacher decodes as well, to be followed query by query."""
         if self.shared_query_weight == 0:
             return ()
         own = AUXILIARY if self.auxiliary_queries == "teacher" else TEACHER_QUERIES
-        return (RANDOM_QUERIES,) * (self.shared_random_queries > 0) + (own,) * self.shared_teacher_queries
+        drawn = (RANDOM_QUERIES,) * (self.shared_random_queries > 0)
+        return drawn + (own,) * self.shared_teacher_queries + (OBJECT_QUERIES,) * self.shared_object_queries
 
     @property
     def teacher_groups(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import torch
 
 from d3etr_hf.losses import (
     DetectionCriterion,
+    clockdistill_memory_distillation,
     defeat_distillation,
     detrdistill_memory_distillation,
     fgd_distillation,
@@ -47,6 +48,8 @@ def memory_losses(
             return defeat_distillation(levels, targets, images)
         case "detrdistill_memory":
             return detrdistill_memory_distillation(levels, teacher.hidden_states, quality, images)
+        case "clockdistill_memory":
+            return clockdistill_memory_distillation(levels, targets, images, objects)
         case "icd":
             return icd_distillation(levels, FAKES, objects)
         case "vidt":

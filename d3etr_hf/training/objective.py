@@ -31,6 +31,7 @@ from d3etr_hf.matching import (
 from d3etr_hf.outputs import (
     AUXILIARY,
     NO_OBJECT,
+    OBJECT_QUERIES,
     ONE_TO_MANY,
     OWN,
     SHARED_GROUPS,
@@ -174,7 +175,7 @@ class D3etrObjective:
         if pairs:
             terms |= self._terms_of_pairs(teacher.group, groups, pairs, shares)
         terms |= self._memory_terms(student, teacher, targets, shares)
-        terms |= self._shared_query_terms(teacher, groups, shares)
+        terms |= self._shared_query_terms(teacher, groups, targets, shares)
         if self.partners is not None:
             self.partners = self._partners(pairs.get(OWN), teacher, found, given)
         return terms if shares.counted else {name: 0 * term for name, term in terms.items()}, statistics
@@ -393,13 +394,16 @@ class D3etrObjective:
         return {f"{TITLES[OWN]}/logits": options.logits_distillation_weight * value}
 
     def _shared_query_terms(
-        self, teacher: TeacherOutput | None, groups: Mapping[str, GroupOutput], shares: Shares
+        self, teacher: TeacherOutput | None, groups: Mapping[str, GroupOutput], targets: Targets, shares: Shares
     ) -> Terms:
         """Of queries that both were given; see `shared_queries`."""
         terms: Terms = {}
         for name in self.options.shared_groups:
             taught = teacher.shared.get(name, teacher.group)  # of its own queries what it says anyway
             pairs = {name: fixed_pairs(taught, groups[name])}
+            if name == OBJECT_QUERIES:  # images with fewer objects have places that stand for none
+                present = targets.with_a_place().present.expand_as(pairs[name].teacher)
+                pairs[name] = replace(pairs[name], counted=present)
             weights, totals = self._pair_weights(taught, pairs, shares, "boxes")
             terms[f"{name}/shared_query"] = self.options.shared_query_weight * self._predictions(
                 taught, groups[name], pairs[name], weights[name], totals[name]

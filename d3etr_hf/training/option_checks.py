@@ -318,11 +318,9 @@ CONDITIONS: tuple[tuple[str | tuple[str, ...], Callable[[Any], bool], str], ...]
         "must be numbers of 0 or more",
     ),
     (
-        ("shared_query_weight", "shared_random_queries", "shared_teacher_queries"),
-        lambda args: (
-            args.shared_query_weight > 0 and args.shared_random_queries == 0 and not args.shared_teacher_queries
-        ),
-        "there are no queries to share: set one of the last two",
+        ("shared_query_weight", "shared_random_queries", "shared_teacher_queries", "shared_object_queries"),
+        lambda args: args.shared_query_weight > 0 and not args.distillation.shared_groups,
+        "there are no queries to share: set one of the last three",
     ),
     (
         ("push_to_hub", "hub_token"),

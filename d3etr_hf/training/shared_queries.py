@@ -1,4 +1,4 @@
-"""KD-DETR: queries that both decoders are given, so that their predictions can be compared query by query.
+"""KD-DETR and CLoCKDistill: queries that both decoders are given, so that predictions are compared query by query.
 
 Wang et al., "KD-DETR: Knowledge Distillation for Detection Transformer with Consistent Distillation Points Sampling",
 CVPR 2024. General queries are random ones, drawn anew every step; specific ones are the teacher's own. In every
@@ -9,6 +9,13 @@ decoder layer the loss (their equations 4 to 6) is
 of the teacher's class probabilities p and boxes b and the student's p' and b' of the same query i, which is
 `prediction_distillation` with `pair_weights(..., "boxes")`: its cross-entropy is their divergence plus the teacher's
 own entropy, of which no gradient comes.
+
+CLoCKDistill (Lan & Tian, arXiv 2502.10683) makes such queries of the ground truth, so that both decoders look where an
+object is and the teacher is not followed where it errs: content from an embedding of the class, position from the box,
+neither of them learned. Its loss (of which we know from an account of the paper in other code) is the one above. Ours:
+the embedding is N(0, 1) of the run's seed, in the teacher's width, and the box is the query's anchor, from which each
+decoder makes the position as it does of its own. The paper's other half is
+`losses.clockdistill_memory_distillation`.
 """
 
 import torch
@@ -17,12 +24,13 @@ from d3etr_hf.data.sampling import drawing_from, mixed
 from d3etr_hf.errors import IncompatibleTeacherError
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.other_detector import OtherDetector
-from d3etr_hf.outputs import RANDOM_QUERIES, Queries
+from d3etr_hf.outputs import OBJECT_QUERIES, RANDOM_QUERIES, Queries, Targets
 from d3etr_hf.training.distillation import Distillation
 
 
 def check_shared_queries(student: Detector, teacher: Detector | OtherDetector, options: Distillation) -> None:
-    """Refuse a teacher that takes no queries, and random ones that would be at other places for the two.
+    """Refuse a teacher that takes no queries, random ones that would be at other places for the two, and places for
+    queries that are none.
 
     Raises:
         IncompatibleTeacherError: the message names the model and what to set.
@@ -35,9 +43,15 @@ def check_shared_queries(student: Detector, teacher: Detector | OtherDetector, o
             f"{weight}: the teacher, a {teacher.title}, can teach its predictions only and takes no queries; set it "
             "to 0"
         )
+    roles = {"student": student, "teacher": teacher}
+    for role, model in roles.items():
+        if OBJECT_QUERIES in options.shared_groups and model.anchor_size == 0:
+            raise IncompatibleTeacherError(
+                f"{weight}, shared_object_queries=True: queries of the {role}, a {model.title}, have no anchors that "
+                "could be boxes of objects; set shared_object_queries to false"
+            )
     if RANDOM_QUERIES not in options.shared_groups or (student.anchor_size > 0) == (teacher.anchor_size > 0):
         return
-    roles = {"student": student, "teacher": teacher}
     placed, other = sorted(roles, key=lambda role: roles[role].anchor_size == 0)
     raise IncompatibleTeacherError(
         f"{weight}, shared_random_queries={options.shared_random_queries}: the queries of the {placed}, a "
@@ -65,3 +79,19 @@ def random_queries(teacher: Detector, count: int, seed: int, step: int) -> Queri
         anchors = torch.rand(count, 4) if teacher.anchor_size else None
     parts = content, position, anchors
     return Queries(*(None if part is None else part.to(teacher.device) for part in parts))
+
+
+def object_queries(teacher: Detector, targets: Targets, classes: int, seed: int) -> Queries:
+    """A query an object, at its box and with what stands for its class; any process gives a class the same.
+
+    Args:
+        targets: the ground truth of the batch, with a place at least.
+        classes: C, how many there are.
+        seed: of the run.
+
+    Returns:
+        Content `(B, T, d_t)`, float32, and anchors `(B, T, 4)`, cxcywh in 0..1.
+    """
+    with drawing_from(mixed(seed, 5)):
+        embedding = torch.randn(classes, teacher.width)
+    return Queries(content=embedding.to(targets.boxes.device)[targets.class_labels], anchors=targets.boxes)

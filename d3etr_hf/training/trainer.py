@@ -21,6 +21,7 @@ from d3etr_hf.models.other_detector import OtherDetector
 from d3etr_hf.models.query_adapters import LearnedQueries, NoisedLabels, QueryAdapter
 from d3etr_hf.outputs import (
     AUXILIARY,
+    OBJECT_QUERIES,
     ONE_TO_MANY,
     OWN,
     RANDOM_QUERIES,
@@ -50,7 +51,7 @@ from d3etr_hf.training.optimization import keeps_running_statistics, parameter_g
 from d3etr_hf.training.progress import show_progress
 from d3etr_hf.training.resumable_trainer import ResumableTrainer
 from d3etr_hf.training.sampling import FollowEpochs, training_sampler
-from d3etr_hf.training.shared_queries import random_queries
+from d3etr_hf.training.shared_queries import object_queries, random_queries
 from d3etr_hf.training.stopping import GracefulStop, start_worker
 from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors, teacher_pixels
 from d3etr_hf.training.teacher_cache import TeacherCache
@@ -287,26 +288,24 @@ class DistillationTrainer(ResumableTrainer):
         """Teacher, student and objective on one batch: the student's output, terms and statistics."""
         options = self.distillation
         teacher = assignment = None
-        drawn: dict[str, Queries] = {}
-        if RANDOM_QUERIES in options.shared_groups:
-            detector = cast(Detector, self.teacher.detector)  # one that takes no queries has been refused
-            count, step = options.shared_random_queries, self.state.global_step
-            drawn[RANDOM_QUERIES] = random_queries(detector, count, self.args.seed, step)
+        drawn, masks = self._shared_queries(targets)
         if self._runs_teacher:
             pixels = teacher_pixels(inputs)
             if self.teacher_cache is None:
-                teacher = self.teacher(pixels, self._maps._replace(queries=drawn), self.accelerator.autocast)
+                teacher = self.teacher(
+                    pixels, self._maps._replace(queries=drawn, masks=masks), self.accelerator.autocast
+                )
             else:
                 teacher = self.teacher_cache(pixels)
             # threads assign while the student's forward pass runs
             assignment = self.objective.start_teacher_assignment(teacher, targets)
         further = self._further_queries(teacher) | drawn
         noised = self._noised(inputs, targets) if options.denoising_groups > 0 else None
-        request = self._maps._replace(queries=further, targets=targets)
+        request = self._maps._replace(queries=further, masks=masks, targets=targets)
         if request.memory:
             request = request._replace(teacher_memory=teacher.memory)
         if noised is not None:
-            request = request._replace(queries=further | noised.queries, masks=noised.masks)
+            request = request._replace(queries=further | noised.queries, masks=masks | noised.masks)
         pixels = {name: inputs[name] for name in ("pixel_values", "pixel_mask")}
         student: DetectorOutput = model(**pixels, request=request)
         if noised is not None:
@@ -315,6 +314,19 @@ class DistillationTrainer(ResumableTrainer):
             teacher = teacher.on_memory(student.memory_mask)
         return student, *self.objective(student, teacher, targets, shares, assignment)
 
+    def _shared_queries(self, targets: Targets) -> tuple[dict[str, Queries], dict[str, torch.Tensor]]:
+        """By the group's name, the queries that both models are given but the teacher's own, and what they may see."""
+        options, seed, queries, masks = self.distillation, self.args.seed, {}, {}
+        if RANDOM_QUERIES in options.shared_groups:
+            detector = cast(Detector, self.teacher.detector)  # one that takes no queries has been refused
+            count, step = options.shared_random_queries, self.state.global_step
+            queries[RANDOM_QUERIES] = random_queries(detector, count, seed, step)
+        if OBJECT_QUERIES in options.shared_groups:
+            detector, targets = cast(Detector, self.teacher.detector), targets.with_a_place()
+            queries[OBJECT_QUERIES] = object_queries(detector, targets, len(self.model.class_names), seed)
+            masks[OBJECT_QUERIES] = targets.visible
+        return queries, masks
+
     def _further_queries(self, teacher: TeacherOutput | None) -> dict[str, Queries | None]:
         """The queries of the student's further groups but drawn ones; None for learned ones, which it holds itself."""
         further: dict[str, Queries | None] = {}
@@ -322,7 +334,7 @@ class DistillationTrainer(ResumableTrainer):
             further = dict.fromkeys(self.distillation.auxiliary_names)
         if self.distillation.one_to_many_queries > 0:
             further[ONE_TO_MANY] = None
-        theirs = [name for name in self.distillation.teacher_groups if name != RANDOM_QUERIES]
+        theirs = [name for name in self.distillation.teacher_groups if name not in (RANDOM_QUERIES, OBJECT_QUERIES)]
         if not theirs:
             return further
         queries = self.teacher.queries() if teacher is None else teacher.queries.detach()

@@ -152,6 +152,11 @@ class D3etrTrainingArguments(TrainingArguments):
         "Weight of DETRDistill's feature distillation on encoder memories: differences where the teacher's good "
         "queries look alike; 0 switches it off.",
     )
+    clockdistill_memory_weight: float = option(
+        Distillation.clockdistill_memory_weight,
+        "Weight of CLoCKDistill's memory distillation: differences of encoder memories in objects, each as a whole, "
+        "and very little around them; 0 switches it off.",
+    )
     icd_weight: float = option(
         Distillation.icd_weight,
         "Weight of ICD on encoder memories: differences where a decoder, which learns that beside, finds each object "
@@ -189,6 +194,11 @@ class D3etrTrainingArguments(TrainingArguments):
     shared_teacher_queries: bool = option(
         Distillation.shared_teacher_queries,
         "Whether the teacher's own queries are among KD-DETR's, at the points that auxiliary_reference_points names.",
+    )
+    shared_object_queries: bool = option(
+        Distillation.shared_object_queries,
+        "Whether queries made of boxes and classes of the ground truth are among the queries that both decoders are "
+        "given, as in CLoCKDistill (Lan & Tian, arXiv 2502.10683); both models' queries must have anchors.",
     )
     detection_weight: float = option(
         Distillation.detection_weight, "Weight of the detection loss of both groups; 0 switches it off."

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from d3etr_hf.losses import fgd_distillation
-from d3etr_hf.losses.fgd_distillation import attentions, foreground_weights
+from d3etr_hf.losses.fgd_distillation import attentions
+from d3etr_hf.losses.memory_cells import foreground_weights
 from tests import slow_memories
 from tests.tiny import random_labels, targets_of
 

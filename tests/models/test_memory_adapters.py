@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from d3etr_hf.models.memory_adapters import DefeatAdapter, FgdAdapter, FitnetAdapter, RelationBlock, VidtAdapter
+from d3etr_hf.models.memory_adapters import (
+    ClockdistillAdapter,
+    DefeatAdapter,
+    FgdAdapter,
+    FitnetAdapter,
+    RelationBlock,
+    VidtAdapter,
+)
 from tests.slow_memories import random_levels
 from tests.tiny import targets_of
 
@@ -27,7 +34,7 @@ def test_each_level_has_a_matrix_that_keeps_variance(width, their_width):
         assert float(matrix.detach().square().sum() / their_width) == pytest.approx(1.0, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [FgdAdapter, VidtAdapter])
+@pytest.mark.parametrize("kind", [ClockdistillAdapter, FgdAdapter, VidtAdapter])
 def test_equal_widths_need_no_projection(kind):
     levels = single(random_levels())
     for level, carried in zip(levels, kind(5, 5, 2, 3)(levels, NONE), strict=True):

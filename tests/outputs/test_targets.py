@@ -49,3 +49,16 @@ def test_objects_are_repeated_image_by_image():
         kept = slice(0, repeated.counts[image])
         for found, once in ((repeated.class_labels, label["class_labels"]), (repeated.boxes, label["boxes"])):
             assert found[image, kept].tolist() == [each for each in once.tolist() for _ in range(3)]
+
+
+def test_places_without_an_object():
+    """Nobody may see nothing at all: in an image without an object all places are seen."""
+    targets = targets_of(random_labels([2, 0, 1]))
+    assert targets.present.tolist() == [[True, True], [False, False], [True, False]]
+    assert targets.visible.shape == (3, 1, 1, 2)
+    assert targets.visible[:, 0, 0].tolist() == [[True, True], [True, True], [True, False]]
+    assert targets.with_a_place() is targets
+    none = targets_of(random_labels([0, 0]))
+    assert none.present.shape == (2, 0)
+    assert none.with_a_place().boxes.tolist() == [[[0.5, 0.5, 1, 1]]] * 2
+    assert none.with_a_place().present.tolist() == [[False]] * 2 and none.with_a_place().visible.all()

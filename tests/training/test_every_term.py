@@ -12,7 +12,7 @@ from d3etr_hf.models import D3etrConditionalDetrForObjectDetection
 from d3etr_hf.publishing.hub_trainer import D3etrTrainer
 from d3etr_hf.training.denoising import noised_queries
 from d3etr_hf.training.distillation import Distillation
-from d3etr_hf.training.shared_queries import random_queries
+from d3etr_hf.training.shared_queries import object_queries, random_queries
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from tests import oracle, slow_reference
 from tests.tiny import perturb, random_labels, targets_of, tiny_config
@@ -305,6 +305,48 @@ def test_every_term_of_kd_detr(student, deeper_teacher, tmp_path, queries, names
         further=lambda: shared_query_terms(student, deeper_teacher, names, settings(), examples()),
     )
     assert {f"{name}/shared_query" for name in names.values()} <= expected.keys()
+
+
+def object_query_terms(student, teacher, options, images) -> list[float]:
+    """CLoCKDistill's, each image's objects by themselves; what is divided by are the weights of all images."""
+    labels, batch = [image["labels"] for image in images], padded(images)
+    queries = object_queries(D3etrConditionalDetrForObjectDetection(teacher.config), targets_of(labels), 3, seed=42)
+    logits, boxes = [[], []], [[], []]
+    for side, model in enumerate((teacher, student)):
+        decoder = oracle.Decoder(model, *batch)
+        for image, label in enumerate(labels):
+            if (count := len(label["class_labels"])) == 0:
+                continue
+            found = decoder(queries.content[image, :count].double(), label["boxes"][:, :2].double())
+            found = found if side else found.of_layers(options.layer_map, [0, 1, 2])
+            logits[side].append(found.logits[:, image])
+            boxes[side].append(found.boxes[:, image])
+    sides = [tuple(torch.cat(each, dim=1)[:, None] for each in pair) for pair in zip(logits, boxes, strict=True)]
+    parts = slow_reference.shared_query_loss(*sides, COSTS)
+    return [1.7 * sum(layer) for layer in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("objects", [OBJECTS, [0, 0, 0]])
+def test_every_term_of_clockdistill(student, deeper_teacher, tmp_path, objects):
+    """Images with three, none and two objects: nothing is learned of places without one, and nobody sees them."""
+    name = "object_queries/shared_query"
+
+    def further() -> dict[str, list[float]]:
+        if not any(objects):
+            return {name: [0.0] * 3}
+        return {name: object_query_terms(student, deeper_teacher, settings(), examples(objects))}
+
+    options = {"shared_query_weight": 1.7, "shared_random_queries": 0, "shared_teacher_queries": False}
+    expected = compare(
+        student,
+        deeper_teacher,
+        tmp_path,
+        "learned",
+        objects=objects,
+        baselines=options | {"shared_object_queries": True},
+        further=further,
+    )
+    assert name in expected
 
 
 def test_every_term_of_h_detr(student, deeper_teacher, tmp_path):

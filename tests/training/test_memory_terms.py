@@ -134,6 +134,7 @@ def test_every_term_is_what_its_loop_gives(tmp_path):
         "fitnet": slow_memories.fitnet_loss(carried["fitnet"]),
         "fgd": slow_memories.fgd_loss(carried["fgd"], targets),
         "defeat": slow_memories.defeat_loss(carried["defeat"], targets),
+        "clockdistill_memory": slow_memories.clockdistill_loss(carried["clockdistill_memory"], targets),
         "detrdistill_memory": slow_memories.detrdistill_loss(
             carried["detrdistill_memory"], group.hidden_states, quality
         ),

@@ -52,7 +52,7 @@ def test_every_option_with_odd_values_is_taken_or_refused_in_one_line():
         ),
         (
             {"shared_query_weight": 1.0, "shared_random_queries": 0, "shared_teacher_queries": False},
-            "shared_query_weight=1.0, shared_random_queries=0, shared_teacher_queries=False: there are no queries",
+            "shared_random_queries=0, shared_teacher_queries=False, shared_object_queries=False: there are no queries",
         ),
         ({"optim": "galore_adamw"}, "optim='galore_adamw': cannot be built .*ImportError"),
         ({"optim_args": "nonsense"}, "optim='adamw_torch_fused', optim_args='nonsense': cannot be built"),

@@ -7,13 +7,14 @@ from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import IncompatibleTeacherError
 from d3etr_hf.models.loading import FAMILIES
 from d3etr_hf.models.query_adapters import QueryAdapter
-from d3etr_hf.outputs import RANDOM_QUERIES
+from d3etr_hf.outputs import OBJECT_QUERIES, RANDOM_QUERIES, GroupRequest
 from d3etr_hf.training.distillation import Distillation
-from d3etr_hf.training.shared_queries import check_shared_queries, random_queries
+from d3etr_hf.training.shared_queries import check_shared_queries, object_queries, random_queries
 from tests.shapes_fixture import SIDE, shapes_trainer
-from tests.tiny import request_for, tiny_model
+from tests.tiny import random_labels, targets_of, tiny_model
 
 PIXELS = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(3))
+OBJECTS = targets_of(random_labels([3, 2], seed=4))
 ALONE = {"self_attention_weight": 0.0, "cross_attention_weight": 0.0, "prediction_weight": 0.0}
 
 
@@ -62,12 +63,29 @@ def test_every_family_decodes_what_every_other_draws(family):
         if not accepted(student, teacher):
             assert {family, of_teacher} & {"detr", "table-transformer"}
             continue
-        queries = random_queries(teacher, 5, seed=1, step=0)
-        student.query_adapters[RANDOM_QUERIES] = QueryAdapter(teacher.width, student.width)
+        queries = {RANDOM_QUERIES: random_queries(teacher, 5, seed=1, step=0)}
+        if teacher.anchor_size > 0:
+            queries[OBJECT_QUERIES] = object_queries(teacher, OBJECTS, 3, seed=1)
+        student.query_adapters.update(dict.fromkeys(queries, QueryAdapter(teacher.width, student.width)))
         with torch.no_grad():
-            groups = student(PIXELS, request=request_for({RANDOM_QUERIES: queries})).groups
-        assert groups[RANDOM_QUERIES].boxes.shape == (3, 2, 5, 4) and groups[RANDOM_QUERIES].logits.isfinite().all()
-        assert (groups[RANDOM_QUERIES].boxes[:, :, 0] - groups[RANDOM_QUERIES].boxes[:, :, 1]).abs().max() > 1e-4
+            groups = student(PIXELS, request=GroupRequest(queries, masks={OBJECT_QUERIES: OBJECTS.visible})).groups
+        for name, asked in queries.items():
+            group = groups[name]
+            assert group.boxes.shape == (3, 2, len(asked), 4) and group.logits.isfinite().all()
+            assert (group.boxes[:, :, 0] - group.boxes[:, :, 1]).abs().max() > 1e-4
+
+
+def test_a_class_is_the_same_on_every_process():
+    """Whatever the batch and whatever was drawn before: each query is its class's, at its object's box."""
+    teacher, labels = tiny_model(), random_labels([4, 2], seed=3)
+    queries = object_queries(teacher, targets_of(labels), 3, seed=5)
+    torch.rand(3)
+    alone = object_queries(teacher, targets_of(labels[1:]), 3, seed=5)
+    assert torch.equal(queries.content[1, :2], alone.content[0]) and torch.equal(alone.anchors[0], labels[1]["boxes"])
+    classes = labels[0]["class_labels"]
+    same = (queries.content[0, :, None] == queries.content[0]).all(-1)
+    assert torch.equal(same, classes[:, None] == classes) and 0 < (~same).sum()
+    assert not torch.equal(object_queries(teacher, targets_of(labels), 3, seed=6).content, queries.content)
 
 
 def test_what_has_no_queries_in_common_is_refused(shapes, tmp_path):
@@ -76,13 +94,22 @@ def test_what_has_no_queries_in_common_is_refused(shapes, tmp_path):
         with pytest.raises(IncompatibleTeacherError, match="Conditional DETR, are places, .*a DETR, are not.*to 0"):
             shapes_trainer(shapes, tmp_path, student=student, teacher=teacher, shared_query_weight=1.0)
     own = Distillation(shared_query_weight=1.0, shared_random_queries=0)
+    objects = {"shared_query_weight": 1.0, "shared_random_queries": 0, "shared_object_queries": True}
+    for student, teacher in ((plain, placed), (placed, plain), (plain, plain)):
+        with pytest.raises(IncompatibleTeacherError, match="shared_object_queries=True: .*a DETR, have no anchors"):
+            check_shared_queries(student, teacher, Distillation(**objects))
     check_shared_queries(placed, plain, own)  # its own queries are taken as an auxiliary group's are
 
 
 def test_only_what_both_decode_is_learned(shapes, tmp_path):
     """A student that is its teacher already says of all its queries what the teacher says; its other terms are off."""
     options = {"auxiliary_queries": "none", "detection_weight": 0.0, "shared_query_weight": 1.0, **ALONE}
-    options |= {"shared_random_queries": 6, "max_steps": 1, "distillation_class_weight": 0.0}
+    options |= {
+        "shared_random_queries": 6,
+        "shared_object_queries": True,
+        "max_steps": 1,
+        "distillation_class_weight": 0.0,
+    }
     values = []
     for seed in (1, 2):
         trainer = shapes_trainer(
@@ -91,6 +118,6 @@ def test_only_what_both_decode_is_learned(shapes, tmp_path):
         trainer.train()
         log = next(entry for entry in trainer.state.log_history if "loss" in entry)
         names = {name for name in log if name.startswith("loss/")}
-        assert names == {f"loss/{name}/shared_query" for name in (RANDOM_QUERIES, "teacher_queries")}
+        assert names == {f"loss/{name}/shared_query" for name in (RANDOM_QUERIES, "teacher_queries", "object_queries")}
         values.append([log[name] for name in names])
     assert max(values[0]) < 1e-4 < 0.1 < min(values[1])

@@ -1,0 +1,281 @@
+"""Figures in texts are those that were measured: README and help as RESULTS.md has them, and that as its files do."""
+
+import json
+import pkgutil
+import re
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from scipy import stats
+
+import d3etr_hf
+from d3etr_hf.models.families import FAMILIES
+from tests.markdown_tables import Table, figures, measured_paragraphs, tables
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CARDS = REPOSITORY / "model_cards"
+README, RESULTS = ((folder / name).read_text() for folder, name in ((REPOSITORY, "README.md"), (CARDS, "RESULTS.md")))
+LINKED = {name: (CARDS / name).read_text() for name in re.findall(r"\(([\w/]+\.md)\)", RESULTS)}
+PAIRS = "families/pairs/results.jsonl"
+# what a measure is multiplied by, and its decimals
+SCALES = {"AP": (100, 1), "AP50": (100, 1), "seconds": (1, 0)}
+# what every option says of itself, by "module.Class.option"
+HELP = {
+    f"{module.name}.{name}.{field.name}": field.metadata["help"]
+    for module in pkgutil.walk_packages(d3etr_hf.__path__, "d3etr_hf.")
+    for name, kind in vars(import_module(module.name)).items()
+    if is_dataclass(kind) and kind.__module__ == module.name
+    for field in fields(kind)
+    if "help" in field.metadata
+}
+
+
+def read(name: str) -> dict:
+    return json.loads((CARDS / name).read_text())
+
+
+def read_lines(name: str) -> list[dict]:
+    return [json.loads(line) for line in (CARDS / name).read_text().splitlines()]
+
+
+def the_table(text: str, *columns: str, said: str = "") -> Table:
+    """The one that has these columns and is introduced by these words."""
+    (found,) = [each for each in tables(text) if set(columns) <= set(each.columns) and said in each.before]
+    return found
+
+
+def written(values: list[float], scale: float = 100, digits: int = 1) -> str:
+    """The mean over seeds and, of several, their deviation."""
+    deviation = f" ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * mean(values):.{digits}f}{deviation}"
+
+
+# the README and the help
+
+
+def unfounded(paragraph: str) -> list[str]:
+    """Figures that neither RESULTS.md has nor a table that it and the paragraph link."""
+    linked = [LINKED[name] for name in re.findall(r"\(model_cards/([\w/]+\.md)\)", paragraph) if name in LINKED]
+    known = {figure for text in (RESULTS, *linked) for figure in figures(text)}
+    return [figure for figure in figures(paragraph) if figure not in known]
+
+
+def test_the_readme_says_nothing_of_its_own():
+    """Of average precision; its two tables of that are compared below."""
+    said = measured_paragraphs(README)
+    assert sum(len(figures(each)) for each in said) >= 9
+    assert [figure for each in said for figure in unfounded(each)] == []
+    assert len([table for table in tables(README) if re.search(r"\bAP", " ".join(table.columns))]) == 2
+
+
+def test_first_table_of_the_readme():
+    columns = ("parameters", "ms", "AP", "AP50")
+    ours, theirs = the_table(README, *columns), the_table(RESULTS, *columns)
+    by_name = {row[""]: row for row in ours.rows}, {row["model"]: row for row in theirs.rows}
+    assert len(by_name[0]) == 4
+    for name, row in by_name[0].items():
+        assert [row[column] for column in columns] == [by_name[1][name][column] for column in columns], name
+
+
+def test_families_of_the_readme():
+    """All of them, as the comparison's table has them, without deviations."""
+    measured = the_table(LINKED["families/results.md"], "alone", "distilled", said="AP (")
+    by_family = {row["family"]: [row[mode].split(" ")[0] for mode in ("alone", "distilled", "teacher")]
+                 for row in measured.rows}  # fmt: skip
+    names = {family.title: name.replace("-", "_") for name, family in FAMILIES.items()}
+    *_, column = (found := the_table(README, "family", "recipe")).columns
+    said = {names[row["family"]]: figures(row[column]) for row in found.rows}
+    assert said == by_family and len(said) == len(FAMILIES)
+    other = {(line["family"], line["mode"]): f"{100 * line['AP']:.1f}" for line in read_lines(PAIRS)}
+    ((distilled, alone),) = re.findall(r"under D-FINE's the same student has (\S+) \(alone (\S+), one seed", README)
+    assert (distilled, alone) == (other["d_fine→rt_detr", "distilled"], other["rt_detr", "alone"])
+
+
+def wrong_help(text: str) -> list[str]:
+    """Figures of average precision that RESULTS.md does not have, or all where it is not named."""
+    named = "model_cards/RESULTS.md" in text
+    return [figure for each in measured_paragraphs(text) for figure in (unfounded if named else figures)(each)]
+
+
+def test_help_says_nothing_of_its_own():
+    assert len(HELP) > 150
+    assert {name: found for name, text in HELP.items() if (found := wrong_help(text))} == {}
+    known = the_table(RESULTS, "ms", "AP").rows[0]["AP"]
+    assert wrong_help(f"AP rises to {known}.") == [known]
+    assert wrong_help(f"AP rises to {known}, not to 12.3456 (model_cards/RESULTS.md).") == ["12.3456"]
+
+
+# RESULTS.md
+
+
+def test_the_demo():
+    """As the cards of teacher and student have measured it."""
+    card, teacher = read("shapes_student/metrics.json"), read("shapes_teacher/results.json")
+    measured = card["compared"] | {"student, distilled": card["student"]}
+    measured["teacher, ships with it"] = card["teacher"] | {name: teacher[name] for name in ("steps", "seconds")}
+    found = the_table(RESULTS, "ms", "steps", "AP")
+    assert {row["model"] for row in found.rows} == measured.keys()
+    for row in found.rows:
+        one = measured[row["model"]]
+        timed = one if "milliseconds" in one else card["student"]
+        assert row == {
+            "model": row["model"],
+            "parameters": f"{one['parameters']:,}",
+            "ms": f"{timed['milliseconds']['median']:.1f}",
+            "steps": f"{one['steps']:,}",
+            "seconds": f"{one['seconds']:.0f}",
+            "AP": f"{100 * one['metrics']['AP']:.1f}",
+            "AP50": f"{100 * one['metrics']['AP50']:.1f}",
+        }
+
+
+def test_blood_cells():
+    card = read("bccd_student/metrics.json")
+    measured = [card["teacher"], *card["compared"].values(), card["student"]]
+    (said,) = re.findall(r"The \[card\]\(bccd_student.*?\n\n", RESULTS, re.DOTALL)
+    expected = [f"{100 * each['metrics'][measure]:.1f}" for measure in ("AP", "AP50") for each in measured]
+    assert figures(said) == expected
+
+
+def test_equal_time():
+    lines = read_lines("equal_time/results.jsonl")
+    found = the_table(RESULTS, "student", "AP (± over seeds)")
+    said = {(row["student"], int(row["steps"])): list(row.values())[2:] for row in found.rows}
+    measured = {}
+    for key in {(line["kind"], line["steps"]) for line in lines}:
+        runs = [line for line in lines if (line["kind"], line["steps"]) == key]
+        seconds, ap, ap50 = ([run[name] for run in runs] for name in ("seconds", "AP", "AP50"))
+        measured[key] = [f"{mean(seconds):.0f}", written(ap), f"{100 * mean(ap50):.1f}"]
+    assert said == measured
+
+
+def test_what_a_step_costs():
+    found = the_table(RESULTS, "two cores, float32")
+    _, *sizes = found.columns
+    for column, name in zip(sizes, ("shapes", "real"), strict=True):
+        measured = read(f"benchmark/{name}.json")
+        seconds = [1000 * measured["seconds"][part]["median"] for part in ("plain", "teacher", "two groups", "step")]
+        memory = [measured["memory"][part] for part in ("two groups", "step")]
+        assert [row[column] for row in found.rows] == [
+            " / ".join(f"{each:.0f}" for each in seconds),
+            f"{measured['step_over_floor']:.2f}",
+            f"{measured['step_over_plain']:.2f}",
+            f"{100 * measured['matching_share']:.1f} %",
+            " → ".join(f"{each:.0f}" for each in memory) + " MiB",
+        ]
+
+
+def test_a_step_of_every_family():
+    found = the_table(RESULTS, "peak, MiB")
+    said = {tuple(row.values())[1:] for row in found.rows}
+    measured = read("families/steps.json").values()
+    assert len(found.rows) == len(measured) and said == {
+        (
+            " / ".join(f"{each[part]:.1f}" for part in ("teacher", "two groups", "step")),
+            f"{each['ratio']:.2f}",
+            f"{each['MiB']:.0f}",
+        )
+        for each in measured
+    }
+
+
+# tables of `d3etr compare`: results.md is of results.jsonl; in RESULTS.md a section links the file of its tables
+
+
+def runs_of(path: Path) -> dict[tuple[str, str], dict[int, dict]]:
+    """By entry and mode the runs by seed; of one that was run again with other options the later."""
+    runs: dict[tuple[str, str], dict[int, dict]] = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        runs.setdefault((line["family"], line["mode"]), {})[line["seed"]] = line
+    return runs
+
+
+def wrong_cells(table: Table, runs: dict[tuple[str, str], dict[int, dict]]) -> list[str]:
+    """Cells that the runs do not say, of a table by entry with a column a mode, or a row a mode."""
+    if "difference" in table.columns:
+        return [text for row in table.rows for text in wrong_differences(row, table.before, runs)]
+    wrong = []
+    for row in table.rows:
+        family = row.get("family") or next(iter(runs))[0]
+        if "mode" in row:
+            cells = {(row["mode"], measure): row[measure] for measure in SCALES if measure in row}
+        else:
+            measure = re.search(r"\bAP50\b|\bAP\b|seconds", table.before, re.IGNORECASE).group().replace("S", "s")
+            cells = {(mode, measure): row[mode] for mode in table.columns if mode not in ("family", "parameters")}
+        for (mode, measure), said in cells.items():
+            values = [run[measure] for _, run in sorted(runs.get((family, mode), {}).items())]
+            # most comparisons train a teacher with their first seed alone
+            measured = [written(of, *SCALES[measure]) for of in (values, values[:1]) if of] or ["—"]
+            if re.sub(r" \(.*\)", "", said) not in measured[: 2 if mode == "teacher" else 1]:
+                wrong.append(f"{family}, {mode}, {measure}: {said}, measured {measured[0]}")
+    return wrong
+
+
+def wrong_differences(row: dict[str, str], before: str, runs: dict[tuple[str, str], dict[int, dict]]) -> list[str]:
+    """Of a row's AP from the baseline's of the same seed: each, their mean and its interval."""
+    (baseline,) = re.findall(r"AP minus AP (\w+),", before)
+    ours, theirs = runs[row["family"], row["mode"]], runs[row["family"], baseline]
+    found = {seed: 100 * (ours[seed]["AP"] - theirs[seed]["AP"]) for seed in sorted(ours) if seed in theirs}
+    interval = "—"
+    if len(found) > 1:
+        ends = stats.ttest_1samp(list(found.values()), 0).confidence_interval(0.95)
+        interval = " to ".join(f"{end:+.1f}" for end in ends)
+    by_seed = ", ".join(f"{each:+.1f} ({seed})" for seed, each in found.items())
+    measured, said = [f"{mean(found.values()):+.1f}", by_seed, interval], list(row.values())[2:]
+    return [] if said == measured else [f"{said}, measured {measured}"]
+
+
+REPORTS = [path for path in sorted(CARDS.rglob("*.md")) if path.with_suffix(".jsonl").exists()]
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.relative_to(CARDS).as_posix())
+def test_comparison(report):
+    runs = runs_of(report.with_suffix(".jsonl"))
+    found = [table for table in tables(report.read_text()) if table.columns[0] == "family"]
+    assert len(found) >= 3 and [wrong for table in found for wrong in wrong_cells(table, runs)] == []
+
+
+def test_every_student_under_every_teacher():
+    """One seed: AP minus AP alone, and AP."""
+    runs = runs_of(CARDS / PAIRS)
+    (found,) = [table for table in tables(LINKED["families/pairs/results.md"]) if "teacher" in table.columns[0]]
+    teacher_of, *students = found.columns
+    for row in found.rows:
+        for student in students:
+            pair = student if row[teacher_of] == student else f"{row[teacher_of]}→{student}"
+            alone, distilled = (100 * runs[key][0]["AP"] for key in ((student, "alone"), (pair, "distilled")))
+            assert row[student] == f"{distilled - alone:+.1f} (AP {distilled:.1f})"
+
+
+def wrong_comparisons(results: str) -> list[str]:
+    """What is wrong in the tables of comparisons that RESULTS.md holds, each under a link to its runs."""
+    wrong = []
+    for table in tables(results):
+        if table.columns[0] not in ("family", "mode"):
+            continue
+        links = re.findall(r"\(([\w/]+\.jsonl)\)", table.section)
+        wrong += wrong_cells(table, runs_of(CARDS / links[-1])) if links else [f"{table.columns}: no link to the runs"]
+    return wrong
+
+
+def test_comparisons_of_results():
+    assert wrong_comparisons(RESULTS) == []
+
+
+def test_a_changed_figure_is_found():
+    """In each form that a comparison's table may have; without a link to its runs a table says nothing."""
+    lines = """# Families\n\n[Runs](families/results.jsonl)\n\nAP:\n
+| family | alone | **distilled** |\n|---|---|---|\n| detr | 3.4 ± 0.1 | 21.6 ± 0.5 |\n
+AP minus AP alone, of the same seed:\n
+| family | mode | difference | by seed | interval |\n|---|---|---|---|---|
+| detr | distilled | +18.3 | +18.0 (0), +18.6 (1) | +14.2 to +22.4 |\n
+| mode | family | AP50 | seconds |\n|---|---|---|---|\n| distilled | detr | 58.8 ± 0.7 | 126 ± 5 |
+"""
+    assert wrong_comparisons(lines) == []
+    assert len(wrong_comparisons(lines.replace("results.jsonl", "results.png"))) == 3
+    for said in ("3.4", "0.5", "+18.3", "+18.6", "+22.4", "58.8", "± 5"):
+        other = said[:-1] + str((int(said[-1]) + 1) % 10)
+        assert len(wrong_comparisons(lines.replace(said, other))) == 1, said
