@@ -74,11 +74,11 @@ def measure_costs(models: list[str], height: int = 480, width: int = 640, use_cp
 def format_costs(costs: dict[str, dict]) -> str:
     """A table for a terminal: a line a model, and one for each of its parts."""
     wide = max(len("  heads and projections"), *map(len, costs)) + 2
-    lines = [f"{'model':<{wide}}{'pixels':>11}{'parameters':>14}{'GFLOP':>10}{'ms an image':>22}"]
+    lines = [f"{'model':<{wide}}{'pixels':>11}{'parameters':>14}{'GFLOP':>10}{'ms an image':>26}"]
     for name, cost in costs.items():
         size, ms = f"{cost['height']}x{cost['width']}", cost["milliseconds"]
         time = f"{ms['median']:.1f} ({ms['low']:.1f}-{ms['high']:.1f})"
-        lines.append(f"{name:<{wide}}{size:>11}{cost['parameters']:>14,}{cost['flops'] / 1e9:>10.3f}{time:>22}")
+        lines.append(f"{name:<{wide}}{size:>11}{cost['parameters']:>14,}{cost['flops'] / 1e9:>10.3f}{time:>26}")
         for part, value in cost["parts"].items():
             lines.append(f"{'  ' + part:<{wide}}{'':>11}{value['parameters']:>14,}{value['flops'] / 1e9:>10.3f}")
     return "\n".join(lines)

@@ -25,16 +25,23 @@ def count_cost(detector: Detector, pixel_values: torch.Tensor) -> dict:
     """
     model = detector.to_stock()
     counter = FlopCounterMode(display=False)
-    # fused attention kernels of a CPU are not counted: as plain matrix products they are
-    with counter, sdpa_kernel(SDPBackend.MATH):
-        model(pixel_values=pixel_values)
-    # by the module's path, which begins with the model's class
-    flops = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        # the counter asks for the gradient function of what modules are given, and a parameter that is has none here
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        # fused attention kernels of a CPU are not counted: as plain matrix products they are
+        with counter, sdpa_kernel(SDPBackend.MATH):
+            model(pixel_values=pixel_values)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    flops = own_operations(counter)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     parts = {
         role: {
             "parameters": sum(size for name, size in sizes.items() if name.startswith(prefixes)),
-            "flops": sum(flops.get(prefix.removesuffix("."), 0) for prefix in prefixes),
+            "flops": sum(count for name, count in flops.items() if detector.role_of(f"{name}.") == role),
         }
         for role, prefixes in detector.parts.items()
     }
@@ -47,6 +54,26 @@ def count_cost(detector: Detector, pixel_values: torch.Tensor) -> dict:
         parts[OTHER] = rest
     height, width = pixel_values.shape[2:]
     return {**total, "parts": parts, "height": height, "width": width}
+
+
+def own_operations(counter: FlopCounterMode) -> dict[str, int]:
+    """Operations of every module that was called, without those of the modules in it, by its name in the model.
+
+    What only holds modules, as a list of layers does, is never called, and so has no count to be read.
+    """
+    # by the module's path, which begins with the model's class
+    counts = {
+        name.partition(".")[2]: sum(by.values()) for name, by in counter.get_flop_counts().items() if name != "Global"
+    }
+    own = dict(counts)
+    for name, count in counts.items():
+        above = name
+        while above:
+            above = above.rpartition(".")[0]
+            if above in counts:
+                own[above] -= count
+                break
+    return own
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from d3etr_hf.cli.evaluate import evaluate_detector
 from d3etr_hf.configurations import read_yaml, write_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PublishError
+from d3etr_hf.models.families import FAMILIES
 from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
 from d3etr_hf.publishing.measurements import METRICS, is_measured, measure_run, select_rows
 from d3etr_hf.publishing.run_folder import describe_data, links_to_hub, load_run, merged_data_arguments, read_energy
@@ -132,6 +134,35 @@ def test_flops_against_a_count_by_hand():
     heads = layers * queries * (d * 3 + d * d + d * d + d * 4)
     assert cost["parts"]["heads"]["flops"] in (2 * heads, 2 * heads // layers)
     assert cost["parts"]["queries"] == {"parameters": queries * d, "flops": 0}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_operations_of_every_family_are_those_of_its_parts(family):
+    """Each part has at least its linear layers' and convolutions', counted by hooks; nothing is left over."""
+    model = tiny_model(model_type=family)
+    pixels = torch.randn(1, 3, 64, 64)
+    expected: Counter[str | None] = Counter()
+    stock = model.to_stock()
+
+    def count(role, module, _, output):
+        expected[role] += 2 * output.numel() * module.weight[0].numel()
+
+    hooks = [
+        module.register_forward_hook(partial(count, model.role_of(f"{name}.")))
+        for name, module in stock.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+    ]
+    with torch.no_grad():
+        stock(pixel_values=pixels)
+    for hook in hooks:
+        hook.remove()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    cost = count_cost(model, pixels)
+    assert "other" not in cost["parts"] and None not in expected
+    for role, operations in expected.items():
+        assert cost["parts"][role]["flops"] >= operations > 0
+    assert trained == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sum(part["flops"] for part in cost["parts"].values()) == cost["flops"]
 
 
 def test_what_is_in_no_part_is_told():
