@@ -54,6 +54,7 @@ from d3etr_hf.training.step_probe import StepProbe
 from d3etr_hf.training.stopping import launcher
 from d3etr_hf.training.teacher import class_index_by_name, spread_layers
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+from d3etr_hf.training.unlabeled import check_unlabeled
 from d3etr_hf.visualization.curves_while_running import CurvesWhileRunning
 
 logger = logging.get_logger(__name__)
@@ -216,6 +217,8 @@ def build_trainer(
     """The trainer of a run from its seed on: data, student, teacher, and what the student inherits."""
     set_seed(training_arguments.seed)
     check_places(data_arguments)  # before anything is loaded
+    if data_arguments.unlabeled_images is not None:
+        check_unlabeled(training_arguments.distillation, has_teacher=teacher_arguments.teacher is not None)
     teacher_type = None if teacher_arguments.teacher is None else check_teacher(teacher_arguments.teacher)
     model_type = model_type_of(model_arguments)
     if model_arguments.model is not None:

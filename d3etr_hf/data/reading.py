@@ -77,6 +77,8 @@ def check_places(arguments: "DataArguments") -> None:
             "no data: give data_folder (COCO, YOLO, Pascal VOC, or images with their metadata), dataset_name (Hub), "
             "or train_annotations, train_images, val_annotations and val_images."
         )
+    if arguments.unlabeled_images is not None:
+        _require(arguments.unlabeled_images, "unlabeled_images", os.path.isdir)
     for split in ("train", "val"):
         annotations, images = (getattr(arguments, f"{split}_{part}") for part in ("annotations", "images"))
         if annotations is not None:

@@ -161,8 +161,8 @@ def check_steps(args: Any, train_dataset: Any) -> None:
     """
     if train_dataset is None:
         return
-    images = len(train_dataset)
-    if images == 0:
+    images = train_dataset.images_of_epoch if isinstance(train_dataset, DetectionDataset) else len(train_dataset)
+    if len(train_dataset) == 0:
         raise UnsupportedOptionError("train_dataset holds no image, so not one step would be trained: give others")
     processes = 1 if args.accelerator_config.split_batches else args.world_size
     if args.dataloader_drop_last and images < args.train_batch_size * processes:
