@@ -56,15 +56,13 @@ class TrainingSampler(Sampler[TrainingSample]):
     are shuffled anew.
 
     Args:
-        dataset: what is trained on.
+        dataset: what is trained on; the rows of a `DetectionDataset`'s images without labels follow its own.
         seed: of the order and of all that is drawn for images.
         shuffle: in a new order every epoch; else as the data set has them.
         batch_size: images of one batch on all processes together.
         accumulated: batches of an optimizer step.
         fill_up: hand out images from the beginning again, marked `repeated`, until the last batch is full.
         drop_last: whether a last batch that is not full is left out by who reads.
-        unlabeled: how many images without labels there are; their rows follow those of the data set.
-        unlabeled_in_epoch: how many of their turns an epoch has, which may be more than there are.
 
     Attributes:
         total_steps: optimizer steps of the training; None where that is not known.
@@ -79,12 +77,12 @@ class TrainingSampler(Sampler[TrainingSample]):
         accumulated: int = 1,
         fill_up: bool = False,
         drop_last: bool = False,
-        unlabeled: int = 0,
-        unlabeled_in_epoch: int = 0,
     ) -> None:
         self.labeled = len(dataset)  # type: ignore[arg-type]
-        self.unlabeled, self.unlabeled_in_epoch = unlabeled, unlabeled_in_epoch
-        self.images = self.labeled + unlabeled_in_epoch
+        beside = getattr(dataset, "unlabeled", None)
+        self.unlabeled = 0 if beside is None else len(beside.images)
+        self.unlabeled_in_epoch = 0 if beside is None else beside.in_epoch(self.labeled)
+        self.images = self.labeled + self.unlabeled_in_epoch
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0

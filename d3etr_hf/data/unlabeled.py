@@ -15,6 +15,7 @@ from d3etr_hf.data.duplicates import describe_shared, same_content
 from d3etr_hf.data.image_checks import Decide, describe_faults
 from d3etr_hf.data.image_files import check_image_files
 from d3etr_hf.data.image_headers import THREADS, read_headers
+from d3etr_hf.data.reading import require_place
 from d3etr_hf.data.upright_size import SIZE_OF_BROKEN, upright_size
 from d3etr_hf.errors import DatasetError, quoted
 
@@ -32,6 +33,7 @@ def load_unlabeled(folder: str | Path, train: DetectionDataset, anywhere: bool =
     Raises:
         DatasetError: there is no such folder or no image in it, or files are elsewhere or no files.
     """
+    require_place(str(folder), OPTION)
     folder, source = Path(folder), f"{OPTION} {quoted(str(folder))}"
     paths = [str(path) for path in images_below(folder)]
     if not paths:

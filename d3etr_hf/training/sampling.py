@@ -16,7 +16,6 @@ def training_sampler(
     Args:
         batch_size: images of a process in a batch.
     """
-    unlabeled = getattr(dataset, "unlabeled", None)
     together = 1 if accelerator.split_batches else accelerator.num_processes
     return TrainingSampler(
         dataset,
@@ -26,8 +25,6 @@ def training_sampler(
         args.gradient_accumulation_steps,
         fill_up=accelerator.num_processes > 1 and not args.dataloader_drop_last,
         drop_last=args.dataloader_drop_last,
-        unlabeled=0 if unlabeled is None else len(unlabeled.images),
-        unlabeled_in_epoch=0 if unlabeled is None else unlabeled.in_epoch(len(dataset)),  # type: ignore[arg-type]
     )
 
 

@@ -56,7 +56,6 @@ from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_proces
 from d3etr_hf.training.teacher_cache import TeacherCache
 from d3etr_hf.training.term_log import StartAfresh, TermLog
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
-from d3etr_hf.training.unlabeled import check_unlabeled
 from d3etr_hf.training.weight_average import WeightAverage
 
 
@@ -112,8 +111,6 @@ class DistillationTrainer(ResumableTrainer):
             aligned = Teacher(teacher, model.class_names, model.decoder_depth, args.layer_map)
         # what is learned from whom, without what this teacher does not have
         self.distillation = self._whole_distillation = terms_in_common(args.distillation, teacher)
-        if data is not None and data.unlabeled is not None:
-            check_unlabeled(self.distillation, has_teacher=teacher is not None)
         if aligned is not None and runs_teacher(aligned, self.distillation):
             check_image_processors(of_student, teacher_processing_class, data)
             check_images(teacher, teacher_processing_class, {"train_dataset": data}, "teacher")
@@ -259,8 +256,8 @@ class DistillationTrainer(ResumableTrainer):
     def _shares(self, counts: torch.Tensor, counted: bool = True) -> Shares:
         """The counts by name; no object in a whole step, or no labelled image, is one, of all processes together."""
         images, objects, labeled, *held = counts.unbind()
-        one = 1 / self.accelerator.num_processes
-        objects, labeled = (torch.where(count == 0, one, count) for count in (objects, labeled))
+        objects = torch.where(objects == 0, 1 / self.accelerator.num_processes, objects)
+        labeled = torch.where(labeled == 0, 1 / self.accelerator.num_processes, labeled)
         of_groups = dict(zip(self._group_sizes(), held, strict=True))
         return Shares(images, objects, of_groups, self._average, counted, labeled)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from d3etr_hf.data.reading import require_place
 from d3etr_hf.errors import UnsupportedOptionError
 from d3etr_hf.outputs import DetectorOutput, GroupOutput, Supervised, Targets
 from d3etr_hf.training.distillation import Distillation
@@ -14,7 +15,22 @@ OF_GROUND_TRUTH = ("logits_distillation", "fgd", "defeat", "detrdistill_memory",
 REMEDY = "or leave unlabeled_images out"
 
 
-def check_unlabeled(options: Distillation, has_teacher: bool) -> None:
+def check_unlabeled_option(folder: str | None, options: Distillation, teacher: str | None) -> None:
+    """`check_unlabeled` of what a run is asked to do, before anything is loaded.
+
+    Args:
+        folder: of images without labels; None for none.
+        teacher: its place; None without one.
+
+    Raises:
+        DatasetError: there is no such folder.
+    """
+    if folder is not None:
+        require_place(folder, "unlabeled_images")
+        check_unlabeled(options, has_teacher=teacher is not None)
+
+
+def check_unlabeled(options: Distillation, has_teacher: bool = True) -> None:
     """Refuse images without labels where nothing would be learned from them, or what cannot be.
 
     Raises:
