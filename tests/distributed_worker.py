@@ -48,6 +48,7 @@ class Case:
         teacher: changes of the tiny teacher's configuration.
         data: the data set's folder within the working folder.
         rows: rows of the training split, by default all.
+        unlabeled: rows of it that come as images without labels, between those of `rows`, in order.
         evaluates: whether the checkpoint is evaluated before the step.
         as_trained: batch norm over each process's own images; else as in evaluation, where images do not mix.
     """
@@ -60,6 +61,7 @@ class Case:
     teacher: dict = field(default_factory=dict)
     data: str = "shapes"
     rows: list[int] | None = None
+    unlabeled: list[int] | None = None
     evaluates: bool = False
     as_trained: bool = False
 
@@ -72,6 +74,7 @@ UNEVEN: dict[str, dict] = {
 }
 # all methods that compare encoder memories, but the one that draws instances
 MEMORIES = {f"{method}_weight": 1.0 for method in MEMORY_METHODS if method != "icd"}
+IN_ORDER = {"train_sampling_strategy": "sequential"}
 CASES = {
     "pairs": Case(evaluates=True),
     **{family: Case(family=family) for family in FAMILIES if family != "conditional_detr"},
@@ -108,6 +111,12 @@ CASES = {
     "memories of several levels": Case("rt_detr", options=MEMORIES),
     "no object": Case(images=2, data="sparse", rows=[0, 1]),
     "one object": Case(images=2, data="sparse", rows=[2, 3], options={"denoising_groups": 2}),
+    # each process has both, or one of them has only images without labels
+    "images without labels": Case(rows=[0, 1], unlabeled=[2, 3], options=IN_ORDER),
+    **{
+        f"{family}, one image with labels": Case(family, rows=[0], unlabeled=[1, 2, 3], options=IN_ORDER)
+        for family in ("detr", "d_fine")
+    },
     # the last step of an epoch: one process has four images and the other the fifth, or none is left for the other
     **{f"{family}, five images": Case(family, 8, rows=[0, 1, 2, 3, 4]) for family in UNEVEN},
     **{f"{family}, three images": Case(family, 8, UNEVEN[family], rows=[0, 1, 2]) for family in UNEVEN},
@@ -150,7 +159,10 @@ def run_case(case: Case, folder: Path, run: Path, processes: int) -> dict:
         freeze_statistics(student)
     train = None
     if case.rows is not None:
-        train = load_shapes(folder / case.data, "train", family=case.family).select(case.rows)
+        whole = load_shapes(folder / case.data, "train", family=case.family)
+        train = whole.select(case.rows)
+        if case.unlabeled is not None:
+            train = train.with_unlabeled(whole.select(case.unlabeled), len(case.unlabeled) / len(case.rows))
     trainer = shapes_trainer(
         folder / case.data,
         run,

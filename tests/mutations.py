@@ -35,6 +35,7 @@ CONTRACT, TOY_TESTS = "tests/models/test_contract.py", "tests/training/test_toy_
 HUB, HUB_TESTS = "d3etr_hf/publishing/upload.py", "tests/publishing/test_upload.py"
 EVERY_TERM, LAUNCH_TESTS = "tests/training/test_every_term.py", "tests/training/test_launch.py"
 INITIALISATION_TESTS, OBJECTIVE_TESTS = "tests/models/test_initialisation.py", "tests/training/test_objective.py"
+UNLABELED_TESTS = "tests/training/test_unlabeled.py"
 HALF_TESTS = "tests/training/test_half_precision.py"
 LOSS_TESTS = "tests/losses/test_detection_loss.py"
 DISTRIBUTION_TESTS = "tests/losses/test_distribution_criterion.py"
@@ -344,6 +345,13 @@ MUTATIONS = [
      EVERY_TERM),
     ("terms: no box in a batch divides by zero", TRAINER,
      "torch.where(objects == 0, 1 / self.accelerator.num_processes, objects)", "objects", EVERY_TERM),
+    ("terms: an image without labels is one without objects", OBJECTIVE,
+     "        student, targets, (assignments, of_boxes) = labeled_part(student, targets, assignments, of_boxes)\n", "",
+     EVERY_TERM),
+    ("terms: images without labels count for classes", OBJECTIVE,
+     "self.images if self.labeled is None else self.labeled", "self.images", UNLABELED_TESTS),
+    ("terms: no labelled image in a batch divides by zero", TRAINER,
+     "torch.where(labeled == 0, 1 / self.accelerator.num_processes, labeled)", "labeled", UNLABELED_TESTS),
     ("terms: auxiliary assignment is never the teacher's", OBJECTIVE,
      "given = group == AUXILIARY and self.options.teacher_assigns", "given = False",
      f"{OBJECTIVE_TESTS}::test_auxiliary_assignment"),

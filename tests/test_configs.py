@@ -24,6 +24,7 @@ from d3etr_hf.models.loading import (
 )
 from d3etr_hf.runs.comparison import Comparison
 from d3etr_hf.runs.planned_run import plan
+from d3etr_hf.training import unlabeled
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -86,6 +87,7 @@ def test_recipe_is_understood_by_its_script(recipe):
 def test_comparison_is_understood(path, monkeypatch):
     """Every option of every run, by the parser of the command that takes it; data sets are made later."""
     monkeypatch.setattr(compare, "check_places", lambda arguments: None)
+    monkeypatch.setattr(unlabeled, "require_place", lambda folder, option: None)
     (comparison,) = parse_arguments([Comparison], [str(path)])
     runs = plan(comparison)
     compare.check_runs(runs, path.name)

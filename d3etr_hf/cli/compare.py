@@ -35,6 +35,7 @@ from d3etr_hf.runs.planned_run import PlannedRun, plan
 from d3etr_hf.runs.run_pool import Job, run_jobs
 from d3etr_hf.training.checkpoints import checkpoints_of, was_saved
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+from d3etr_hf.training.unlabeled import check_unlabeled_option
 from d3etr_hf.visualization.comparison import draw_comparison, format_comparison
 
 # the fields that say where data are
@@ -115,6 +116,7 @@ def check_runs(runs: Sequence[PlannedRun], source: str) -> None:
         CommandLineError: an option is unknown, of the wrong type, out of its range, or contradicts another.
         DetectorLoadError: a model configuration, or a teacher's checkpoint, cannot be used.
         DatasetError: the data are not there.
+        UnsupportedOptionError: nothing would be learned from images without labels.
     """
     checked: set[str] = set()
     for run in runs:
@@ -137,6 +139,8 @@ def check_runs(runs: Sequence[PlannedRun], source: str) -> None:
                 family_of_checkpoint(path, f"{place}: {role}")
                 checked.add(path)
         data = arguments[DataArguments]
+        distillation = arguments[D3etrTrainingArguments].distillation
+        check_unlabeled_option(data.unlabeled_images, distillation, run.options.get("teacher"))
         where = repr([getattr(data, name) for name in sorted(OF_DATA)])
         if where not in checked:
             check_places(data)

@@ -25,6 +25,7 @@ from d3etr_hf.data.image_checks import describe_faults, describe_notes
 from d3etr_hf.data.image_headers import ImageHeader, read_headers
 from d3etr_hf.data.image_sizes import set_image_size
 from d3etr_hf.data.overview import overview_of, overview_table
+from d3etr_hf.data.unlabeled import check_unlabeled_images, load_unlabeled
 from d3etr_hf.errors import CommandLineError, DatasetError
 from d3etr_hf.files import make_folder
 from d3etr_hf.models.image_processors import image_processor_of
@@ -84,6 +85,7 @@ def check_data(data: DataArguments, model: str | None = None, pictured: int = 8,
     headers = [read_headers(split) for split in splits]
     refused = _refusals(splits, headers, told)
     told += describe_notes(splits, headers)
+    _look_at_unlabeled(data, splits, told, refused)
     more = [each for split in splits for each in describe_more_objects(split, queries, evaluated=split is splits[1])]
     told += [f"{'; '.join(more)}. {REMEDY}"] if more else []
     examples, undecodable = _decodable(_spread(splits, headers, pictured))
@@ -112,6 +114,24 @@ def _refusals(
             refused.append(str(error))
     refused.append(describe_faults(splits, headers))
     return [message for message in refused if message]
+
+
+def _look_at_unlabeled(
+    data: DataArguments, splits: Sequence[DetectionDataset], told: list[str], refused: list[str]
+) -> None:
+    """Images without labels, where a folder of them is named: their number, and what is to be known of them."""
+    if data.unlabeled_images is None:
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            train, val = splits
+            unlabeled = load_unlabeled(data.unlabeled_images, train, data.allow_images_elsewhere)
+            unlabeled = check_unlabeled_images(unlabeled, train, val)
+            print(f"{unlabeled.name}: {len(unlabeled)} images")
+        except DatasetError as error:
+            refused.append(str(error))
+    told += [str(warning.message) for warning in caught]
 
 
 def _spread(

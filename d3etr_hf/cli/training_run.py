@@ -54,6 +54,7 @@ from d3etr_hf.training.step_probe import StepProbe
 from d3etr_hf.training.stopping import launcher
 from d3etr_hf.training.teacher import class_index_by_name, spread_layers
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+from d3etr_hf.training.unlabeled import check_unlabeled_option
 from d3etr_hf.visualization.curves_while_running import CurvesWhileRunning
 
 logger = logging.get_logger(__name__)
@@ -88,6 +89,7 @@ def train_detector(
     launcher()
     refuse_split_launch(training_arguments)
     check_best_metric(training_arguments)
+    check_unlabeled_option(data_arguments.unlabeled_images, training_arguments.distillation, teacher_arguments.teacher)
     output = Path(training_arguments.output_dir)
     # with the model's options themselves: a path would not tell that the file has changed
     described = replace(model_arguments, model_config=read_model_options(model_arguments))

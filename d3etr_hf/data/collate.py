@@ -28,12 +28,12 @@ class DetectionCollator:
             `pixel_values` (B, 3, max H, max W) float32, zero where padded; `pixel_mask` (B, max H, max W) int64, one
             where there is an image; `teacher_pixel_values` and `teacher_pixel_mask` where the examples have the first,
             of sizes of their own; `targets` (B, T, 5) float32, see `pack`; `labels`, per image what is needed on the
-            host, as plain numbers: `image_id`, `objects` (how many) and `orig_size` (height, width in pixels). Where
-            all images are repeated ones the batch is the first of them without its objects, and `labels` is empty:
-            it counts for nothing.
+            host, as plain numbers: `image_id`, `objects` (how many), `orig_size` (height, width in pixels), and of
+            images without labels `labeled`, false, and no objects. Where all images are repeated ones the batch is the
+            first of them without its objects, and `labels` is empty: it counts for nothing.
         """
         own = [example for example in examples if not _is_repeated(example)]
-        labels = [example["labels"] for example in own]
+        labels = [_labels_of(example) for example in own]
         examples = own or examples[:1]
         images = [example["pixel_values"] for example in examples]
         batch = _padded(_resized_together(images, examples[0].get("batch_sizes", ()), examples[0].get("sample")))
@@ -47,14 +47,22 @@ class DetectionCollator:
                     "image_id": int(label["image_id"]),
                     "objects": len(label["class_labels"]),
                     "orig_size": label["orig_size"].tolist(),
+                    **({} if example.get("labeled", True) else {"labeled": False}),
                 }
-                for label in labels
+                for example, label in zip(own, labels, strict=True)
             ],
         }
 
 
 def _is_repeated(example: dict) -> bool:
     return "sample" in example and example["sample"].repeated
+
+
+def _labels_of(example: dict) -> dict[str, torch.Tensor]:
+    labels = example["labels"]
+    if example.get("labeled", True):
+        return labels
+    return labels | {"class_labels": labels["class_labels"][:0], "boxes": labels["boxes"][:0]}
 
 
 def _padded(images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

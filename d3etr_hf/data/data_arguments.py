@@ -13,6 +13,7 @@ from d3etr_hf.data.image_sizes import see_the_same, set_image_size, size_of, tak
 from d3etr_hf.data.reading import read_splits
 from d3etr_hf.data.strong_augmentation import Mosaic, StrongAugmentation
 from d3etr_hf.data.transforms import Augmentation, CropSizes, DetectionTransform
+from d3etr_hf.data.unlabeled import check_unlabeled_images, load_unlabeled
 from d3etr_hf.errors import DatasetError
 
 # Of DETR, whose short side at evaluation is 800; everything else is scaled from here.
@@ -23,6 +24,7 @@ SQUARE_SIDE, SQUARE_MULTIPLE = 640, 32
 SQUARE_AUGMENTATION_SIDES = range(480, 801, 32)
 SMALLEST_SIDE = 16
 DRAW_SIZES = ("multiscale", "paper", "strong")  # augmentations
+MOST_UNLABELED = 100  # for each labelled image
 
 
 @dataclass
@@ -86,6 +88,23 @@ class DataArguments:
     train_images: str | None = field(default=None, metadata={"help": "Image folder of the training split."})
     val_annotations: str | None = field(default=None, metadata={"help": "COCO JSON of the validation split."})
     val_images: str | None = field(default=None, metadata={"help": "Image folder of the validation split."})
+    unlabeled_images: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of further training images, those in its subfolders among them, that have no labels: "
+            "the teacher alone supervises them, by all distillation terms that read no ground truth. Images of the "
+            "training split that lie there, too, keep their labels; so it may be a folder of which only a part is "
+            "labelled."
+        },
+    )
+    unlabeled_ratio: float = field(
+        default=1.0,
+        metadata={
+            "help": "How many images of `unlabeled_images` come for each labelled one, in every batch and so in every "
+            "epoch, which has each labelled image once: with 1 and a batch of 16 they are 8 and 8, with 3 they are 4 "
+            "labelled and 12 without labels. Above 0, up to 100."
+        },
+    )
     short_side: int | None = field(
         default=None,
         metadata={
@@ -193,6 +212,12 @@ class DataArguments:
         if self.augmentation not in ("none", "flip", *DRAW_SIZES):
             raise ValueError(f"augmentation is {self.augmentation!r}: choose none, flip, multiscale, paper or strong.")
         self._check_strong_augmentation()
+        if not 0 < self.unlabeled_ratio <= MOST_UNLABELED:
+            raise ValueError(
+                f"unlabeled_ratio is {self.unlabeled_ratio}: it must be above 0, and at most {MOST_UNLABELED}."
+            )
+        if self.unlabeled_images is None and self.unlabeled_ratio != 1:
+            raise ValueError("unlabeled_ratio has no effect without unlabeled_images: leave it out.")
         if self.augmentation_short_sides is not None:
             self._check_augmentation_short_sides(self.augmentation_short_sides)
         for name, value in (("max_train_images", self.max_train_images), ("max_val_images", self.max_val_images)):
@@ -254,7 +279,7 @@ def load_splits(
     trains: bool = True,
     decide: Decide = lambda find: find(),
 ) -> tuple[DetectionDataset, DetectionDataset]:
-    """The training split, augmented, and the validation split, resized only.
+    """The training split, augmented, with images without labels where such are named; and validation, resized only.
 
     What is wrong with their images is told now, see `check_images`.
 
@@ -276,7 +301,12 @@ def load_splits(
     set_image_size(image_processor, *size)
     augmentation = augmentation_for(arguments, image_processor)
     train, val = load_annotated(arguments)
+    unlabeled = None
+    if trains and arguments.unlabeled_images is not None:
+        unlabeled = load_unlabeled(arguments.unlabeled_images, train, arguments.allow_images_elsewhere)
     train, val = _checked(train, val, arguments.skip_broken_images, trains, decide)
+    if unlabeled is not None:
+        unlabeled = check_unlabeled_images(unlabeled, train, val, arguments.skip_broken_images, decide)
     if teacher_processor is not None:
         teacher_processor = copy.deepcopy(teacher_processor)
         if takes_fixed_size(teacher_processor) == takes_fixed_size(image_processor):
@@ -286,6 +316,8 @@ def load_splits(
     train = train.with_transform(DetectionTransform(image_processor, augmentation, teacher_processor))
     if arguments.mosaic > 0:
         train.mosaic = Mosaic(arguments.mosaic, arguments.mosaic_end_fraction)
+    if unlabeled is not None:
+        train = train.with_unlabeled(unlabeled, arguments.unlabeled_ratio)
     return (
         train,
         val.with_transform(DetectionTransform(image_processor)),

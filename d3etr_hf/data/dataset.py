@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -36,9 +37,11 @@ class DetectionDataset(torch.utils.data.Dataset):
         annotations_digest: a hash of the annotations as they were given; it changes with each of them.
         transform: called on `(image, target)` by `__getitem__`; None gives `{"image": ..., "target": ...}`.
         mosaic: puts four images into one, in training alone; None for none.
+        unlabeled: images without labels beside it, in training alone; None for none.
     """
 
     mosaic: Mosaic | None = None
+    unlabeled: "Unlabeled | None" = None
 
     def __init__(
         self,
@@ -79,9 +82,11 @@ class DetectionDataset(torch.utils.data.Dataset):
         return pc.list_value_length(labels).to_numpy().astype(np.int64)
 
     def with_transform(self, transform: Callable[[Image.Image, dict[str, Any]], dict] | None) -> "DetectionDataset":
-        """The same split with another transform."""
+        """The same split with another transform, which is that of its images without labels, too."""
         changed = copy.copy(self)
         changed.transform = transform
+        if self.unlabeled is not None:
+            changed.unlabeled = replace(self.unlabeled, images=self.unlabeled.images.with_transform(transform))
         return changed
 
     def select(self, indices: Iterable[int]) -> "DetectionDataset":
@@ -92,6 +97,29 @@ class DetectionDataset(torch.utils.data.Dataset):
             _ground_truth_of, self._load_ground_truth, frozenset(selected.rows["image_id"])
         )
         return selected
+
+    def with_unlabeled(self, images: "DetectionDataset", ratio: float) -> "DetectionDataset":
+        """The same split with images beside it that a teacher alone supervises; see `load_unlabeled`.
+
+        Args:
+            images: whose boxes are not read; they get this split's transform and mosaics.
+            ratio: how many of them come for each image of this split.
+        """
+        joined = copy.copy(self)
+        images = images.with_transform(self.transform)
+        images.mosaic = self.mosaic
+        joined.unlabeled = Unlabeled(images, ratio)
+        return joined
+
+    @property
+    def images_of_epoch(self) -> int:
+        """How many images an epoch of training has, those without labels among them."""
+        return len(self) + (0 if self.unlabeled is None else self.unlabeled.in_epoch(len(self)))
+
+    @property
+    def trained_images(self) -> int:
+        """How many images training reads, those without labels among them."""
+        return len(self) + (0 if self.unlabeled is None else len(self.unlabeled.images))
 
     def with_class_names(self, class_names: list[str]) -> "DetectionDataset":
         """The same split whose classes have these names, in order of class label."""
@@ -142,10 +170,14 @@ class DetectionDataset(torch.utils.data.Dataset):
 
         Args:
             index: the row; as a `TrainingSample` the transform draws from a seed of the image and the epoch, through
-                torch's global generator, and the sample is in what is returned as `sample`.
+                torch's global generator, and the sample is in what is returned as `sample`. Rows beyond this split's
+                are those of its images without labels, which `labeled`, false, tells in what is returned.
         """
         if not isinstance(index, TrainingSample):
             return self._example(self.rows[index])
+        if self.unlabeled is not None and index.index >= len(self):
+            inside = index._replace(index=index.index - len(self))
+            return self.unlabeled.images[inside] | {"sample": index, "labeled": False}
         row = self.rows[index.index]
         with drawing_from(index.image_seed(row["image_id"])):
             return self._example(row, index.progress) | {"sample": index}
@@ -181,6 +213,23 @@ class DetectionDataset(torch.utils.data.Dataset):
         """What a message calls the image of a row: its file, or else its id."""
         source = source_of(row)
         return source if isinstance(source, str) else f"{self.name}, image {row['image_id']}"
+
+
+@dataclass(frozen=True)
+class Unlabeled:
+    """Images that a teacher alone supervises: they have no ground truth, which is not the same as no objects.
+
+    Attributes:
+        images: with the transform of the split that they stand beside.
+        ratio: how many of them come for each image of that split.
+    """
+
+    images: DetectionDataset
+    ratio: float
+
+    def in_epoch(self, labeled: int) -> int:
+        """How many of their turns an epoch of so many labelled images has, at least one."""
+        return max(1, round(self.ratio * labeled))
 
 
 def source_of(row: dict) -> str | bytes:

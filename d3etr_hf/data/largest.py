@@ -20,16 +20,17 @@ class LargestImages:
         dataset: with a `DetectionTransform`.
 
     Attributes:
-        images: of the data set.
+        images: of an epoch.
         objects: of the image that has most.
     """
 
     def __init__(self, dataset: DetectionDataset) -> None:
-        self.images = len(dataset)
-        table = dataset.rows.select_columns(["width", "height"]).with_format("arrow")[:]
+        self.images = dataset.images_of_epoch
         together = 1 if dataset.mosaic is None else MOSAIC_IMAGES
         self.objects = together * int(dataset.object_counts().max())
-        shapes = set(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+        shapes = _shapes_of(dataset)
+        if dataset.unlabeled is not None:
+            shapes |= _shapes_of(dataset.unlabeled.images)
         transform: DetectionTransform = dataset.transform
         self._sides = drawn_sides(shapes, transform.image_processor, transform.augmentation)
         self._teacher_sides: list[Sides] = []
@@ -60,6 +61,12 @@ class LargestImages:
         size = torch.tensor([height, width])
         large["labels"] = like["labels"] | {"class_labels": class_labels, "boxes": boxes, "size": size}
         return [large] * images
+
+
+def _shapes_of(dataset: DetectionDataset) -> set[Sides]:
+    """Width and height of all images, each once, pixels."""
+    table = dataset.rows.select_columns(["width", "height"]).with_format("arrow")[:]
+    return set(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
 
 
 def drawn_sides(

@@ -66,12 +66,12 @@ def check_places(arguments: "DataArguments") -> None:
         DatasetError: it is not; the message names the option and what is there instead.
     """
     if arguments.data_folder is not None:
-        _require(arguments.data_folder, "data_folder", lambda place: os.path.isdir(place) or _is_yaml(place))
+        require_place(arguments.data_folder, "data_folder", lambda place: os.path.isdir(place) or _is_yaml(place))
         _format_of(Path(arguments.data_folder))
     elif arguments.dataset_name is not None:
         name = arguments.dataset_name
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            _require(name, "dataset_name", os.path.isdir)
+            require_place(name, "dataset_name", os.path.isdir)
     elif arguments.train_annotations is None:
         raise DatasetError(
             "no data: give data_folder (COCO, YOLO, Pascal VOC, or images with their metadata), dataset_name (Hub), "
@@ -80,8 +80,8 @@ def check_places(arguments: "DataArguments") -> None:
     for split in ("train", "val"):
         annotations, images = (getattr(arguments, f"{split}_{part}") for part in ("annotations", "images"))
         if annotations is not None:
-            _require(annotations, f"{split}_annotations", os.path.isfile)
-            _require(images, f"{split}_images", os.path.isdir)
+            require_place(annotations, f"{split}_annotations", os.path.isfile)
+            require_place(images, f"{split}_images", os.path.isdir)
 
 
 def open_source(arguments: "DataArguments") -> Source:
@@ -171,8 +171,12 @@ def _is_yaml(path: Path) -> bool:
     return path.suffix in (".yaml", ".yml") and os.path.isfile(path)
 
 
-def _require(path: str, option: str, is_right: Callable[[Path], bool]) -> None:
-    """See that a file or a folder is there, or say what is nearest to it."""
+def require_place(path: str, option: str, is_right: Callable[[Path], bool] = os.path.isdir) -> None:
+    """See that a file or a folder is there, or say what is nearest to it.
+
+    Raises:
+        DatasetError: it is not; the message names the option.
+    """
     wanted = "file" if option.endswith("_annotations") else "folder"
     if "\0" in path:
         raise DatasetError(f"{option} {quoted(path)}: no {wanted} has such a name.")

@@ -16,11 +16,13 @@ class Targets:
         class_labels: int64 `(B, T)`, 0 where there is no object.
         boxes: `(B, T, 4)`, cxcywh in 0..1 of the unpadded image; the whole image where there is no object.
         counts: objects per image.
+        labeled: whether each image has ground truth at all: one without is no image without objects. None: all have.
     """
 
     class_labels: torch.Tensor
     boxes: torch.Tensor
     counts: list[int]
+    labeled: list[bool] | None = None
 
     def repeated(self, times: int) -> "Targets":
         """Every object so many times, one after the other."""
@@ -28,6 +30,7 @@ class Targets:
             self.class_labels.repeat_interleave(times, dim=1),
             self.boxes.repeat_interleave(times, dim=1),
             [times * count for count in self.counts],
+            self.labeled,
         )
 
     @property
@@ -47,12 +50,20 @@ class Targets:
         if self.boxes.shape[1] > 0:
             return self
         whole = self.boxes.new_tensor([0.5, 0.5, 1, 1]).expand(len(self.boxes), 1, 4)
-        return Targets(self.class_labels.new_zeros(len(whole), 1), whole, self.counts)
+        return Targets(self.class_labels.new_zeros(len(whole), 1), whole, self.counts, self.labeled)
+
+    def of_images(self, images: Sequence[int]) -> "Targets":
+        """Those of some images of the batch, which count as images with ground truth."""
+        rows = torch.tensor(images, device=self.boxes.device)
+        return Targets(self.class_labels[rows], self.boxes[rows], [self.counts[image] for image in images])
 
     @classmethod
-    def from_packed(cls, packed: torch.Tensor, counts: Sequence[int]) -> "Targets":
+    def from_packed(
+        cls, packed: torch.Tensor, counts: Sequence[int], labeled: Sequence[bool] | None = None
+    ) -> "Targets":
         """From what `pack` made, wherever it has been moved since."""
-        return cls(packed[..., 0].long(), packed[..., 1:], list(counts))
+        all_labeled = labeled is None or all(labeled)
+        return cls(packed[..., 0].long(), packed[..., 1:], list(counts), None if all_labeled else list(labeled))
 
 
 def pack(labels: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:

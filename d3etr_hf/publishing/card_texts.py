@@ -140,11 +140,14 @@ def cost_note(metrics: dict) -> str:
 
 
 def data_table(data: dict) -> str:
-    """Images and objects of both splits."""
+    """Images and objects of both splits, and images without labels, where there were any."""
     rows = [
         [split, described["name"], f"{described['images']:,}", f"{described['objects']:,}"]
         for split, described in (("training", data["train"]), ("validation", data["val"]))
     ]
+    if (unlabeled := data.get("unlabeled")) is not None:
+        ratio = f"{unlabeled['ratio']:g} for each image of training"
+        rows.insert(1, [f"without labels, {ratio}", unlabeled["name"], f"{unlabeled['images']:,}", "–"])
     return table(["", "data", "images", "objects"], rows, right_from=2)
 
 

@@ -233,8 +233,8 @@ def load_run(folder: Path, data_arguments: DataArguments | None = None, teacher:
     student = load_detector(str(folder), "student")
     processor = image_processor_of(student.config.model_type, str(folder))
     teacher = teacher or configuration.get("teacher")
-    # of training images only boxes are counted, of those that were not left out
-    trains = data_arguments.skip_broken_images
+    # of training images only boxes are counted, of those that were not left out, and which have none
+    trains = data_arguments.skip_broken_images or data_arguments.unlabeled_images is not None
     if teacher is None or teacher == NO_TEACHER:
         splits = load_splits(data_arguments, processor, trains=trains)
         return PublishedRun(folder, student, *splits, data_moved=moved)
@@ -244,7 +244,10 @@ def load_run(folder: Path, data_arguments: DataArguments | None = None, teacher:
 
 
 def describe_data(train: DetectionDataset, val: DetectionDataset) -> dict:
-    """Names, numbers of images and objects, boxes of each class, and of each of COCO's sizes in validation."""
+    """Names, numbers of images and objects, boxes of each class, and of each of COCO's sizes in validation.
+
+    With `unlabeled`, name, number and ratio of images without labels, where there are any.
+    """
     described = {}
     for split, dataset in (("train", train), ("val", val)):
         labels = Counter(label for labels in dataset.rows["class_labels"] for label in labels)
@@ -254,6 +257,9 @@ def describe_data(train: DetectionDataset, val: DetectionDataset) -> dict:
             "objects": sum(labels.values()),
             "classes": {name: labels[label] for label, name in enumerate(dataset.class_names)},
         }
+    if train.unlabeled is not None:
+        images = train.unlabeled.images
+        described["unlabeled"] = {"name": images.name, "images": len(images), "ratio": train.unlabeled.ratio}
     areas = [
         annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])
         for annotation in val.ground_truth["annotations"]

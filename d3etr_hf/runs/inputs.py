@@ -158,6 +158,8 @@ def inputs_of(
     for name, split in (("training", train), ("validation", val)):
         found[f"{name} annotations"] = annotations_of(split)
         found[f"{name} images"] = images_of(split)
+    if train.unlabeled is not None:
+        found["unlabelled images"] = images_of(train.unlabeled.images)
     checkpoints = {
         "teacher": teacher_arguments.teacher,
         "model to start from": model_arguments.model,

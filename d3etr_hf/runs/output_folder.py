@@ -59,6 +59,7 @@ PLACES = {
     "train_images",
     "val_annotations",
     "val_images",
+    "unlabeled_images",
     "teacher",
     "model",
     "backbone_weights",

@@ -25,6 +25,7 @@ from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.option_checks import wants_best
 from d3etr_hf.training.shared_queries import check_shared_queries
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+from d3etr_hf.training.unlabeled import check_unlabeled
 
 logger = logging.get_logger(__name__)
 
@@ -137,7 +138,7 @@ def check_use_of_data(
     eval_dataset: Dataset | dict[str, Dataset] | None,
     own_metrics: bool,
 ) -> None:
-    """Refuse options for which there is no data, or no metric; see the three checks.
+    """Refuse options for which there is no data, or no metric, and data that they leave unused; see the checks.
 
     Args:
         class_names: of the data.
@@ -148,6 +149,8 @@ def check_use_of_data(
     """
     named = eval_dataset if isinstance(eval_dataset, dict) else {}
     check_steps(args, train_dataset)
+    if isinstance(train_dataset, DetectionDataset) and train_dataset.unlabeled is not None:
+        check_unlabeled(args.distillation)
     check_evaluation(args, list(named.values()) or [eval_dataset])
     if not own_metrics:
         check_best_metric(args, class_names, tuple(named))
@@ -161,8 +164,8 @@ def check_steps(args: Any, train_dataset: Any) -> None:
     """
     if train_dataset is None:
         return
-    images = len(train_dataset)
-    if images == 0:
+    images = train_dataset.images_of_epoch if isinstance(train_dataset, DetectionDataset) else len(train_dataset)
+    if len(train_dataset) == 0:
         raise UnsupportedOptionError("train_dataset holds no image, so not one step would be trained: give others")
     processes = 1 if args.accelerator_config.split_batches else args.world_size
     if args.dataloader_drop_last and images < args.train_batch_size * processes:

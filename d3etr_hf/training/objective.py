@@ -50,6 +50,7 @@ from d3etr_hf.training.instability import (
 )
 from d3etr_hf.training.memory_terms import memory_losses, teacher_quality
 from d3etr_hf.training.teacher import TeacherOutput
+from d3etr_hf.training.unlabeled import labeled_part
 
 PAIRS, POSITIVES = "pairs", "positives"
 # what logs call the model's own group
@@ -73,6 +74,8 @@ class Shares:
             `D3etrObjective._counting`.
         objects: ground-truth objects, counted likewise; where the whole step has none they count as one.
         held: by group, those objects that find a query in it.
+        labeled: those of the images that have ground truth, counted likewise; where the whole step has none they count
+            as one. None: all images.
         average: the mean of a tensor over processes (the identity on one).
         counted: whether this batch's images are of the step; else they only let the process take part in what all
             processes do, and weigh nothing.
@@ -83,6 +86,12 @@ class Shares:
     held: Mapping[str, torch.Tensor]
     average: Callable[[torch.Tensor], torch.Tensor]
     counted: bool = True
+    labeled: torch.Tensor | None = None
+
+    @property
+    def of_detection(self) -> torch.Tensor:
+        """The images that a detection loss is of."""
+        return self.images if self.labeled is None else self.labeled
 
 
 class D3etrObjective:
@@ -240,17 +249,19 @@ class D3etrObjective:
     def _detection_terms(
         self, student: DetectorOutput, targets: Targets, assignments: Terms, of_boxes: Terms, shares: Shares
     ) -> Terms:
-        """The criterion's terms of all groups, and of what ground truth alone supervises.
+        """The criterion's terms of all groups, and of what ground truth alone supervises, over images with labels.
 
         Args:
             assignments: by name, of those that bring none of their own.
             of_boxes: the criterion's `box_assignments`.
         """
+        acts = targets.labeled is None or any(targets.labeled)
+        student, targets, (assignments, of_boxes) = labeled_part(student, targets, assignments, of_boxes)
         terms: Terms = {}
         pairs = _counted_pairs(of_boxes, sum(targets.counts), shares)
 
         def add(name: str, part: Supervised, weight: float, held: torch.Tensor) -> None:
-            queries, repeats = shares.images * part.group.boxes.shape[2], part.repeats or 1
+            queries, repeats = shares.of_detection * part.group.boxes.shape[2], part.repeats or 1
             normalisers = self.criterion.normalisers(shares.objects * repeats, held * repeats, queries)
             assignment = assignments[name] if part.assignment is None else part.assignment
             box_assignment = None
@@ -269,7 +280,7 @@ class D3etrObjective:
             weight = self.group_weight if part.of_group else self.options.detection_weight
             weight *= self.options.one_to_many_weight if name == ONE_TO_MANY else 1
             add(name, part, weight, shares.held.get(name, shares.objects))
-        return terms
+        return terms if acts else {name: 0 * term for name, term in terms.items()}
 
     def _supervised(self, student: DetectorOutput, targets: Targets) -> dict[str, Supervised]:
         """By name, what ground truth alone supervises; H-DETR's branch by the objects, several times each."""

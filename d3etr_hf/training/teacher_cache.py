@@ -86,7 +86,7 @@ class TeacherCache:
     def _announce(self, dataset: DetectionDataset, bytes_each: int) -> None:
         with write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        images, there = len(dataset), self._share_there(dataset)
+        images, there = dataset.trained_images, self._share_there(dataset)
         needed, free = round(images * (1 - there)) * bytes_each, shutil.disk_usage(self.folder).free
         if needed > free:
             raise WriteError(

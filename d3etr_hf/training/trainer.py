@@ -230,12 +230,15 @@ class DistillationTrainer(ResumableTrainer):
         """What the whole optimizer step's sums are divided by, per process: Trainer counts tokens, for one tensor.
 
         Returns:
-            Images, objects, and for each group the objects that find a query in it, in the order of `_group_sizes`.
+            Images, objects, images with labels, and for each group the objects that find a query in it, in the order
+            of `_group_sizes`.
         """
         self._follow_schedule()
-        objects = [label["objects"] for batch in batch_samples for label in batch["labels"]]
+        labels = [label for batch in batch_samples for label in batch["labels"]]
+        objects = [label["objects"] for label in labels]
         held = [sum(min(count, queries) for count in objects) for queries in self._group_sizes().values()]
-        counts = [len(objects), sum(objects), *held, self.stop.tell()]
+        labeled = sum(map(is_labeled, labels))
+        counts = [len(objects), sum(objects), labeled, *held, self.stop.tell()]
         means = self._average(torch.tensor(counts, dtype=torch.float32, device=device))
         self._asked_to_stop = means[-1]
         return means[:-1]
@@ -252,10 +255,12 @@ class DistillationTrainer(ResumableTrainer):
         return sizes
 
     def _shares(self, counts: torch.Tensor, counted: bool = True) -> Shares:
-        """The counts by name; a whole step without an object counts as one, of all processes together."""
-        images, objects, *held = counts.unbind()
+        """The counts by name; no object in a whole step, or no labelled image, is one, of all processes together."""
+        images, objects, labeled, *held = counts.unbind()
         objects = torch.where(objects == 0, 1 / self.accelerator.num_processes, objects)
-        return Shares(images, objects, dict(zip(self._group_sizes(), held, strict=True)), self._average, counted)
+        labeled = torch.where(labeled == 0, 1 / self.accelerator.num_processes, labeled)
+        of_groups = dict(zip(self._group_sizes(), held, strict=True))
+        return Shares(images, objects, of_groups, self._average, counted, labeled)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The D3ETR objective instead of the model's own loss; every term is kept for the log."""
@@ -263,7 +268,8 @@ class DistillationTrainer(ResumableTrainer):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         labels = inputs["labels"]  # none where the images only repeat others
         shares = self._shares(num_items_in_batch, counted=len(labels) > 0)
-        targets = Targets.from_packed(inputs["targets"], [label["objects"] for label in labels] or [0])
+        counts, labeled = [label["objects"] for label in labels], list(map(is_labeled, labels))
+        targets = Targets.from_packed(inputs["targets"], counts or [0], labeled)
         self.guard.begin(inputs, num_items_in_batch)
         try:
             student, terms, statistics = self._terms(model, inputs, targets, shares)
@@ -531,6 +537,11 @@ class DistillationTrainer(ResumableTrainer):
         if refusal is not None:
             raise refusal
         return metrics
+
+
+def is_labeled(label: Mapping[str, Any]) -> bool:
+    """Whether an image of a batch has ground truth, by what the collator tells of it."""
+    return label.get("labeled", True)
 
 
 def attach_query_adapter(student: Detector, teacher: Teacher | None, options: Distillation) -> None:

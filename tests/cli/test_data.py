@@ -65,6 +65,18 @@ def test_everything_is_told_at_once(folder, monkeypatch, capsys, tmp_path):
         assert part in printed
 
 
+def test_images_without_labels_are_looked_at(folder, monkeypatch, capsys):
+    """What training would leave out, warn of and refuse of them."""
+    arguments = ["check", folder, "--pictured", "0", "--unlabeled_images", folder, "--max_train_images", "2"]
+    assert called(monkeypatch, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "shapes, unlabelled: 15 images" in printed
+    assert "2 of 17 images are in shapes/train" in printed and "5 of 5 images of shapes/val are in shapes, " in printed
+    next((folder / "val").iterdir()).write_text("no image")
+    assert called(monkeypatch, *arguments) == 1
+    assert "shapes, unlabelled: 1 of 15 images are unreadable" in capsys.readouterr().out
+
+
 def test_an_image_of_a_sound_header_that_cannot_be_decoded(folder, monkeypatch, capsys, tmp_path):
     """Guards findings that are lost where drawing fails, and the picture of all the others."""
     first = min((folder / "train").iterdir())

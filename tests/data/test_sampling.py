@@ -47,6 +47,47 @@ def test_every_image_comes_once_an_epoch_in_a_new_order():
     assert orders[1] == orders[2] != orders[0] and sorted(orders[0]) == sorted(orders[1]) == list(range(11))
 
 
+def beside(dataset, labeled, unlabeled, ratio):
+    """So many of its images, and these rows of it without labels."""
+    return dataset.select(range(labeled)).with_unlabeled(dataset.select(unlabeled), ratio)
+
+
+def test_images_without_labels_come_at_even_distances_and_each_once_before_any_twice(augmented):
+    """Three of them for every two others: a batch of five has three, whatever epoch and process it is of."""
+    sampler = TrainingSampler(beside(augmented, 4, range(8), 1.5), 7, True, batch_size=5)
+    turns, epochs = [], []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        indices = [sample.index for sample in sampler]
+        assert len(indices) == len(sampler) == 10
+        assert sorted(index for index in indices if index < 4) == list(range(4))
+        assert [sum(index >= 4 for index in indices[start : start + 5]) for start in (0, 5)] == [3, 3]
+        turns += [index for index in indices if index >= 4]
+        epochs.append(indices)
+    passes = [turns[start : start + 8] for start in (0, 8, 16)]
+    assert all(sorted(each) == list(range(4, 12)) for each in passes) and passes[0] != passes[1] != passes[2]
+    sampler.set_epoch(2)  # as a run that goes on
+    assert [sample.index for sample in sampler] == epochs[2]
+    in_order = TrainingSampler(beside(augmented, 2, range(3), 1), 7, False, batch_size=2)
+    orders = []
+    for epoch in range(2):
+        in_order.set_epoch(epoch)
+        orders.append([sample.index for sample in in_order])
+    assert orders == [[0, 2, 1, 3], [0, 4, 1, 2]]
+
+
+def test_an_image_without_labels_is_another_each_time_it_comes_in_an_epoch(augmented):
+    """With more places than images; a labelled image draws what it draws without the others."""
+    both = beside(augmented, 1, [1, 2], 30)
+    sampler = TrainingSampler(both, 42, True, 4)
+    samples = [sample for sample in sampler if sample.index == 1]
+    assert [sample.visit for sample in samples] == list(range(15))
+    pixels = [both[sample]["pixel_values"] for sample in samples]
+    assert 3 < sum(each.equal(pixels[0]) for each in pixels) < 13
+    assert not both[samples[0]]["labeled"] and "labeled" not in both[TrainingSample(0, 42, 3, 0)]
+    assert both[TrainingSample(0, 42, 3, 0)]["pixel_values"].equal(pixels_of(augmented, 3, 0))
+
+
 def test_the_size_of_squares_is_one_for_a_step_on_all_processes(augmented):
     """RT-DETR's random side: each process collates its own images, perhaps in several batches."""
 

@@ -15,6 +15,7 @@ from d3etr_hf.configurations import read_yaml, write_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PublishError
 from d3etr_hf.models.families import FAMILIES
+from d3etr_hf.publishing.card_texts import data_table
 from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
 from d3etr_hf.publishing.measurements import METRICS, is_measured, measure_run, select_rows
 from d3etr_hf.publishing.run_folder import describe_data, links_to_hub, load_run, merged_data_arguments, read_energy
@@ -89,6 +90,18 @@ def test_data(finished_runs, distilled):
     assert described["val"]["sizes"]["small"] == len(small) and sum(described["val"]["sizes"].values()) == len(
         coco["annotations"]
     )
+
+
+def test_images_without_labels_are_counted_apart(distilled):
+    run = load_run(distilled, teacher="none")
+    count = len(run.val)
+    described = describe_data(run.train.with_unlabeled(run.val, 2.5), run.val)
+    assert described["unlabeled"] == {"name": run.val.name, "images": count, "ratio": 2.5}
+    assert described["train"] == describe_data(run.train, run.val)["train"]
+    lines = data_table(described).splitlines()
+    assert len(lines) == 1 + len(data_table(describe_data(run.train, run.val)).splitlines())
+    cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
+    assert cells == ["without labels, 2.5 for each image of training", run.val.name, str(count), "–"]
 
 
 def test_training_facts(distilled):

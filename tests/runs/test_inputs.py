@@ -143,6 +143,9 @@ def test_everything_that_is_read_is_compared(tmp_path):
     for name, split in (("training", train), ("validation", val)):
         expected[f"{name} annotations"] = hashlib.sha256(split.annotations_digest.encode()).hexdigest()
     assert {name: each.fingerprint().content for name, each in found.items()} == expected
+    beside = inputs_of(options, TeacherArguments(teacher=teacher), train.with_unlabeled(val, 2), val)
+    expected["unlabelled images"] = expected["validation images"]
+    assert {name: each.fingerprint().content for name, each in beside.items()} == expected
 
 
 @pytest.mark.parametrize(

@@ -183,12 +183,19 @@ def compare(
     baselines=None,
     further=dict,
     denoising=None,
+    unlabeled=(),
     **changes,
 ):
     """The package against the oracle and what `further` expects of the training arguments `baselines`."""
     options, images = settings(**changes), examples(objects)
-    log, loss, extra = logged_terms(student, teacher, images, tmp_path, options, queries, points, **(baselines or {}))
+    given = [image | ({"labeled": False} if n in unlabeled else {}) for n, image in enumerate(images)]
+    log, loss, extra = logged_terms(student, teacher, given, tmp_path, options, queries, points, **(baselines or {}))
     expected = expected_terms(student, teacher, images, options, queries, points, extra) | further()
+    if unlabeled:  # the detection loss is that of the other images alone
+        labeled = [image for n, image in enumerate(images) if n not in unlabeled]
+        of_labeled = expected_terms(student, teacher, labeled, options, queries, points, extra) if labeled else {}
+        for name in expected.keys() & (detection_of("student") | detection_of("auxiliary")):
+            expected[name] = of_labeled.get(name, [0.0] * len(expected[name]))
     if denoising is not None:
         expected |= denoising_terms(student, extra[0], denoising)
     for name, layers in expected.items():
@@ -223,6 +230,25 @@ def test_every_term(student, deeper_teacher, tmp_path, assignment, normaliser, d
         reduction=reduction,
     )
     assert expected.keys() == names_of("student", "auxiliary")
+
+
+@pytest.mark.parametrize(
+    ("unlabeled", "assignment", "normaliser"),
+    [((1,), "teacher_last_layer", "boxes"), ((0, 2), "own", "pairs"), ((0, 1, 2), "teacher_per_layer", "pairs")],
+)
+def test_every_term_beside_images_without_labels(student, deeper_teacher, tmp_path, unlabeled, assignment, normaliser):
+    """All images are distilled; what is detected in some is compared with nothing, not with an empty image."""
+    expected = compare(
+        student,
+        deeper_teacher,
+        tmp_path,
+        objects=[3, 4, 2],
+        unlabeled=unlabeled,
+        assignment=assignment,
+        normaliser=normaliser,
+    )
+    assert expected.keys() == names_of("student", "auxiliary")
+    assert (sum(expected["student/class"]) == 0) == (len(unlabeled) == 3)
 
 
 def test_every_term_of_a_larger_teacher(student, tmp_path):

@@ -28,14 +28,19 @@ def shapes(tmp_path_factory):
     return make_shapes(tmp_path_factory.mktemp("shapes"), 10, 3, image_size=SIDE, progress=False)
 
 
-def train(shapes, output, steps, stop=1000, resume=None, family="conditional_detr", **options):
-    """A run with dropout and augmentation; for squares the size is drawn for whole batches."""
+def train(shapes, output, steps, stop=1000, resume=None, family="conditional_detr", unlabeled_ratio=None, **options):
+    """A run with dropout and augmentation; for squares the size is drawn for whole batches.
+
+    With a ratio all but the first three images are without labels.
+    """
     data = load_shapes(shapes, "train", family=family)
     transform = data.transform
     if family == "conditional_detr":
         transform.augmentation = Augmentation([48, 56, SIDE], SIDE, CropSizes((40, 50, 60), 38, 60))
     else:
         transform.augmentation = Augmentation(crop=CropSizes(), batch_sizes=[(32, 32), (SIDE, SIDE)])
+    if unlabeled_ratio is not None:
+        data = data.select(range(3)).with_unlabeled(data.select(range(3, 10)), unlabeled_ratio)
     trainer = shapes_trainer(
         shapes,
         output,
@@ -50,10 +55,13 @@ def train(shapes, output, steps, stop=1000, resume=None, family="conditional_det
     return trainer
 
 
-@pytest.mark.parametrize(("workers", "family", "stop"), [(0, "rt_detr", 3), (2, "conditional_detr", 8)])
-def test_a_run_killed_within_an_epoch_goes_on_as_if_nothing_had_been(shapes, tmp_path, workers, family, stop):
+@pytest.mark.parametrize(
+    ("workers", "family", "stop", "ratio"),
+    [(0, "rt_detr", 3, None), (2, "conditional_detr", 8, None), (0, "rt_detr", 6, 1.67)],
+)
+def test_a_run_killed_within_an_epoch_goes_on_as_if_nothing_had_been(shapes, tmp_path, workers, family, stop, ratio):
     """Augmentation, dropout and denoising queries; a data loader has fetched ahead when the run is stopped."""
-    options = {"family": family, "dataloader_num_workers": workers}
+    options = {"family": family, "dataloader_num_workers": workers, "unlabeled_ratio": ratio}
     whole = train(shapes, tmp_path / "whole", stop + 3, **options)
     train(shapes, tmp_path / "killed", stop + 3, stop=stop, **options)
     resume = str(tmp_path / "killed" / f"checkpoint-{stop}")

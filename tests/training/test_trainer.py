@@ -113,11 +113,12 @@ def test_objects_beyond_a_groups_queries_are_not_counted_as_held(shapes, tmp_pat
         auxiliary_queries=queries,
         auxiliary_groups=groups,
     )
-    batches = [{"labels": [{"objects": 9}, {"objects": 0}]}, {"labels": [{"objects": 3}]}]
+    unlabeled = {"objects": 0, "labeled": False}
+    batches = [{"labels": [{"objects": 9}, {"objects": 0}, unlabeled]}, {"labels": [{"objects": 3}, unlabeled]}]
     counts = trainer._get_num_items_in_batch(batches, trainer.args.device)
-    assert counts.tolist() == [3, 12, *held]
+    assert counts.tolist() == [5, 12, 3, *held]
     shares = trainer._shares(counts)
-    assert (shares.images, shares.objects) == (3, 12)
+    assert (shares.images, shares.objects, shares.of_detection) == (5, 12, 3)
     assert list(shares.held.values()) == held
 
 
@@ -588,8 +589,8 @@ def test_more_objects_than_queries_are_counted_once(shapes, tmp_path):
         shapes, tmp_path, student=tiny_model(2, "detr", num_queries=3), teacher=tiny_model(1, "detr", num_queries=5)
     )
     batch = {"labels": [{"objects": 4}, {"objects": 1}]}
-    images, objects, own, auxiliary = trainer._get_num_items_in_batch([batch], trainer.args.device).tolist()
-    assert (images, objects, own, auxiliary) == (2, 5, 3 + 1, 4 + 1)
+    images, objects, labeled, own, auxiliary = trainer._get_num_items_in_batch([batch], trainer.args.device).tolist()
+    assert (images, objects, labeled, own, auxiliary) == (2, 5, 2, 3 + 1, 4 + 1)
     normalisers = trainer.criterion.normalisers(*map(torch.tensor, (objects, own, images * 3)))
     # four queries with an object, two without
     assert float(normalisers["class"]) == pytest.approx(4 + 2 * 0.1) and float(normalisers["l1"]) == 5

@@ -1,0 +1,111 @@
+"""A folder of images without labels: what of it is taken, left out, warned of and refused."""
+
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d3etr_hf.data.data_arguments import DataArguments, load_splits
+from d3etr_hf.data.sampling import TrainingSample
+from d3etr_hf.errors import DatasetError
+from tests.data.test_image_checks import folder  # noqa: F401
+from tests.tiny import small_image_processor
+
+
+def draw(path: Path, width: int = 40, height: int = 30) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(str(path))).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Three images in two folders, beside what is none of them."""
+    for name in ("a.png", "deeper/b.jpg", "deeper/still/c.webp", ".hidden/d.png"):
+        draw(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    return tmp_path / "photos"
+
+
+def loaded(folder: Path, unlabeled: Path, **options):  # noqa: F811
+    """The training split, and the messages of all warnings."""
+    arguments = DataArguments(str(folder), unlabeled_images=str(unlabeled), augmentation="none", **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train, _ = load_splits(arguments, small_image_processor())
+    return train, [str(warning.message) for warning in caught]
+
+
+def names_of(train) -> list[str]:
+    return [os.path.basename(path) for path in train.unlabeled.images.rows["image_path"]]
+
+
+def test_images_of_all_folders_are_taken_and_stand_beside_the_labelled_ones(folder, photos):  # noqa: F811
+    train, told = loaded(folder, photos, unlabeled_ratio=0.5)
+    assert names_of(train) == ["a.png", "b.jpg", "c.webp"] and told == []
+    assert (len(train), train.images_of_epoch, train.trained_images) == (6, 9, 9)
+    ids = train.unlabeled.images.rows["image_id"][:]
+    assert ids == [-1, -2, -3] and not {*ids} & {*train.rows["image_id"]}
+    example = train[TrainingSample(7, seed=1, epoch=0, step=0)]
+    assert example["labeled"] is False and example["labels"]["image_id"] == -2
+    labeled = train[TrainingSample(5, seed=1, epoch=0, step=0)]
+    assert "labeled" not in labeled and labeled["pixel_values"].shape == example["pixel_values"].shape
+
+
+def test_labelled_images_are_left_out_by_name_and_by_content(folder):  # noqa: F811
+    """A folder of which two images are labelled, one of them there twice, and one is another one's copy."""
+    shutil.copy(folder / "train" / "2.png", folder / "train" / "copy of a labelled one.png")
+    shutil.copy(folder / "train" / "4.png", folder / "train" / "copy.png")
+    train, told = loaded(folder, folder / "train", max_train_images=2)
+    assert names_of(train) == ["3.png", "4.png", "5.png", "6.png", "copy.png"]
+    (line,) = told
+    assert "train, unlabelled: 3 of 8 images are in" in line and line.endswith("5 remain without labels.")
+    with pytest.raises(DatasetError, match="no image is left that could be used without labels: name another folder"):
+        (folder / "train" / "copy.png").unlink()
+        loaded(folder, folder / "train")
+
+
+def test_images_of_validation_are_warned_of(folder, photos):  # noqa: F811
+    shutil.copy(folder / "val" / "2.png", photos / "deeper" / "z.png")
+    train, (line,) = loaded(folder, photos)
+    assert len(train.unlabeled.images) == 4
+    assert re.match(r"1 of 3 images of .*val are in photos, unlabelled as well, the first .*2\.png, .*z\.png", line)
+
+
+def test_broken_images_are_named_at_once_and_left_out_where_that_is_asked_for(folder, photos):  # noqa: F811
+    (photos / "a.png").write_text("no image")
+    (photos / "deeper" / "b.jpg").write_bytes((photos / "deeper" / "b.jpg").read_bytes()[:300])
+    with pytest.raises(DatasetError, match=r"2 of 3 images are unreadable: .*a\.png .*b\.jpg .*--skip_broken_images"):
+        loaded(folder, photos)
+    train, told = loaded(folder, photos, skip_broken_images=True)
+    assert names_of(train) == ["c.webp"] and told[0].startswith("Left out: photos, unlabelled: 2 of 3 images")
+
+
+def test_links_that_lead_elsewhere_are_refused(folder, photos, tmp_path):  # noqa: F811
+    draw(tmp_path / "elsewhere" / "x.png")
+    (photos / "y.png").symlink_to(tmp_path / "elsewhere" / "x.png")
+    with pytest.raises(DatasetError, match=r"unlabeled_images .*photos'?: 1 of its images lie outside .*y\.png"):
+        loaded(folder, photos)
+    train, _ = loaded(folder, photos, allow_images_elsewhere=True)
+    assert len(train.unlabeled.images) == 4
+
+
+def test_a_folder_without_images_and_none_at_all(folder, photos, tmp_path):  # noqa: F811
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="unlabeled_images .*empty.*: there is no image in this folder"):
+        loaded(folder, tmp_path / "empty")
+    with pytest.raises(DatasetError, match="unlabeled_images .*phtos.*: there is no such folder.*photos"):
+        loaded(folder, tmp_path / "phtos")
+
+
+@pytest.mark.parametrize("ratio", [0, -1, 101, float("nan")])
+def test_ratios_out_of_range_are_refused(ratio):
+    with pytest.raises(ValueError, match=f"unlabeled_ratio is {ratio}: it must be above 0, and at most 100"):
+        DataArguments("data", unlabeled_images="photos", unlabeled_ratio=ratio)
+    with pytest.raises(ValueError, match="unlabeled_ratio has no effect without unlabeled_images"):
+        DataArguments("data", unlabeled_ratio=2)
