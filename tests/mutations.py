@@ -554,6 +554,8 @@ MUTATIONS = [
     ("classes kept: another row for queries that fill up", f"{MODELS}/sampled_memory.py",
      "index.new_tensor([module.num_embeddings - 1])", "index.new_tensor([0])",
      "tests/models/test_sampled_memory.py::test_classes_that_are_kept_keep_their_denoising_queries"),
+    ("compare: the pace of the slowest run", "d3etr_hf/runs/equal_seconds.py", "return median(", "return max(",
+     "tests/runs/test_equal_seconds.py::test_steps_by_hand"),
     ("compare: one run more than workers", "d3etr_hf/runs/run_pool.py", "ready[: workers - len(running)]",
      "ready[: workers + 1 - len(running)]", "tests/runs/test_run_pool.py::test_no_more_run_at_once_than_workers"),
     ("unions: fgl divided by the objects", OBJECTIVE, "dict.fromkeys(self.criterion.box_terms, pairs[name])",

@@ -94,6 +94,16 @@ def test_comparison_is_understood(path, monkeypatch):
     assert len({run.folder for run in runs}) == len(runs)
 
 
+def test_decoders_that_are_compared_differ_in_depth_alone():
+    """The deepest is the teacher that comes with the package."""
+    (comparison,) = parse_arguments([Comparison], [str(CONFIGS / "evidence" / "decoder_layers.yaml")])
+    teacher = read_yaml((CONFIGS / "demo" / "teacher_model.yaml").read_text())
+    models = [comparison.entry(name).student["model_config"] for name in comparison.entries]
+    assert models == [teacher | {"decoder_layers": count} for count in range(1, 7)]
+    steps = {mode: comparison.mode(mode)["max_steps"] for mode in comparison.modes}
+    assert steps == {"short": 1000, "long": 4000}
+
+
 def test_no_two_recipes_share_an_output_folder():
     """The second would be refused, or go on from the first."""
     folders = [parse(recipe)[D3etrTrainingArguments].output_dir for recipe in RECIPES]

@@ -184,6 +184,6 @@ def test_first_table_is_the_demos():
 
 
 def test_comparison():
-    """Two seeds of four modes of two students, two pairs beside, and one teacher; the other is a checkpoint."""
+    """Two seeds of five modes of two students, two pairs beside, and one teacher; the other is a checkpoint."""
     example = read_yaml(re.search(r"```yaml\n(.*?)```", README, re.DOTALL).group(1))
-    assert len(plan(Comparison(**example))) == 2 * (4 * 2 + 2) + 1
+    assert len(plan(Comparison(**example))) == 2 * (5 * 2 + 2) + 1

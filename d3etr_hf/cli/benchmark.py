@@ -15,6 +15,7 @@ from PIL import Image
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
+from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import image_processor_of
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
@@ -55,12 +56,16 @@ def measure_costs(models: list[str], height: int = 480, width: int = 640, use_cp
     Raises:
         DetectorLoadError: a model cannot be loaded.
     """
+    return costs_of({path: load_detector(path) for path in models}, height, width, use_cpu)
+
+
+def costs_of(detectors: dict[str, Detector], height: int, width: int, use_cpu: bool = False) -> dict[str, dict]:
+    """As `measure_costs`, of detectors that are loaded, by folder or Hub id; they end in eval mode where they ran."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not use_cpu else "cpu"
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     costs: dict[str, dict] = {}
     timed: dict[str, tuple[torch.nn.Module, torch.Tensor]] = {}
-    for path in models:
-        detector = load_detector(path)
+    for path, detector in detectors.items():
         torch.nn.Module.to(detector.eval(), device)
         processor = image_processor_of(detector.config.model_type, path)
         pixel_values = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"].to(device)

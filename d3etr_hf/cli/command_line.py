@@ -9,7 +9,7 @@ import difflib
 import json
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -28,6 +28,7 @@ def parse_arguments(
     argv: list[str] | None = None,
     description: str = "",
     first_argument: str | None = None,
+    adjust: Callable[[dict[str, Any], dict[str, Any]], None] | None = None,
 ) -> tuple[Any, ...]:
     """Reads `[configuration.yaml] [--field value ...]` into one instance of each dataclass, in their order.
 
@@ -41,6 +42,7 @@ def parse_arguments(
         argv: the arguments after the command's name; `sys.argv[1:]` where None.
         description: printed as it is at the top of `--help`.
         first_argument: a field whose value may be given first, in the place of the configuration file.
+        adjust: called with what the file holds, which it may change, and with what the flags say, both by field name.
 
     Raises:
         CommandLineError: an unknown key or flag, a missing or wrong value, an unreadable file, or a combination that
@@ -54,7 +56,10 @@ def parse_arguments(
     # Flags first, so that --help works beside a broken file.
     values = _read_flags(dataclass_types, argv, fields, description, first_argument or "configuration.yaml")
     if configuration_file is not None:
-        values = {**_read_configuration_file(configuration_file, fields), **values}
+        of_file = _read_configuration_file(configuration_file, fields)
+        if adjust is not None:
+            adjust(of_file, values)
+        values = {**of_file, **values}
 
     source = configuration_file or "command line"
     return tuple(_build(dataclass_type, values, source) for dataclass_type in dataclass_types)

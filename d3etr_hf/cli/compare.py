@@ -2,7 +2,9 @@
 
     d3etr compare configs/families/shapes.yaml           # two runs at a time, until all are done
     d3etr compare configs/families/shapes.yaml --list    # what would run, and what is done
-    d3etr compare configs/families/shapes.yaml --report  # the table and the picture of what is done
+    d3etr compare configs/families/shapes.yaml --report  # the table and the pictures of what is done
+
+Of runs that are evaluated on their way (eval_strategy: steps) there are curves too: AP over steps, and over seconds.
 
 Stopped, it goes on where it was when it is called again with the same file; runs whose options have changed are run
 again, beside the old ones. A run that fails is run again by the next call.
@@ -30,6 +32,7 @@ from d3etr_hf.models.loading import (
 )
 from d3etr_hf.runs.comparison import Comparison
 from d3etr_hf.runs.comparison_results import is_finished, key_of, line_of, lines_of, read_lines, record
+from d3etr_hf.runs.equal_seconds import options_in_full
 from d3etr_hf.runs.folder_lock import holding
 from d3etr_hf.runs.planned_run import PlannedRun, plan
 from d3etr_hf.runs.run_pool import Job, run_jobs
@@ -37,10 +40,12 @@ from d3etr_hf.training.checkpoints import checkpoints_of, was_saved
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from d3etr_hf.training.unlabeled import check_unlabeled_option
 from d3etr_hf.visualization.comparison import draw_comparison, format_comparison
+from d3etr_hf.visualization.comparison_curves import draw_curves
 
 # the fields that say where data are
 OF_DATA = {"data_folder", "dataset_name", "train_annotations", "train_images", "val_annotations", "val_images"}
-TABLE, PICTURE = ".md", ".png"  # beside the results, by their name
+# beside the results, by their name; curves also by the entry's, of runs that were evaluated on their way
+TABLE, PICTURE, CURVES = ".md", ".png", "{}_{}_curves.png"
 
 
 @dataclass
@@ -48,12 +53,12 @@ class CompareArguments:
     """What to do instead of running."""
 
     list: bool = option(False, "Print what would run and what is done, and run nothing.")
-    report: bool = option(False, "Write table and picture of the results there are, and run nothing.")
+    report: bool = option(False, "Write table and pictures of the results there are, and run nothing.")
 
 
 def main() -> None:
     """What `d3etr compare` runs."""
-    comparison, arguments = parse_arguments((Comparison, CompareArguments), description=__doc__)
+    comparison, arguments = parse_arguments((Comparison, CompareArguments), description=__doc__, adjust=narrow)
     runs = plan(comparison)
     if arguments.list:
         print(list_runs(runs, read_lines(Path(comparison.results))))
@@ -63,6 +68,16 @@ def main() -> None:
         # the file comes first, unless everything was given by flags
         check_runs(runs, "command line" if sys.argv[1].startswith("-") else sys.argv[1])
         print(compare(comparison, runs))
+
+
+def narrow(of_file: dict, flags: dict) -> None:
+    """Leave out of a file what it says of other modes than the flags name; in the file alone that is a mistake."""
+    if "modes" not in flags:
+        return
+    named = of_file.get("mode_options", {})
+    of_file["mode_options"] = {mode: options for mode, options in named.items() if mode in flags["modes"]}
+    if of_file.get("baseline") not in flags["modes"]:
+        of_file.pop("baseline", None)
 
 
 def compare(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
@@ -87,10 +102,13 @@ def compare(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
             tqdm.write(f"{job.name}: AP {100 * line['AP']:.1f}, {line['seconds']:.0f} s", file=sys.stderr)
             report(comparison, runs)
 
-        for run in to_do.values():
+        def begin(job: Job) -> None:
+            run = to_do[job.name]
             run.configuration.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(run.configuration, write_yaml(run.options))
-        failures = run_jobs([job_of(run) for run in to_do.values()], comparison.workers, finish, descriptor)
+            options = options_in_full(run, lines_of(runs, read_lines(results)))
+            write_whole(run.configuration, write_yaml(options))
+
+        failures = run_jobs([job_of(run) for run in to_do.values()], comparison.workers, finish, descriptor, begin)
     if failures:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
         raise ComparisonError(
@@ -103,7 +121,7 @@ def compare(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
 def job_of(run: PlannedRun) -> Job:
     """The command that starts a run or goes on with it."""
     command = [sys.executable, "-m", "d3etr_hf.cli.main", run.command, str(run.configuration)]
-    return Job(run.name, command, run.log, None if run.waits_for is None else run.waits_for.name)
+    return Job(run.name, command, run.log, tuple(needed.name for needed in run.needs))
 
 
 def check_runs(runs: Sequence[PlannedRun], source: str) -> None:
@@ -169,7 +187,7 @@ def state_of(run: PlannedRun) -> str:
 
 
 def report(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
-    """Write the table and the picture beside the results; the table, and where they are.
+    """Write the table and the pictures beside the results; the table, and where they are.
 
     Raises:
         ComparisonError: no run is finished.
@@ -181,9 +199,13 @@ def report(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
         raise ComparisonError(f"{results} holds no result of these runs: call d3etr compare without --report first")
     text = format_comparison(comparison, lines)
     write_whole(results.with_suffix(TABLE), text)
-    draw_comparison(comparison, lines, results.with_suffix(PICTURE))
+    pictures = [results.with_suffix(PICTURE)]
+    draw_comparison(comparison, lines, pictures[0])
+    for entry in comparison.entries:
+        path = results.with_name(CURVES.format(results.stem, entry))
+        if draw_curves(comparison, lines, entry, path):
+            pictures.append(path)
     others = len({key_of(line) for line in everything}) - len(lines)
     note = f"; {others} lines of {results} are of other options or seeds, and left out" if others else ""
-    return (
-        f"{text}\n{len(lines)} of {len(runs)} runs: {results.with_suffix(TABLE)}, {results.with_suffix(PICTURE)}{note}"
-    )
+    files = ", ".join(map(str, [results.with_suffix(TABLE), *pictures]))
+    return f"{text}\n{len(lines)} of {len(runs)} runs: {files}{note}"

@@ -29,6 +29,7 @@ from d3etr_hf.publishing.card import CardArguments
 from d3etr_hf.publishing.measurements import METRICS
 from d3etr_hf.publishing.publish import prepare
 from d3etr_hf.publishing.run_folder import load_run
+from d3etr_hf.runs.equal_seconds import steps_in_equal_seconds
 from d3etr_hf.runs.output_folder import CONFIGURATION, HISTORY, RESULTS, SECONDS, read_record
 from d3etr_hf.visualization.run_pictures import draw_detections_of
 from d3etr_hf.visualization.training_curves import draw_training_curves
@@ -158,9 +159,7 @@ def equal_time_steps(folder: Path, student_alone: dict, distilled: Future) -> in
         time.sleep(1)
     if distilled.done():
         distilled.result()  # a failure is told here
-    distilled_step = read_record(spent)
-    alone_step = student_alone["seconds"] / student_alone["steps"]
-    return round(student_alone["steps"] * distilled_step["seconds"] / distilled_step["steps"] / alone_step)
+    return steps_in_equal_seconds(student_alone["steps"], other=[read_record(spent)], own=[student_alone])
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -29,9 +30,17 @@ COMMANDS = {
     "make-shapes": "the synthetic data set",
 }
 
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell tells of tools that are ended by it
+
 
 def main() -> None:
     """What `d3etr` runs: `d3etr COMMAND [arguments]`."""
+    with quiet_once_nobody_reads():
+        call()
+
+
+def call() -> None:
+    """Does what the arguments in `sys.argv` say."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
@@ -75,7 +84,8 @@ def run(main: Callable[[], None]) -> None:
         news.addHandler(logging.StreamHandler())
         news.propagate = False
     try:
-        main()
+        with quiet_once_nobody_reads():
+            main()
         leave()
     except TrainingStopped as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -91,6 +101,24 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same call does what is not done yet", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def quiet_once_nobody_reads() -> Iterator[None]:
+    """Ends the program as other tools end when `head` has read enough, with 141 and no traceback."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # as Python would at its end, where the error cannot be caught
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            # Python flushes once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(CLOSED_PIPE)
+        raise  # of another pipe
 
 
 def leave() -> None:

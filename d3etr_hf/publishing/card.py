@@ -145,6 +145,7 @@ def _texts(metrics: dict, arguments: CardArguments, repo_id: str | None, onnx_ch
         "cost_table": card_texts.cost_table(metrics),
         "cost_note": card_texts.cost_note(metrics),
         "data_table": card_texts.data_table(metrics["data"]),
+        "instability_note": card_texts.instability_note(metrics["training"]),
         "training_table": card_texts.training_table(metrics["training"]),
         "option_table": card_texts.option_table(metrics["training"]) if is_distilled(metrics) else None,
         "needs_timm": metrics["student"]["backbone"] == "timm_backbone",

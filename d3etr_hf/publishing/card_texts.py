@@ -3,6 +3,8 @@
 import html
 from collections.abc import Sequence
 
+from d3etr_hf.training.instability import ADAPTIVE, AUXILIARY_ASSIGNMENT, OWN_ASSIGNMENT, TEACHER_ASSIGNMENT
+
 METRIC_TITLES = {
     "AP": "AP",
     "AP50": "AP50",
@@ -14,6 +16,13 @@ METRIC_TITLES = {
 SIZES = {"AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
 WEAKEST = 3
 DEFAULT_THRESHOLD = 0.4
+# as sentences go on from "queries ..."
+INSTABILITY_OF = {
+    ADAPTIVE: "of the teacher's in adaptive matching",
+    OWN_ASSIGNMENT: "of the student's in its own label assignment",
+    AUXILIARY_ASSIGNMENT: "of the auxiliary group's in its own label assignment",
+    TEACHER_ASSIGNMENT: "of the auxiliary group's in the assignment that the teacher gives",
+}
 STUDENT, MODEL = "**this student**", "**this model**"  # with a teacher, and without
 
 
@@ -149,6 +158,23 @@ def data_table(data: dict) -> str:
         ratio = f"{unlabeled['ratio']:g} for each image of training"
         rows.insert(1, [f"without labels, {ratio}", unlabeled["name"], f"{unlabeled['images']:,}", "–"])
     return table(["", "data", "images", "objects"], rows, right_from=2)
+
+
+def instability_note(training: dict) -> str | None:
+    """How much matchings changed between two visits of an image; None where it was not logged."""
+    shares = training.get("instability", {})
+    told = [
+        f"{of_whom} {first:.0%} at first and {last:.0%} at the end"
+        for kind, of_whom in INSTABILITY_OF.items()
+        if kind in shares
+        for first, last in [shares[kind]]
+    ]
+    if not told:
+        return None
+    return (
+        "Queries that were matched with another partner than at the image's visit before (mean of the decoder "
+        f"layers): {'; '.join(told)}."
+    )
 
 
 def training_table(training: dict) -> str:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import fmean
 
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
@@ -17,9 +18,18 @@ from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import image_processor_of, load_image_processor
 from d3etr_hf.models.loading import load_detector, load_teacher
 from d3etr_hf.models.other_detector import OtherDetector
-from d3etr_hf.runs.output_folder import CONFIGURATION, ENVIRONMENT, LAUNCH, RESULTS, read_record, read_run_options
+from d3etr_hf.runs.output_folder import (
+    CONFIGURATION,
+    ENVIRONMENT,
+    HISTORY,
+    LAUNCH,
+    RESULTS,
+    read_record,
+    read_run_options,
+)
 from d3etr_hf.training.checkpoints import checkpoints_of, unreadable
 from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.instability import logged_instability
 from d3etr_hf.training.training_arguments import (
     DISTILLATION_OPTIONS,
     RENAMED_OPTIONS,
@@ -38,7 +48,7 @@ CONFIGURATIONS = (CONFIG, WEIGHTS_INDEX, "preprocessor_config.json")
 # COCO's limits of small and medium objects, square pixels
 SIZE_LIMITS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
 NO_TEACHER = "none"
-PICTURES = ("detections.png", "attention.png", "curves.png")
+PICTURES = ("detections.png", "attention.png", "curves.png", "instability.png")
 # what a card tells, whether it was set or left at its default
 TOLD_OPTIONS = (*DISTILLATION_OPTIONS, "detection_weight")
 
@@ -297,8 +307,21 @@ def describe_training(run: PublishedRun, configuration: dict) -> dict:
         "started_from": configuration.get("model"),
         "environment": run.record(ENVIRONMENT),
         "energy": read_energy(run.folder / EMISSIONS),
+        "instability": first_and_last(logged_instability(run.record(HISTORY) or [])) or None,
     }
     return {name: value for name, value in training.items() if value is not None}
+
+
+def first_and_last(instability: dict[str, dict[int, list[tuple[int, float]]]]) -> dict[str, list[float]]:
+    """By kind the first and the last share that was logged, each the mean of the decoder layers.
+
+    Args:
+        instability: from `logged_instability`.
+    """
+    return {
+        kind: [fmean(points[place][1] for points in layers.values()) for place in (0, -1)]
+        for kind, layers in instability.items()
+    }
 
 
 def links_to_hub(**names: str | None) -> dict[str, str]:

@@ -16,6 +16,8 @@ STANDARD_MODES: dict[str, dict] = {
     "teacherless": {"auxiliary_queries": "learned", "adaptive_matching": False},
     DISTILLED: {},
 }
+# a mode that is another one, trained for as long as a third takes; see `EqualSeconds`
+SAME_AS, EQUAL_SECONDS_WITH = "same_as", "equal_seconds_with"
 # each run's own, which no part of the file may set
 SET_BY_THE_COMPARISON = ("output_dir", "seed", "teacher")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -32,7 +34,7 @@ class Comparison:
     output_dir: str = field(metadata={"help": "Gets a folder for each entry, and in it one for each run."})
     results: str = field(
         metadata={
-            "help": "Gets one JSON line for each finished run; its table (.md) and picture (.png) lie beside it."
+            "help": "Gets one JSON line for each finished run; its table (.md) and pictures (.png) lie beside it."
         }
     )
     entries: dict[str, dict] = field(
@@ -45,7 +47,10 @@ class Comparison:
     shared: dict = option({}, "Options of every run.")
     modes: list[str] = option(list(STANDARD_MODES), "What is done with every entry's student.")
     mode_options: dict[str, dict] = option(
-        {}, "Options by mode, of modes other than alone, teacherless and distilled, or instead of what those mean."
+        {},
+        "Options by mode, of modes other than alone, teacherless and distilled, or instead of what those mean; or "
+        "{same_as: MODE, equal_seconds_with: OTHER}, which is MODE for as many steps as take the seconds of OTHER, by "
+        "the median seconds a step of the runs of either.",
     )
     baseline: str | None = option(
         None, "The mode whose AP the table subtracts from that of the others; by default alone, if it is a mode."
@@ -103,7 +108,16 @@ class Comparison:
 
     def mode(self, name: str) -> dict:
         """The options of a mode."""
+        if (equal := self.equal_seconds(name)) is not None:
+            return self.mode(equal.same_as)
         return self.mode_options[name] if name in self.mode_options else STANDARD_MODES[name]
+
+    def equal_seconds(self, name: str) -> "EqualSeconds | None":
+        """What decides how long a mode's runs are, where that is the seconds of another mode's."""
+        options = self.mode_options.get(name, {})
+        if not {SAME_AS, EQUAL_SECONDS_WITH} & options.keys():
+            return None
+        return EqualSeconds(options.get(SAME_AS), options.get(EQUAL_SECONDS_WITH))
 
     def student_options(self, entry: "Entry", mode: str) -> dict:
         """The options of a student's run, its seed, folder and teacher aside."""
@@ -147,8 +161,22 @@ class Comparison:
                     f"mode_options: {name!r} is none of the modes {self.modes}: add it there, or remove it"
                 )
             _check_options(f"mode_options: {name}", options)
+            self._check_equal_seconds(name)
         if self.baseline is not None and self.baseline not in self.modes:
             raise ValueError(f"baseline is {self.baseline!r}: choose one of the modes {self.modes}")
+
+    def _check_equal_seconds(self, name: str) -> None:
+        if (equal := self.equal_seconds(name)) is None:
+            return
+        place = f"mode_options: {name}"
+        if self.mode_options[name].keys() != {SAME_AS, EQUAL_SECONDS_WITH}:
+            raise ValueError(f"{place}: give {{{SAME_AS}: MODE, {EQUAL_SECONDS_WITH}: MODE}} and nothing besides")
+        for key, other in ((SAME_AS, equal.same_as), (EQUAL_SECONDS_WITH, equal.other)):
+            if other not in self.modes or self.equal_seconds(other) is not None:
+                measured = [mode for mode in self.modes if self.equal_seconds(mode) is None]
+                raise ValueError(
+                    f"{place}: {key} is {other!r}: choose one of the modes {measured}, or add it to modes"
+                )
 
     def _check_teacher_of(self, entry: "Entry") -> None:
         lender = entry.teacher_entry
@@ -174,6 +202,19 @@ class Comparison:
         for name in self.pairs["teachers"]:
             if self.entry(name).teacher_entry != name:
                 raise ValueError(f"pairs: teachers: the entry {name!r} has no teacher of its own")
+
+
+@dataclass(frozen=True)
+class EqualSeconds:
+    """What decides how long the runs of a mode are.
+
+    Attributes:
+        same_as: the mode whose options they have, but for the steps.
+        other: the mode whose runs they are to take as many seconds as.
+    """
+
+    same_as: str
+    other: str
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from d3etr_hf.errors import ComparisonError
 from d3etr_hf.files import write_whole
-from d3etr_hf.runs.output_folder import ENVIRONMENT, RESULTS, read_record
+from d3etr_hf.runs.output_folder import ENVIRONMENT, HISTORY, RESULTS, read_record
 from d3etr_hf.runs.planned_run import PlannedRun
 
 logger = logging.get_logger(__name__)
@@ -22,7 +22,8 @@ def line_of(run: PlannedRun) -> dict:
 
     Returns:
         `family` (the entry), `mode`, `seed`, `teacher` (the entry that taught it, or None), AP and the like (0..1),
-        `parameters`, `steps`, `seconds` of training, `device`, `threads` and `fingerprint`.
+        `parameters`, `steps`, `seconds` of training, `device`, `threads` and `fingerprint`; and of a run that was
+        evaluated on its way `evaluations`, pairs of step and AP.
 
     Raises:
         ComparisonError: the run has no results, or they hold no AP.
@@ -38,7 +39,23 @@ def line_of(run: PlannedRun) -> dict:
     line |= {name: results[name] for name in METRICS if name in results}
     line |= {name: results[name] for name in ("parameters", "steps", "seconds")}
     line |= {name: environment[name] for name in ("device", "threads")}
+    history = run.folder / HISTORY
+    evaluations = evaluations_of(read_record(history)) if history.exists() else []
+    if len(evaluations) > 1:
+        line["evaluations"] = evaluations
     return line | {"fingerprint": run.fingerprint}
+
+
+def evaluations_of(history: Sequence[dict]) -> list[tuple[int, float]]:
+    """Step and AP (0..1) of each evaluation that a run has logged.
+
+    Of two at one step it is the first, of the weights at that step: those of the best evaluation may come after.
+    """
+    found: dict[int, float] = {}
+    for entry in history:
+        if "eval_AP" in entry:
+            found.setdefault(entry["step"], entry["eval_AP"])
+    return list(found.items())
 
 
 def key_of(line: dict) -> tuple[str, str, int, str]:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from d3etr_hf.models.loading import ModelArguments, read_model_options
@@ -23,6 +24,9 @@ class PlannedRun:
         fingerprint: of the options and the teacher's; options that cannot change the result do not count.
         taught_by: the entry whose teacher teaches it; None without a teacher.
         waits_for: the run that trains its teacher; None without one.
+        same_but_for_length: of a run that is to take another mode's seconds, the runs, one a seed, with its options
+            but for the steps, which show its pace; else empty.
+        as_long_as: those of that other mode, by seed.
     """
 
     entry: str
@@ -33,6 +37,8 @@ class PlannedRun:
     fingerprint: str
     taught_by: str | None = None
     waits_for: "PlannedRun | None" = None
+    same_but_for_length: "tuple[PlannedRun, ...]" = ()
+    as_long_as: "tuple[PlannedRun, ...]" = ()
 
     @property
     def name(self) -> str:
@@ -43,6 +49,12 @@ class PlannedRun:
     def key(self) -> tuple[str, str, int, str]:
         """By which a line of the results knows its run."""
         return self.entry, self.mode, self.seed, self.fingerprint
+
+    @property
+    def needs(self) -> "tuple[PlannedRun, ...]":
+        """The runs that have to be done before it starts."""
+        teacher = () if self.waits_for is None else (self.waits_for,)
+        return (*teacher, *self.same_but_for_length, *self.as_long_as)
 
     @property
     def folder(self) -> Path:
@@ -64,7 +76,7 @@ def plan(comparison: Comparison) -> list[PlannedRun]:
     """All runs of a comparison, each once.
 
     One seed after the other, so that an interrupted comparison has whole seeds; within a seed by entry, pairs last; a
-    teacher before the first student that needs it.
+    teacher before the first student that needs it. Runs that are to take the seconds of others come after all.
 
     Raises:
         DetectorLoadError: the file of a `model_config` cannot be read.
@@ -76,12 +88,16 @@ def plan(comparison: Comparison) -> list[PlannedRun]:
     for seed in comparison.seeds:
         teacher_seed = seed if seed in comparison.teacher_seeds else comparison.teacher_seeds[0]
         for entry, mode in students:
+            if comparison.equal_seconds(mode) is not None:
+                continue
             key = (entry.teacher_entry, teacher_seed)
             if entry.name in taught and isinstance(entry.teacher, dict) and key not in teachers:
                 teachers[key] = _teacher_run(comparison, *key)
                 runs.append(teachers[key])
             runs.append(_student_run(comparison, entry, mode, seed, teachers.get(key)))
-    return runs
+    of_equal_seconds = [(entry, mode) for entry, mode in students if comparison.equal_seconds(mode) is not None]
+    longer = [_longer_run(comparison, *each, seed, runs) for seed in comparison.seeds for each in of_equal_seconds]
+    return runs + longer
 
 
 def _teacher_run(comparison: Comparison, name: str, seed: int) -> PlannedRun:
@@ -106,6 +122,31 @@ def _student_run(comparison: Comparison, entry: Entry, mode: str, seed: int, tra
     folder = Path(comparison.output_dir) / (entry.student_entry or entry.name) / f"{mode}{pair}_seed_{seed}_{mark}"
     options["output_dir"] = str(folder)
     return PlannedRun(entry.name, mode, seed, "distill", options, mark, taught_by, waits_for)
+
+
+def _longer_run(
+    comparison: Comparison, entry: Entry, mode: str, seed: int, planned: Sequence[PlannedRun]
+) -> PlannedRun:
+    """A run that is to take the seconds of others; its steps are decided when those are done.
+
+    Its fingerprint is of what decides them and not of what they come to: it keeps its place when more seeds are run.
+    """
+    equal = comparison.equal_seconds(mode)
+    same, other = (
+        {run.seed: run for run in planned if (run.entry, run.mode) == (entry.name, name)}
+        for name in (equal.same_as, equal.other)
+    )
+    model = same[seed]
+    mark = fingerprint({"same_as": model.fingerprint, "equal_seconds_with": other[seed].fingerprint})
+    folder = model.folder.with_name(f"{mode}_seed_{seed}_{mark}")
+    return replace(
+        model,
+        mode=mode,
+        options=model.options | {"output_dir": str(folder)},
+        fingerprint=mark,
+        same_but_for_length=tuple(same.values()),
+        as_long_as=tuple(other.values()),
+    )
 
 
 def fingerprint(options: dict) -> str:

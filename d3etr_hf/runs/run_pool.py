@@ -26,17 +26,21 @@ class Job:
         name: unique among the jobs.
         command: program and arguments.
         log: gets what it prints, after what is there.
-        needs: the name of a job that must have ended well before; one that is not among the jobs has.
+        needs: the names of jobs that must have ended well before; one that is not among the jobs has.
     """
 
     name: str
     command: list[str]
     log: Path
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 def run_jobs(
-    jobs: Sequence[Job], workers: int, finish: Callable[[Job], None], descriptor: int | None = None
+    jobs: Sequence[Job],
+    workers: int,
+    finish: Callable[[Job], None],
+    descriptor: int | None = None,
+    begin: Callable[[Job], None] = lambda job: None,
 ) -> dict[str, str]:
     """Run all jobs, in their order as far as they need not wait for others; show how many are done.
 
@@ -47,6 +51,7 @@ def run_jobs(
         workers: how many at once.
         finish: called when a job has ended with status 0; a UserError that it raises is a failure of the job.
         descriptor: an open file that every process inherits; see `folder_lock.holding`.
+        begin: called before a job starts, when all that it needs has ended; a UserError fails the job likewise.
 
     Returns:
         Why jobs failed, by their names, in the order in which they did.
@@ -57,13 +62,19 @@ def run_jobs(
     by_name = {job.name: job for job in jobs}
     with tqdm(total=len(jobs), desc="runs", unit="run", disable=not jobs) as bar, ending(running):
         while waiting or running:
-            for job in [job for job in waiting if job.needs in failures]:
+            for job in [job for job in waiting if failures.keys() & set(job.needs)]:
                 waiting.remove(job)
-                fail(job, f"not started, since {job.needs} failed", failures, bar)
+                cause = next(name for name in job.needs if name in failures)
+                fail(job, f"not started, since {cause} failed", failures, bar)
             not_done = {*running, *failures, *(job.name for job in waiting)}
-            ready = [job for job in waiting if job.needs not in not_done]
+            ready = [job for job in waiting if not_done.isdisjoint(job.needs)]
             for job in ready[: workers - len(running)]:
                 waiting.remove(job)
+                try:
+                    begin(job)
+                except UserError as error:
+                    fail(job, str(error), failures, bar)
+                    continue
                 running[job.name] = start(job, descriptor)
                 bar.set_postfix_str(", ".join(running))
             time.sleep(SECONDS_BETWEEN_LOOKS)

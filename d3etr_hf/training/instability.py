@@ -20,6 +20,7 @@ MOST_IMAGES = 5_000
 ADAPTIVE = "adaptive"
 OWN_ASSIGNMENT, AUXILIARY_ASSIGNMENT, TEACHER_ASSIGNMENT = "own", "auxiliary_own", "teacher_given"
 CHANGED, COMPARED = "changed", "compared"
+INSTABILITY = "instability"
 
 
 def partners_of(pairs: MatchedPairs, teacher_queries: int) -> torch.Tensor:
@@ -101,5 +102,21 @@ def shares_of(counts: Mapping[str, float]) -> dict[str, float]:
         name.removeprefix(f"{COMPARED}/"): count for name, count in counts.items() if name.startswith(f"{COMPARED}/")
     }
     return {
-        f"instability/{name}": counts[f"{CHANGED}/{name}"] / count for name, count in compared.items() if count > 0
+        f"{INSTABILITY}/{name}": counts[f"{CHANGED}/{name}"] / count for name, count in compared.items() if count > 0
     }
+
+
+def logged_instability(history: Sequence[Mapping]) -> dict[str, dict[int, list[tuple[int, float]]]]:
+    """What a run has logged: by kind and decoder layer the steps and the shares of queries, 0..1.
+
+    Args:
+        history: the run's `trainer.state.log_history`.
+    """
+    found: dict[str, dict[int, list[tuple[int, float]]]] = {}
+    for entry in history:
+        for name, share in entry.items():
+            prefix, _, rest = name.partition("/")
+            if prefix == INSTABILITY:
+                kind, _, layer = rest.partition("/layer_")
+                found.setdefault(kind, {}).setdefault(int(layer), []).append((entry["step"], share))
+    return found

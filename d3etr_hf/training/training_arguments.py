@@ -282,7 +282,8 @@ class D3etrTrainingArguments(TrainingArguments):
         "Log how much matchings change between two visits of an image, in each decoder layer: the share of queries "
         "with another partner (DN-DETR's instability), as instability/adaptive (of the teacher's queries), /own, "
         "/auxiliary_own and /teacher_given (of ground truth to the queries of a group). From the second epoch on, of "
-        "a run that goes on, too; of about 5000 images at most, each as far as it comes to the same process again.",
+        "a run that goes on, too; of about 5000 images at most, each as far as it comes to the same process again. "
+        "The model card then shows it.",
     )
     probe: bool = option(
         True,

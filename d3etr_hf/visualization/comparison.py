@@ -1,4 +1,4 @@
-"""A comparison of runs as Markdown tables, and as bars with a dot for every seed."""
+"""A comparison of runs as Markdown tables, and as bars with a dot for every seed and the interval of the mean."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from d3etr_hf.runs.comparison import DISTILLED, TEACHER, Comparison, Entry
 from d3etr_hf.runs.comparison_statistics import Spread, differences, spread, values_of
-from d3etr_hf.visualization.detection_grid import DOTS_PER_INCH
+from d3etr_hf.visualization.detection_grid import DOTS_PER_INCH, shaded
 from d3etr_hf.visualization.lettering import lettering, written
 from d3etr_hf.visualization.training_curves import RUN_COLOURS
 
@@ -18,7 +18,10 @@ TEACHER_COLOUR = "#999999"
 INCHES_PER_BAR, INCHES_BETWEEN = 0.4, 0.4
 SMALLEST_WIDTH, HEIGHT = 5.0, 4.2  # inches
 ENTRIES_WITH_LEVEL_NAMES = 3
+INCHES_PER_LETTER = 0.1  # of a legend
+TURNED = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
 BAR_OPACITY = 0.75
+DOTS_BESIDE = 0.15  # of the middle of a bar, which is one wide; the interval is on the other side
 
 
 def format_comparison(comparison: Comparison, lines: Sequence[dict]) -> str:
@@ -29,7 +32,8 @@ def format_comparison(comparison: Comparison, lines: Sequence[dict]) -> str:
         lines: of its finished runs; see `runs.comparison_results`.
 
     Returns:
-        AP, AP50 and seconds by entry and mode; the differences from the baseline, paired by seed; the pairs.
+        AP, AP50, steps and seconds by entry and mode; the differences from the baseline, paired by seed, and from
+        modes that were given the same seconds; the pairs.
     """
     seeds = ", ".join(map(str, comparison.seeds))
     over_seeds = f"mean ± standard deviation over seeds {seeds}" if len(comparison.seeds) > 1 else f"seed {seeds}"
@@ -40,13 +44,22 @@ def format_comparison(comparison: Comparison, lines: Sequence[dict]) -> str:
         format_values(comparison, lines, "AP50", 100, 1),
     ]
     if differences_table := format_differences(comparison, lines):
-        blocks += [f"AP minus AP {comparison.subtracted}, of the same seed:", differences_table]
+        at = ", at equal steps" if steps_are_equal(comparison, lines) else ""
+        blocks += [f"AP minus AP {comparison.subtracted}, of the same seed{at}:", differences_table]
+    if at_equal_seconds := format_equal_seconds(comparison, lines):
+        blocks += [
+            "At equal seconds, AP minus AP of the same seed; a mode that takes the seconds of another has as many "
+            "steps as fit by the median seconds a step of the runs of either, since machines are not always as fast:",
+            at_equal_seconds,
+        ]
     if comparison.pairs is not None:
         blocks += [
             f"AP {DISTILLED} minus AP {comparison.subtracted} of the same seed and student, and AP {DISTILLED}, by "
             "teacher and student:",
             format_pairs(comparison, lines),
         ]
+    if any(map(comparison.equal_seconds, comparison.modes)):
+        blocks += ["Steps of training:", format_values(comparison, lines, "steps", 1, 0)]
     blocks += ["Seconds of training:", format_values(comparison, lines, "seconds", 1, 0)]
     return "\n\n".join(blocks) + "\n"
 
@@ -79,13 +92,41 @@ def format_differences(comparison: Comparison, lines: Sequence[dict]) -> str:
         baseline = values_of(lines, name, comparison.subtracted) if comparison.subtracted else {}
         for mode in comparison.modes:
             found = differences(values_of(lines, name, mode), baseline)
-            if mode == comparison.subtracted or not found:
+            if mode == comparison.subtracted or comparison.equal_seconds(mode) or not found:
                 continue
-            difference = spread(found)
-            by_seed = ", ".join(f"{signed(value)} ({seed})" for seed, value in found.items())
-            rows.append([name, mode, signed(difference.mean), by_seed, format_interval(difference)])
+            rows.append([name, mode, *difference_cells(found)])
     columns = ["family", "mode", "difference", "each seed's (seed)", "95 % t-interval of the mean"]
     return markdown(columns, rows) if rows else ""
+
+
+def steps_are_equal(comparison: Comparison, lines: Sequence[dict]) -> bool:
+    """Whether all of each entry's students took as many steps, but for those that were given a mode's seconds."""
+    taken: dict[str, set[int | None]] = {}
+    for line in lines:
+        if line["mode"] != TEACHER and comparison.equal_seconds(line["mode"]) is None:
+            taken.setdefault(line["family"], set()).add(line.get("steps"))
+    return all(len(steps) == 1 and None not in steps for steps in taken.values())
+
+
+def format_equal_seconds(comparison: Comparison, lines: Sequence[dict]) -> str:
+    """A Markdown table of what a mode is ahead of one that was given the same seconds, as `format_differences`."""
+    rows = []
+    for name in comparison.entries:
+        for mode in comparison.modes:
+            if (equal := comparison.equal_seconds(mode)) is None:
+                continue
+            found = differences(values_of(lines, name, equal.other), values_of(lines, name, mode))
+            if found:
+                rows.append([name, f"{equal.other} minus {mode}", *difference_cells(found)])
+    columns = ["family", "modes", "difference", "each seed's (seed)", "95 % t-interval of the mean"]
+    return markdown(columns, rows) if rows else ""
+
+
+def difference_cells(found: dict[int, float]) -> list[str]:
+    """Mean, each seed's and interval of differences of AP (0..1)."""
+    difference = spread(found)
+    by_seed = ", ".join(f"{signed(value)} ({seed})" for seed, value in found.items())
+    return [signed(difference.mean), by_seed, format_interval(difference)]
 
 
 def format_pairs(comparison: Comparison, lines: Sequence[dict]) -> str:
@@ -140,7 +181,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw_comparison(comparison: Comparison, lines: Sequence[dict], path: Path) -> None:
-    """Draw the validation AP of every entry and pair: a bar a mode, as high as the mean, and a dot a seed.
+    """Draw the validation AP of every entry and pair: a bar a mode, as high as the mean, a dot a seed, the interval.
 
     Args:
         comparison: which entries, modes and pairs there are.
@@ -158,35 +199,73 @@ def _draw_groups(comparison: Comparison, groups: dict[str, dict[str, Spread]], p
     figure = Figure(figsize=(width, HEIGHT), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    colours = {TEACHER: TEACHER_COLOUR} | {
-        mode: RUN_COLOURS[index % len(RUN_COLOURS)]
-        for index, mode in enumerate(dict.fromkeys([*comparison.modes, DISTILLED]))
-    }
+    colours = {TEACHER: TEACHER_COLOUR} | mode_colours(comparison)
     middles = draw_bars(axes, groups, colours)
-    turned = len(groups) > ENTRIES_WITH_LEVEL_NAMES
-    axes.set_xticks(
-        middles,
-        list(map(written, groups)),
-        rotation=30 if turned else 0,
-        ha="right" if turned else "center",
-        fontsize=9,
-    )
     axes.set_ylabel("validation AP")
-    axes.set_ylim(bottom=0)
+    # an interval of two seeds may be far longer than all bars are high
+    values = [100 * value for bars in groups.values() for found in bars.values() for value in found.by_seed.values()]
+    axes.set_ylim(0, min(1.25 * max(*values, 1), 100))
     axes.grid(axis="y", alpha=0.3, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    if len(colours) - 1 > len(RUN_COLOURS):  # nobody tells so many colours apart
+        name_bars(axes, groups)
+    else:
+        name_groups(axes, middles, list(map(written, groups)))
+        label_colours(figure, axes, colours)
+    # without a library's version, the same results are drawn as the same bytes
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def mode_colours(comparison: Comparison) -> dict[str, tuple]:
+    """A colour for each mode; from the seventh on they come again, darker."""
+    modes = dict.fromkeys([*comparison.modes, *([DISTILLED] if comparison.pairs else [])])
+    return {
+        mode: shaded(RUN_COLOURS[index % len(RUN_COLOURS)], -0.4 * (index // len(RUN_COLOURS) % 2))
+        for index, mode in enumerate(modes)
+    }
+
+
+def name_groups(axes: Axes, middles: Sequence[float], names: Sequence[str]) -> None:
+    """The names of the entries under their bars."""
+    turned = len(names) > ENTRIES_WITH_LEVEL_NAMES
+    axes.set_xticks(middles, names, fontsize=9, **(TURNED if turned else {}))
+
+
+def label_colours(figure: Figure, axes: Axes, colours: dict[str, tuple]) -> None:
+    """A legend of the modes, in their order, in as many rows as its words take."""
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda index: list(colours).index(labels[index]))
+    fit = int(figure.get_figwidth() / (0.5 + INCHES_PER_LETTER * max(map(len, labels))))
     figure.legend(
         [handles[index] for index in order],
         [labels[index] for index in order],
         loc="outside upper center",
-        ncols=len(labels),
+        ncols=max(1, min(len(labels), fit)),
         frameon=False,
     )
-    # without a library's version, the same results are drawn as the same bytes
-    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def name_bars(axes: Axes, groups: dict[str, dict[str, Spread]]) -> None:
+    """The mode under each bar, and the entries, where there are several, over theirs."""
+    left, places, names = 0.0, [], []
+    for group, bars in groups.items():
+        places += [left + index for index in range(len(bars))]
+        names += bars
+        if len(groups) > 1:
+            axes.annotate(
+                written(group),
+                (left + (len(bars) - 1) / 2, 1),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=10,
+                fontweight="bold",
+            )
+        left += len(bars) + INCHES_BETWEEN / INCHES_PER_BAR
+    axes.set_xticks(places, names, fontsize=8, **TURNED)
+    if len(groups) == 1:
+        axes.set_title(written(next(iter(groups))), fontsize=11, fontweight="bold")
 
 
 def bars_of(comparison: Comparison, lines: Sequence[dict]) -> dict[str, dict[str, Spread]]:
@@ -203,15 +282,16 @@ def bars_of(comparison: Comparison, lines: Sequence[dict]) -> dict[str, dict[str
 
 
 def draw_bars(axes: Axes, groups: dict[str, dict[str, Spread]], colours: dict[str, str]) -> list[float]:
-    """Draw the groups side by side, each mode named once; where the middle of each group is."""
-    left, middles, named = 0.0, [], set()
+    """Draw the groups side by side, each mode labelled once; where the middle of each group is."""
+    left, middles, labelled = 0.0, [], set()
     for bars in groups.values():
         for index, (mode, found) in enumerate(bars.items()):
-            label = None if mode in named else mode
-            named.add(mode)
+            label = None if mode in labelled else mode
+            labelled.add(mode)
             axes.bar(left + index, 100 * found.mean, width=0.85, color=colours[mode], alpha=BAR_OPACITY, label=label)
+            beside = 0 if found.interval is None else DOTS_BESIDE
             axes.scatter(
-                [left + index] * len(found.by_seed),
+                [left + index - beside] * len(found.by_seed),
                 [100 * value for value in found.by_seed.values()],
                 s=16,
                 color="black",
@@ -219,6 +299,11 @@ def draw_bars(axes: Axes, groups: dict[str, dict[str, Spread]], colours: dict[st
                 linewidth=0.5,
                 zorder=3,
             )
+            if found.interval is not None:
+                ends = [100 * end for end in found.interval]
+                axes.plot(
+                    [left + index + beside] * 2, ends, color="black", linewidth=1, marker="_", markersize=7, zorder=2
+                )
         middles.append(left + (len(bars) - 1) / 2)
         left += len(bars) + INCHES_BETWEEN / INCHES_PER_BAR
     return middles

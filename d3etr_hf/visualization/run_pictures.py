@@ -1,4 +1,4 @@
-"""The pictures of a card: detections of the first validation images, attention, and the training curves."""
+"""The pictures of a card: detections of the first validation images, attention, training curves, instability."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from d3etr_hf.training.teacher import with_classes_of
 from d3etr_hf.visualization.attention_picture import draw_attention_of
 from d3etr_hf.visualization.detection_grid import draw_detection_grid
 from d3etr_hf.visualization.detections_on_images import ground_truth_rows
+from d3etr_hf.visualization.instability_picture import draw_instability
 from d3etr_hf.visualization.training_curves import draw_training_curves, has_curves
 
 logger = logging.get_logger(__name__)
@@ -36,15 +37,19 @@ def draw_pictures(
     """Draw into a run's folder those of its pictures that are not there.
 
     Args:
-        history: the run's `trainer.state.log_history`; None, or one without losses and AP, draws no curves.
+        history: the run's `trainer.state.log_history`; None, or one without losses and AP, draws no curves, and one
+            without instability no picture of that.
         val: the validation split.
         models: the teacher, if there is one, and the student; without a teacher, or of one with predictions only,
             there is no picture of attention.
     """
-    curves, detections, attention = (folder / f"{name}.png" for name in ("curves", "detections", "attention"))
+    names = ("curves", "detections", "attention", "instability")
+    curves, detections, attention, instability = (folder / f"{name}.png" for name in names)
     histories = {folder.resolve().name: history or []}
     if has_curves(histories) and not curves.exists():
         draw_training_curves(histories, curves)
+    if not instability.exists():
+        draw_instability(history or [], instability)
     if not detections.exists():
         of_classes = {
             title: (with_classes_of(model, val.class_names, title), examples)

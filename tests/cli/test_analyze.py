@@ -10,12 +10,21 @@ from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import DatasetError, EvaluationError
 from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing import inference_cost
 from tests.shapes_fixture import keep_objects
 from tests.tiny import tiny_model
 
 
 def test_with_and_without_data(tmp_path, monkeypatch, capsys):
+    """The model is loaded once, and where it was measured its layers are analysed."""
+    loaded = []
+
+    def load(path):
+        loaded.append(path)
+        return load_detector(path)
+
+    monkeypatch.setattr(analyze, "load_detector", load)
     monkeypatch.setattr(inference_cost, "MOST_ROUNDS", 5)
     tiny_model().save_pretrained(tmp_path / "model")
     load_image_processor(None, 64, 64).save_pretrained(tmp_path / "model")
@@ -23,7 +32,9 @@ def test_with_and_without_data(tmp_path, monkeypatch, capsys):
     call = ["d3etr analyze", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
     for further, layers in (([], 0), (["--data_folder", str(tmp_path / "data")], 3)):
         monkeypatch.setattr(sys, "argv", [*call, *further])
+        loaded.clear()
         analyze.main()
+        assert loaded == [str(tmp_path / "model")]
         content = json.loads((tmp_path / "out" / "analysis.json").read_text())
         assert len(content["layers"]) == layers and content["cost"]["parameters"] > 0
         said = capsys.readouterr().out
@@ -40,8 +51,8 @@ def test_faults_of_the_data_are_told_first(tmp_path, monkeypatch):
     keep_objects(folder, "val", [0, 1])
     data = DataArguments(data_folder=str(folder), max_val_images=1)
     with pytest.raises(EvaluationError, match="shapes/val|data/val.*none of its 1 images has an object"):
-        analyze.analyze_layers(str(tmp_path / "model"), data)
-    monkeypatch.setattr(analyze, "measure_costs", lambda *_: pytest.fail("measured"))
+        analyze.analyze_layers(tiny_model(), str(tmp_path / "model"), data)
+    monkeypatch.setattr(analyze, "load_detector", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(sys, "argv", ["d3etr analyze", str(tmp_path / "model"), "--data_folder", "missing"])
     with pytest.raises(DatasetError, match="data_folder"):
         analyze.main()
@@ -73,3 +84,4 @@ def test_verdict(decoder, layers, expected, absent):
     cost = {"flops": 1000, "parts": {name: {"flops": 1000 * share} for name, share in parts.items()}}
     said = " ".join(analyze.verdict(cost, layers))
     assert expected in said and absent not in said
+    assert ("d3etr compare configs/evidence/decoder_layers.yaml" in said) == bool(layers)

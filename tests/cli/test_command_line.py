@@ -16,6 +16,7 @@ from transformers.trainer_utils import SchedulerType
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.cli.main import COMMANDS, main, run
 from d3etr_hf.configurations import read_yaml, shipped
+from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import CommandLineError, TrainingStopped, UserError
 from d3etr_hf.runs.description import describe_run
 
@@ -334,3 +335,26 @@ def test_a_command_leaves_its_process_group(tmp_path, stopped):
     with pytest.raises(SystemExit) if stopped else nullcontext():
         run(train)
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("arguments", "unbuffered"), [(["--help"], ""), (["data", "check"], "1")])
+def test_output_that_nobody_reads_ends_a_command_quietly(arguments, unbuffered, tmp_path):
+    """As in `d3etr compare FILE --list true | head`: no traceback, also where Python would flush at its end."""
+    if arguments[0] == "data":
+        arguments = [*arguments, str(make_shapes(tmp_path / "shapes", 2, 2, image_size=64, progress=False))]
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "d3etr_hf.cli.main", *arguments]
+    with os.fdopen(writing, "wb") as pipe:
+        result = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, env=environment, text=True, timeout=60)
+    assert result.returncode == 141
+    assert "Error" not in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_broken_pipe_that_is_not_the_output_keeps_its_traceback():
+    def lose_a_worker():
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        run(lose_a_worker)

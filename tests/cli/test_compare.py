@@ -84,10 +84,11 @@ def journal(tmp_path, monkeypatch):
     """The runs that were started, which then are not real: AP 0.1 alone, 0.3 distilled, and the seed's tenth more."""
 
     def job_of(run) -> Job:
-        ap = {"teacher": 0.9, "alone": 0.1, "distilled": 0.3}[run.mode] + run.seed / 10
-        values = json.dumps({"AP": ap, "AP50": 0.95, "parameters": 5, "steps": 2, "seconds": 1.0})
+        ap = {"teacher": 0.9, "alone": 0.1, "distilled": 0.3, "longer": 0.1}[run.mode] + run.seed / 10
+        seconds = {"distilled": 4.0 + 4 * run.seed}.get(run.mode, 2.0)
+        values = json.dumps({"AP": ap, "AP50": 0.95, "parameters": 5, "steps": 2, "seconds": seconds})
         command = [sys.executable, "-c", FAKE, str(run.configuration), str(path), values]
-        return Job(run.name, command, run.log, None if run.waits_for is None else run.waits_for.name)
+        return Job(run.name, command, run.log, tuple(needed.name for needed in run.needs))
 
     path = tmp_path / "journal"
     monkeypatch.setattr(compare, "job_of", job_of)
@@ -157,6 +158,39 @@ def test_a_stopped_comparison_goes_on(content, call, journal, monkeypatch):
     assert "| tiny | 5 | 90.0 | 15.0 ± 7.1 | 35.0 ± 7.1 |" in printed
     before = results.read_bytes()
     assert call(content, "--seeds", "0", "1") == printed and journal() == RUNS and results.read_bytes() == before
+
+
+def test_equal_seconds(content, call, journal, tmp_path):
+    """The distilled student takes 3 seconds a step in the mean of its seeds, the student alone one: 6 steps of 2."""
+    content["modes"].append("longer")
+    content["mode_options"] = {"longer": {"same_as": "alone", "equal_seconds_with": "distilled"}}
+    printed = call(content, "--seeds", "0", "1")
+    assert sorted(journal()[:5]) == sorted(RUNS) and sorted(journal()[5:]) == ["longer_seed_0", "longer_seed_1"]
+    files = [*(tmp_path / "runs" / "tiny").glob("longer_seed_?_????????????.yaml")]
+    assert [read_yaml(file.read_text())["max_steps"] for file in files] == [6, 6]
+    assert "| tiny | distilled minus longer | +20.0 | +20.0 (0), +20.0 (1) | " in printed
+    assert call(content, "--seeds", "0", "1") == printed and len(journal()) == 7
+
+
+def test_modes_on_the_command_line_narrow_the_file(content, call, journal):
+    content |= {"modes": ["alone", "mine", "distilled"], "mode_options": {"mine": {}}, "baseline": "mine"}
+    call(content, "--modes", "alone", "distilled")
+    assert sorted(journal()) == sorted(RUNS[:3])
+    with pytest.raises(CommandLineError, match="modes: nobody defines 'min': give its options in mode_options"):
+        call(content, "--modes", "alone", "min")
+    with pytest.raises(CommandLineError, match="mode_options: 'mine' is none of the modes"):
+        call(content | {"modes": ["alone", "distilled"], "baseline": None})
+
+
+def test_curves_from_the_results_alone(content, call, journal, tmp_path):
+    """Drawn of lines that hold evaluations, which those of a run without them do not."""
+    assert "_curves.png" not in call(content)
+    results = Path(content["results"])
+    lines = [line | {"evaluations": [[1, 0.1], [2, line["AP"]]]} for line in read_lines(results)]
+    results.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    printed = call(content, "--report")
+    curves = tmp_path / "out" / "results_tiny_curves.png"
+    assert printed.strip().endswith(f"results.png, {curves}") and Image.open(curves).size[0] > 500
 
 
 def test_a_run_whose_folder_is_gone_is_run_again(content, call, journal, tmp_path):

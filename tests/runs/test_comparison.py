@@ -2,10 +2,11 @@
 
 import pytest
 
-from d3etr_hf.runs.comparison import Comparison, Entry
+from d3etr_hf.runs.comparison import Comparison, Entry, EqualSeconds
 
 TRAINED = {"teacher": {"max_steps": 9}, "student": {"max_steps": 3}}
 NO_TEACHER = {"student": {"max_steps": 3}}
+LONGER = {"longer": {"same_as": "alone", "equal_seconds_with": "distilled"}}
 
 
 def comparison(**changes) -> Comparison:
@@ -45,6 +46,14 @@ def test_standard_modes_are_those_of_the_commands():
         },
     )
     assert inheriting.reads_teacher(entry, "heir")
+
+
+def test_a_mode_of_equal_seconds_has_the_options_of_another():
+    """Which the file may have changed."""
+    options = LONGER | {"alone": {"auxiliary_queries": "learned"}}
+    made = comparison(modes=["alone", "distilled", "longer"], mode_options=options)
+    assert made.mode("longer") == made.mode("alone") == {"auxiliary_queries": "learned"}
+    assert [made.equal_seconds(mode) for mode in made.modes] == [None, None, EqualSeconds("alone", "distilled")]
 
 
 def test_a_teacher_is_trained_borrowed_or_a_checkpoint():
@@ -111,6 +120,28 @@ def test_pairs_take_the_student_of_one_and_the_teacher_of_the_other():
         ({"modes": []}, "modes is empty"),
         ({"modes": ["teacher"]}, "modes: 'teacher' is what the runs of teachers are called"),
         ({"mode_options": {"distiled": {}}}, "mode_options: 'distiled' is none of the modes"),
+        (
+            {"modes": ["alone", "longer"], "mode_options": LONGER},
+            r"mode_options: longer: equal_seconds_with is 'distilled': choose one of the modes \['alone'\], or add",
+        ),
+        (
+            {"modes": ["distilled", "longer"], "mode_options": LONGER},
+            "mode_options: longer: same_as is 'alone': choose",
+        ),
+        (
+            {
+                "modes": ["alone", "distilled", "longer", "again"],
+                "mode_options": LONGER | {"again": LONGER["longer"] | {"same_as": "longer"}},
+            },
+            "mode_options: again: same_as is 'longer': choose",
+        ),
+        (
+            {
+                "modes": ["alone", "longer"],
+                "mode_options": {"longer": {"equal_seconds_with": "alone", "max_steps": 1}},
+            },
+            "mode_options: longer: give {same_as: MODE, equal_seconds_with: MODE} and nothing besides",
+        ),
         ({"baseline": "none"}, "baseline is 'none': choose one of the modes"),
         ({"seeds": []}, r"seeds is \[\]: give at least one"),
         ({"seeds": [1, 1]}, "seeds: 1 is given twice"),

@@ -46,6 +46,12 @@ def test_a_line_says_what_a_run_came_to(runs):
         "threads": 1,
         "fingerprint": distilled.fingerprint,
     }
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_AP": 0.1}, {"step": 3, "eval_AP": 0.4}]
+    (distilled.folder / "log_history.json").write_text(json.dumps([*history, {"step": 3, "eval_AP": 0.5}]))
+    assert line_of(distilled)["evaluations"] == [(2, 0.1), (3, 0.4)]
+    # the last evaluation alone, which every run has, is no curve
+    (distilled.folder / "log_history.json").write_text(json.dumps(history[:1] + history[2:]))
+    assert "evaluations" not in line_of(distilled)
     (distilled.folder / "results.json").write_text('{"parameters": 12}')
     with pytest.raises(ComparisonError, match="holds no AP: the validation split has no object"):
         line_of(distilled)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from d3etr_hf.runs.planned_run import fingerprint, plan
-from tests.runs.test_comparison import NO_TEACHER, TRAINED, comparison, two
+from tests.runs.test_comparison import LONGER, NO_TEACHER, TRAINED, comparison, two
 
 
 def names(**changes) -> list[str]:
@@ -132,3 +132,28 @@ def test_a_model_counts_by_what_its_file_holds(tmp_path):
 
 def test_the_order_of_options_does_not_count():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 2, "b": 1})
+
+
+def of_equal_seconds(**changes) -> dict:
+    modes = {"modes": ["alone", "longer", "distilled"], "mode_options": LONGER, "entries": {"a": TRAINED}}
+    return {(run.mode, run.seed): run for run in plan(comparison(**(modes | changes)))}
+
+
+def test_runs_of_equal_seconds_come_when_all_paces_are_known():
+    runs = of_equal_seconds(seeds=[0, 1])
+    assert list(runs)[-2:] == [("longer", 0), ("longer", 1)] and len(runs) == 7
+    needed = {("alone", 0), ("alone", 1), ("distilled", 0), ("distilled", 1)}
+    for seed in (0, 1):
+        longer, alone = runs["longer", seed], runs["alone", seed]
+        assert {(run.mode, run.seed) for run in longer.needs} == needed
+        assert longer.folder.name == f"longer_seed_{seed}_{longer.fingerprint}" and longer.taught_by is None
+        assert longer.options == alone.options | {"output_dir": str(longer.folder)}
+    assert runs["distilled", 1].needs == (runs["teacher", 0],)
+
+
+def test_what_decides_the_length_makes_another_run_and_more_seeds_do_not():
+    one, more = of_equal_seconds(), of_equal_seconds(seeds=[0, 1])
+    assert one["longer", 0].fingerprint == more["longer", 0].fingerprint != more["longer", 1].fingerprint
+    other = of_equal_seconds(mode_options=LONGER | {"distilled": {"prediction_weight": 2.0}})
+    same = of_equal_seconds(mode_options=LONGER | {"alone": {"auxiliary_queries": "learned"}})
+    assert len({each["longer", 0].fingerprint for each in (one, other, same)}) == 3

@@ -34,7 +34,7 @@ note("END")
 def job(tmp_path):
     """Makes jobs that keep a journal, `tmp_path/journal`."""
 
-    def make(name: str, needs: str | None = None, gate: str = "", script: str = WORK) -> Job:
+    def make(name: str, *needs: str, gate: str = "", script: str = WORK) -> Job:
         command = [sys.executable, "-c", script, name, str(tmp_path / "journal"), gate and str(tmp_path / gate)]
         return Job(name, command, tmp_path / "logs" / f"{name}.log", needs)
 
@@ -55,7 +55,7 @@ def wait_for(condition, seconds: float = 20) -> None:
 def test_one_worker_runs_in_order_and_a_job_after_what_it_needs(job, tmp_path):
     """What it needs and is not among the jobs is there already."""
     done = []
-    jobs = [job("late", needs="teacher"), job("first", needs="done before"), job("teacher"), job("last")]
+    jobs = [job("late", "teacher"), job("first", "done before"), job("teacher"), job("last")]
     assert run_jobs(jobs, 1, lambda each: done.append(each.name)) == {}
     assert done == ["first", "teacher", "late", "last"]
     assert journal(tmp_path) == [f"{what} {name}" for name in done for what in ("START", "END")]
@@ -68,7 +68,7 @@ def test_a_second_worker_does_not_wait_for_the_first(job, tmp_path):
         if each.name == "other":
             (tmp_path / "gate").touch()
 
-    run_jobs([job("teacher", gate="gate"), job("taught", needs="teacher"), job("other")], 2, finish)
+    run_jobs([job("teacher", gate="gate"), job("taught", "teacher"), job("other")], 2, finish)
     lines = journal(tmp_path)
     assert lines.index("END other") < lines.index("END teacher") < lines.index("START taught")
 
@@ -99,7 +99,7 @@ def test_no_more_run_at_once_than_workers(job, workers, monkeypatch):
 
 def test_a_failure_is_shown_and_keeps_back_only_what_needs_it(job, tmp_path, capsys):
     bad = job("bad", script="import sys\nprint('reading', end='\\r')\nprint('no data at all\\n')\nsys.exit(3)")
-    jobs = [bad, job("taught", needs="bad"), job("pupil", needs="taught"), job("other")]
+    jobs = [bad, job("taught", "bad"), job("pupil", "taught"), job("other")]
     refused = job("refused", script="")
 
     def finish(each):

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.matching import MatchedPairs
 from d3etr_hf.training import instability
-from d3etr_hf.training.instability import Instability, Visit, partners_of, shares_of
+from d3etr_hf.training.instability import Instability, Visit, logged_instability, partners_of, shares_of
 from tests.shapes_fixture import SIDE, shapes_trainer
 from tests.tiny import perturb
 
@@ -135,3 +135,16 @@ def test_what_a_training_logs(tmp_path):
     assert [set(log) for log in logs] == [set(), names, names, names]
     assert set(logs[1].values()) == set(logs[3].values()) == {0.0}
     assert all((value > 0) == ("teacher_given" not in name) for name, value in logs[2].items())
+
+
+def test_what_was_logged_is_found_by_kind_and_layer():
+    history = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.0, "instability/own/layer_0": 0.5, "instability/own/layer_10": 0.25},
+        {"step": 2, "eval_AP": 0.5},
+        {"step": 4, "instability/own/layer_0": 0.1, "instability/adaptive/layer_0": 0.0},
+    ]
+    assert logged_instability(history) == {
+        "own": {0: [(2, 0.5), (4, 0.1)], 10: [(2, 0.25)]},
+        "adaptive": {0: [(4, 0.0)]},
+    }

@@ -9,15 +9,16 @@ from d3etr_hf.visualization import comparison as module
 from d3etr_hf.visualization.comparison import TEACHER_COLOUR, draw_comparison, format_comparison
 from d3etr_hf.visualization.training_curves import RUN_COLOURS
 from tests.recorded_figures import record_figures
-from tests.runs.test_comparison import NO_TEACHER, TRAINED, comparison
+from tests.runs.test_comparison import LONGER, NO_TEACHER, TRAINED, comparison
 from tests.visualization.drawn import pixels_of
 
 ENTRIES = {"a": TRAINED, "b": TRAINED}
 
 
-def line(family, mode, seed, ap, seconds=60.0) -> dict:
+def line(family, mode, seed, ap, seconds=60.0, steps=None) -> dict:
     parameters = 423849 if mode == "teacher" else 362977
     scores = {"AP": ap, "AP50": ap + 0.2, "seconds": seconds, "parameters": parameters}
+    scores |= {} if steps is None else {"steps": steps}
     return {"family": family, "mode": mode, "seed": seed} | scores
 
 
@@ -72,6 +73,23 @@ def test_differences_are_of_runs_of_one_seed():
     assert row == ["a", "distilled", "+40.0", "+40.0 (1)", "—"]
 
 
+def test_equal_seconds_have_a_table_of_their_own():
+    """Not among the differences at equal steps; 15 AP less than distilled with seed 0, 5 with seed 1."""
+    made = comparison(entries=ENTRIES, modes=["alone", "distilled", "longer"], mode_options=LONGER, seeds=[0, 1])
+    longer = [line("a", "longer", seed, ap, 100.0, 5) for seed, ap in ((0, 0.25), (1, 0.55))]
+    of_steps = [line(*(each[name] for name in ("family", "mode", "seed", "AP", "seconds")), 3) for each in LINES]
+    text = format_comparison(made, [*of_steps, *longer])
+    (row,) = block_of(text, "At equal seconds")[1:]
+    assert row[:4] == ["a", "distilled minus longer", "+10.0", "+15.0 (0), +5.0 (1)"]
+    assert [row[1] for row in block_of(text, "AP minus AP alone, of the same seed, at equal steps:")] == [
+        "mode",
+        "distilled",
+    ]
+    assert block_of(text, "Steps")[1][3:] == ["3 ± 0", "3 ± 0", "5 ± 0"]
+    other = [*of_steps, *longer, line("a", "distilled", 2, 0.3, 60.0, 4)]
+    assert "at equal steps" not in format_comparison(made, other)
+
+
 def test_another_baseline_or_none():
     modes = {"modes": ["alone", "distilled"], "seeds": [0, 1]}
     text = format_comparison(comparison(entries=ENTRIES, baseline="distilled", **modes), LINES)
@@ -111,8 +129,19 @@ def test_bars_are_means_and_dots_are_seeds(tmp_path, monkeypatch):
     assert [colour for _, _, colour in bars] == [grey, blue, orange, blue, orange]
     dots = sorted(tuple(dot) for drawn in axes.collections for dot in drawn.get_offsets())
     expected = [[70], [10, 20], [40, 60], [15], [35, 55]]
-    wanted = [(x, value) for (x, _, _), values in zip(bars, expected, strict=True) for value in values]
+    beside = module.DOTS_BESIDE
+    wanted = [
+        (x - beside * (len(values) > 1), value)
+        for (x, _, _), values in zip(bars, expected, strict=True)
+        for value in values
+    ]
     np.testing.assert_allclose(dots, wanted)
+    # 12.706 is t of two seeds; far beyond the axis, which follows the seeds
+    intervals = [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines]
+    ends = [(mean - 12.706 * half, mean + 12.706 * half) for mean, half in ((15, 5), (50, 10), (45, 10))]
+    places = [bars[index][0] + beside for index in (1, 2, 4)]
+    np.testing.assert_allclose(intervals, [(x, x, *pair) for x, pair in zip(places, ends, strict=True)], rtol=1e-4)
+    assert axes.get_ylim() == pytest.approx((0, 1.25 * 70))
     middles = [np.mean([x for x, _, _ in bars[part]]) for part in (slice(0, 3), slice(3, 4), slice(4, 5))]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a", "b", "b→a"]
     assert list(axes.get_xticks()) == pytest.approx(middles)

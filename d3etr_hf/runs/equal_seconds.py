@@ -1,0 +1,48 @@
+"""How many steps a run takes in the seconds of another: by their paces, for a run has none before it has run."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+
+from d3etr_hf.runs.output_folder import CONFIGURATION, read_run_options
+from d3etr_hf.runs.planned_run import PlannedRun
+
+
+def seconds_per_step(records: Iterable[Mapping]) -> float:
+    """The median over runs of one kind, at least one, whose `seconds` took so many `steps`.
+
+    On a machine that others use too the seconds of one run say little: the same run takes twice as long another time.
+    """
+    return median(record["seconds"] / record["steps"] for record in records)
+
+
+def steps_in_equal_seconds(steps: int, other: Iterable[Mapping], own: Iterable[Mapping]) -> int:
+    """How many steps take as long as `steps` of another kind of run, at least one.
+
+    Args:
+        steps: of the other kind.
+        other, own: `seconds` and `steps` of runs of either kind.
+    """
+    return max(1, round(steps * seconds_per_step(other) / seconds_per_step(own)))
+
+
+def options_in_full(run: PlannedRun, lines: Mapping[tuple, Mapping]) -> dict:
+    """The options of a run that is about to start, its steps decided where that is left to the runs before it.
+
+    A run that has been started keeps its length.
+
+    Args:
+        run: all that it needs is done.
+        lines: of the results, by `PlannedRun.key`.
+    """
+    if not run.as_long_as:
+        return run.options
+    started = run.folder / CONFIGURATION
+    if started.exists():
+        return run.options | {"max_steps": read_run_options(started)["max_steps"]}
+    steps = next(lines[other.key]["steps"] for other in run.as_long_as if other.seed == run.seed)
+    paces = (_lines_of(runs, lines) for runs in (run.as_long_as, run.same_but_for_length))
+    return run.options | {"max_steps": steps_in_equal_seconds(steps, *paces)}
+
+
+def _lines_of(runs: Sequence[PlannedRun], lines: Mapping[tuple, Mapping]) -> list[Mapping]:
+    return [lines[run.key] for run in runs]

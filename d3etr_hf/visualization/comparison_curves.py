@@ -1,0 +1,102 @@
+"""How AP grew in the runs of a comparison: over steps and over seconds, a line a mode."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from d3etr_hf.runs.comparison import Comparison
+from d3etr_hf.runs.equal_seconds import seconds_per_step
+from d3etr_hf.visualization.comparison import mode_colours
+from d3etr_hf.visualization.detection_grid import DOTS_PER_INCH
+from d3etr_hf.visualization.lettering import lettering, written
+from d3etr_hf.visualization.training_curves import RUN_COLOURS
+
+SIZE, INCHES_PER_LEGEND_ROW = (9.5, 3.8), 0.22
+LEGEND_ROWS_OF_SIZE = 12  # that fit beside the panels
+LINE_STYLES = ("solid", (0, (4, 1.5)), (0, (1, 1.2)))
+BAND_OPACITY = 0.15
+# steps, mean AP, lowest and highest AP (0..100), and seconds a step
+Curve = tuple[list[int], list[float], list[float], list[float], float]
+
+
+def curves_of(comparison: Comparison, lines: Sequence[dict], entry: str) -> dict[str, Curve]:
+    """By mode the AP of an entry's students on their way, over the seeds, at the steps that all have in common.
+
+    Seconds are steps times the median seconds a step of the mode's runs, so that seeds that ran on a busier machine do
+    not lie elsewhere.
+
+    Args:
+        lines: see `runs.comparison_results`; those without `evaluations` are left out.
+    """
+    curves = {}
+    for mode in comparison.modes:
+        found = [line for line in lines if (line["family"], line["mode"]) == (entry, mode) and "evaluations" in line]
+        by_step = [dict(map(tuple, line["evaluations"])) for line in found]
+        steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
+        if len(steps) > 1:
+            at = [[100 * ap[step] for ap in by_step] for step in steps]
+            means = [sum(values) / len(values) for values in at]
+            curves[mode] = steps, means, list(map(min, at)), list(map(max, at)), seconds_per_step(found)
+    return curves
+
+
+def draw_curves(comparison: Comparison, lines: Sequence[dict], entry: str, path: Path) -> bool:
+    """Draw an entry's AP over steps and over seconds: the mean of the seeds, in a band from lowest to highest.
+
+    Of more modes than there are colours no bands are drawn, which would hide each other.
+
+    Args:
+        comparison: which modes there are.
+        lines: of its finished runs.
+        path: the PNG to write; its folder must exist.
+
+    Returns:
+        Whether there was anything to draw: runs that were evaluated on their way.
+    """
+    curves = curves_of(comparison, lines, entry)
+    if curves:
+        with lettering([entry]):
+            _draw(comparison, curves, entry, path)
+    return bool(curves)
+
+
+def _draw(comparison: Comparison, curves: dict[str, Curve], entry: str, path: Path) -> None:
+    height = SIZE[1] + INCHES_PER_LEGEND_ROW * max(0, len(curves) - LEGEND_ROWS_OF_SIZE)
+    figure = Figure(figsize=(SIZE[0], height), dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    over_steps, over_seconds = figure.subplots(1, 2, sharey=True)
+    colours = mode_colours(comparison)
+    for mode, (steps, means, low, high, pace) in curves.items():
+        style = {
+            "color": colours[mode],
+            "linestyle": LINE_STYLES[comparison.modes.index(mode) // len(RUN_COLOURS) % len(LINE_STYLES)],
+            "linewidth": 1.6,
+            "marker": "o" if len(steps) < 30 else None,
+            "markersize": 3.5,
+            "label": mode,
+        }
+        for axes, places in ((over_steps, steps), (over_seconds, [pace * step for step in steps])):
+            axes.plot(places, means, **style)
+            if len(curves) <= len(RUN_COLOURS):
+                axes.fill_between(places, low, high, color=colours[mode], alpha=BAND_OPACITY, linewidth=0)
+    over_steps.set_ylabel("validation AP", fontsize=9)
+    over_steps.set_xlabel("optimizer steps", fontsize=9)
+    over_seconds.set_xlabel("seconds of training (steps × median seconds a step)", fontsize=9)
+    for axes in (over_steps, over_seconds):
+        _tidy(axes)
+    figure.suptitle(written(entry), fontsize=11, fontweight="bold")
+    handles, labels = over_steps.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    # without a library's version, the same results are drawn as the same bytes
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _tidy(axes: Axes) -> None:
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

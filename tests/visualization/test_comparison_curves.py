@@ -1,0 +1,57 @@
+"""AP over steps and over seconds: what is drawn where, from the lines of the results alone."""
+
+import numpy as np
+import pytest
+
+from d3etr_hf.visualization import comparison_curves as module
+from d3etr_hf.visualization.comparison_curves import draw_curves
+from tests.recorded_figures import record_figures
+from tests.runs.test_comparison import TRAINED, comparison
+
+
+def line(mode, seed, seconds, *evaluations, family="a") -> dict:
+    ends = {"steps": 20, "seconds": seconds, "AP": 0.5}
+    return {"family": family, "mode": mode, "seed": seed, "evaluations": [list(each) for each in evaluations]} | ends
+
+
+LINES = [
+    line("alone", 0, 20.0, (10, 0.1), (20, 0.3)),
+    line("alone", 1, 30.0, (10, 0.2), (15, 0.9), (20, 0.7)),
+    line("alone", 2, 80.0, (10, 0.6), (20, 0.5)),
+    line("distilled", 0, 40.0, (10, 0.4), (20, 0.8)),
+    line("distilled", 0, 1.0, (10, 0.9), (20, 0.9), family="b"),
+]
+
+
+def test_means_bands_and_paces(tmp_path, monkeypatch):
+    """Steps that one seed alone was evaluated at are left out; the median pace alone is 30 seconds in 20 steps."""
+    figures = record_figures(monkeypatch, module)
+    made = comparison(entries={"a": TRAINED, "b": TRAINED}, modes=["alone", "teacherless", "distilled"], seeds=[0, 1])
+    assert draw_curves(made, LINES, "a", tmp_path / "one.png")
+    over_steps, over_seconds = figures[0].axes
+    assert [drawn.get_label() for drawn in over_steps.lines] == ["alone", "distilled"]
+    means, bands = [[30, 50], [40, 80]], [([10, 30], [60, 70]), ([40, 80], [40, 80])]
+    for axes, places in ((over_steps, [[10, 20], [10, 20]]), (over_seconds, [[15, 30], [20, 40]])):
+        for drawn, band, x, mean, (low, high) in zip(axes.lines, axes.collections, places, means, bands, strict=True):
+            np.testing.assert_allclose(drawn.get_xydata(), np.stack([x, mean], axis=1))
+            corners = {tuple(np.round(corner, 6)) for corner in band.get_paths()[0].vertices}
+            assert corners == {*zip(x, low, strict=True), *zip(x, high, strict=True)}
+    colours = [drawn.get_color() for drawn in over_steps.lines]
+    assert colours == [drawn.get_color() for drawn in over_seconds.lines] and colours[0] != colours[1]
+    assert draw_curves(made, LINES, "a", tmp_path / "two.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_modes_of_one_colour_have_other_lines_and_no_bands(tmp_path, monkeypatch):
+    figures = record_figures(monkeypatch, module)
+    modes = [f"mode_{index}" for index in range(14)]
+    made = comparison(entries={"a": TRAINED}, modes=modes, mode_options={mode: {} for mode in modes})
+    draw_curves(made, [line(mode, 0, 20.0, (10, 0.1), (20, 0.3)) for mode in modes], "a", tmp_path / "many.png")
+    drawn = [(str(each.get_color()), each.get_linestyle()) for each in figures[0].axes[0].lines]
+    assert len(set(drawn)) == 14 and not figures[0].axes[0].collections
+
+
+@pytest.mark.parametrize("lines", [[], [line("alone", 0, 20.0, (10, 0.1))], LINES[-1:]])
+def test_nothing_to_draw(lines, tmp_path):
+    assert not draw_curves(comparison(entries={"a": TRAINED}), lines, "a", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
