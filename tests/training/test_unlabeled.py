@@ -92,7 +92,9 @@ def test_a_batch_without_a_label_is_distilled(shapes, tmp_path, family):
         max_steps=3,
         per_device_train_batch_size=2,
         train_sampling_strategy="sequential",
+        log_instability=True,
     )
+    assert trainer.num_examples(trainer.get_train_dataloader()) == 6 == trainer.instability.images
     trainer.train()
     first, *others = (log for log in trainer.state.log_history if "loss" in log)
     for log in others:
