@@ -105,7 +105,7 @@ class TeacherCache:
         if not any(self.folder.glob("*/*.safetensors")):
             return 0.0
         images = dataset if dataset.unlabeled is None else ConcatDataset([dataset, dataset.unlabeled.images])
-        looked_at = range(0, len(images), max(1, len(images) // MOST_LOOKED_UP))
+        looked_at = range(0, dataset.trained_images, max(1, dataset.trained_images // MOST_LOOKED_UP))
         pixels = (teacher_pixels(DetectionCollator()([images[index]])) for index in looked_at)
         found = [self._path_of(name).exists() for each in pixels for name, _ in _images_of(each)]
         return sum(found) / len(found)
