@@ -21,7 +21,7 @@ from d3etr_hf.cli import distill, train
 from d3etr_hf.cli.command_line import build_arguments, parse_arguments
 from d3etr_hf.configurations import option, write_yaml
 from d3etr_hf.data import DataArguments, check_places
-from d3etr_hf.errors import CommandLineError, ComparisonError
+from d3etr_hf.errors import CommandLineError, ComparisonError, UnsupportedOptionError
 from d3etr_hf.files import write_whole
 from d3etr_hf.models.loading import (
     ModelArguments,
@@ -158,7 +158,10 @@ def check_runs(runs: Sequence[PlannedRun], source: str) -> None:
                 checked.add(path)
         data = arguments[DataArguments]
         distillation = arguments[D3etrTrainingArguments].distillation
-        check_unlabeled_option(data.unlabeled_images, distillation, run.options.get("teacher"))
+        try:
+            check_unlabeled_option(data.unlabeled_images, distillation, run.options.get("teacher"))
+        except UnsupportedOptionError as error:
+            raise UnsupportedOptionError(f"{place}: {error}") from None
         where = repr([getattr(data, name) for name in sorted(OF_DATA)])
         if where not in checked:
             check_places(data)

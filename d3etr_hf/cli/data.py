@@ -80,7 +80,7 @@ def check_data(data: DataArguments, model: str | None = None, pictured: int = 8,
             splits = load_annotated(data)
         except DatasetError as error:
             return _report([], [str(error)])
-    told = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    told = _told(caught)
     print(overview_table([overview_of(split, processor) for split in splits], splits[0].class_names, processor))
     headers = [read_headers(split) for split in splits]
     refused = _refusals(splits, headers, told)
@@ -131,7 +131,12 @@ def _look_at_unlabeled(
             print(f"{unlabeled.name}: {len(unlabeled)} images")
         except DatasetError as error:
             refused.append(str(error))
-    told += [str(warning.message) for warning in caught]
+    told += _told(caught)
+
+
+def _told(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    """What is to be known of the data; not what a library warns of."""
+    return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
 
 def _spread(

@@ -105,20 +105,36 @@ def run(main: Callable[[], None]) -> None:
 
 @contextmanager
 def quiet_once_nobody_reads() -> Iterator[None]:
-    """Ends the program as other tools end when `head` has read enough, with 141 and no traceback."""
+    """Ends the program as other tools end when `head` has read enough, with 141 and no traceback.
+
+    One that fails ends as it does else: its message goes to stderr.
+    """
     try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()  # as Python would at its end, where the error cannot be caught
+        yield
     except BrokenPipeError:
-        try:
-            print(flush=True)
-        except BrokenPipeError:
-            # Python flushes once more when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(CLOSED_PIPE)
-        raise  # of another pipe
+        if written("\n"):
+            raise  # of another pipe
+        sys.exit(CLOSED_PIPE)
+    except BaseException:
+        written()
+        raise
+    if not written():
+        sys.exit(CLOSED_PIPE)
+
+
+def written(text: str = "") -> bool:
+    """Write this, and all that waits to be written, as Python would at its end, where an error cannot be caught.
+
+    Returns:
+        Whether somebody reads it; if not, nothing is written any more.
+    """
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        # Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def leave() -> None:

@@ -93,7 +93,8 @@ def _rows_left_out(
     named = [row for row, path in enumerate(_paths_of(unlabeled)) if os.path.realpath(path) in known]
     others = sorted(set(range(len(unlabeled))).difference(named))
     rest = unlabeled.select(others)  # whose files need not be compared byte by byte with those of their names
-    headers = [read_headers(split, decode_all=skip_broken) for split in (rest, val, train)]
+    # the splits have been looked at, and are not decoded once more
+    headers = [read_headers(rest, decode_all=skip_broken), *map(read_headers, (val, train))]
     faults = describe_faults([rest], headers[:1])
     if faults and not skip_broken:
         raise DatasetError(f"{faults} Or pass --skip_broken_images true to leave them out.")

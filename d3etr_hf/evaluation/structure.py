@@ -127,11 +127,9 @@ def cells_in_objects(targets: Targets, memory_mask: torch.Tensor) -> torch.Tenso
     y = (torch.arange(height, device=rows.device) + 0.5) / rows[:, None]
     x = (torch.arange(width, device=rows.device) + 0.5) / columns[:, None]
     centre, size = targets.boxes[..., :2], targets.boxes[..., 2:]
-    counts = torch.tensor(targets.counts, device=rows.device)
-    real = torch.arange(targets.boxes.shape[1], device=rows.device) < counts[:, None]
     in_x = (x[:, None] - centre[..., :1]).abs() <= size[..., :1] / 2
     in_y = (y[:, None] - centre[..., 1:]).abs() <= size[..., 1:] / 2
-    inside = in_y[..., :, None] & in_x[..., None, :] & real[..., None, None]
+    inside = in_y[..., :, None] & in_x[..., None, :] & targets.present[..., None, None]
     return (inside.any(1) & memory_mask).flatten(1)
 
 

@@ -84,11 +84,9 @@ def describe(targets: Targets, classes: int) -> tuple[torch.Tensor, ...]:
         described places `(B, K, 2)`, in 0..1; and from there the distances of left, top, right and bottom edge,
         `(B, K, 4)`.
     """
-    labels, boxes = targets.class_labels, targets.boxes
-    if boxes.shape[1] == 0:  # parameters have a gradient all the same
-        labels, boxes = labels.new_zeros(len(labels), 1), boxes.new_full((len(boxes), 1, 4), 0.5)
+    targets = targets.with_a_place()  # parameters have a gradient all the same
+    labels, boxes, objects = targets.class_labels, targets.boxes, targets.present
     count = boxes.shape[1]
-    objects = torch.arange(count, device=boxes.device) < torch.tensor(targets.counts, device=boxes.device)[:, None]
     there, labels, boxes = objects.repeat(1, 1 + FAKES), labels.repeat(1, 1 + FAKES), boxes.repeat(1, 1 + FAKES, 1)
     real = there & (torch.arange(boxes.shape[1], device=boxes.device) < count)
     centre, size = boxes[..., :2], boxes[..., 2:]

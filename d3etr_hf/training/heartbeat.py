@@ -9,6 +9,7 @@ saving and loading are no alarms.
 import os
 import platform
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +23,7 @@ logger = logging.get_logger(__name__)
 
 # seconds between two beats, and beats that are missed before it is said
 INTERVAL, MISSED = 5.0, 9
+STORE_TIMEOUT = 60.0  # seconds
 LEFT = "left"
 
 _watching = threading.Lock()
@@ -82,7 +84,7 @@ class _Heartbeat:
         self.ended = threading.Event()
         # a connection of its own: threads wait for one another in that of the process group
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store = torch.distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
+        self.store = torch.distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=STORE_TIMEOUT))
         self._say_alive()
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch_store)]
         for thread in self.threads:
@@ -91,12 +93,13 @@ class _Heartbeat:
     def end(self) -> None:
         """Take leave, so that nobody misses this process.
 
-        However long the store takes, which gives up in the end: a thread that is in a call to it while Python shuts
-        down aborts the process.
+        A slow store is waited for: a thread that comes back from a call to it while Python shuts down aborts the
+        process. One that is stopped, or its machine gone, may never answer.
         """
         self.ended.set()
+        until = time.monotonic() + STORE_TIMEOUT
         for thread in self.threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _say_alive(self) -> None:
         self.store.set(self.keys[self.rank], f"{self.rounds} process {os.getpid()} on {platform.node()}")

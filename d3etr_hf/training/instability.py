@@ -55,7 +55,8 @@ class Instability:
     that goes on compares again from its second epoch on.
 
     Args:
-        images: of the data set; of more than `MOST_IMAGES` about so many are followed, the same on all processes.
+        images: of the data set, those without labels among them; of more than `MOST_IMAGES` about so many are
+            followed, the same on all processes.
     """
 
     images: int

@@ -323,6 +323,11 @@ CONDITIONS: tuple[tuple[str | tuple[str, ...], Callable[[Any], bool], str], ...]
         "there are no queries to share: set one of the last three",
     ),
     (
+        ("shared_object_queries", "shared_query_weight"),
+        lambda args: args.shared_object_queries and args.shared_query_weight == 0,
+        "no loss is of them: set shared_query_weight above 0, or leave shared_object_queries out",
+    ),
+    (
         ("push_to_hub", "hub_token"),
         lambda args: args.push_to_hub and not (args.hub_token or get_token()),
         "there is no token to upload with: log in with `hf auth login`, or set HF_TOKEN",

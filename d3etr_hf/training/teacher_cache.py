@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.data import ConcatDataset
 from transformers.utils import logging
 
 from d3etr_hf.data import DetectionCollator, DetectionDataset, DetectionTransform
@@ -103,8 +104,9 @@ class TeacherCache:
         """About how much of a data set is there already, 0..1, by some of its images: other data may be there, too."""
         if not any(self.folder.glob("*/*.safetensors")):
             return 0.0
-        looked_at = range(0, len(dataset), max(1, len(dataset) // MOST_LOOKED_UP))
-        pixels = (teacher_pixels(DetectionCollator()([dataset[index]])) for index in looked_at)
+        images = dataset if dataset.unlabeled is None else ConcatDataset([dataset, dataset.unlabeled.images])
+        looked_at = range(0, dataset.trained_images, max(1, dataset.trained_images // MOST_LOOKED_UP))
+        pixels = (teacher_pixels(DetectionCollator()([images[index]])) for index in looked_at)
         found = [self._path_of(name).exists() for each in pixels for name, _ in _images_of(each)]
         return sum(found) / len(found)
 

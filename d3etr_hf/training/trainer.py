@@ -146,7 +146,9 @@ class DistillationTrainer(ResumableTrainer):
         self.objective = D3etrObjective(self.distillation, self.criterion, teacher_criterion, self._skips_steps)
         if self.args.log_instability and self.train_dataset is not None:
             self.objective.partners = {}
-            self.instability = self.instability or Instability(len(self.train_dataset))
+            data = self.train_dataset
+            images = data.trained_images if isinstance(data, DetectionDataset) else len(data)
+            self.instability = self.instability or Instability(images)
         self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
 
     def _follow_schedule(self) -> None:
@@ -214,6 +216,11 @@ class DistillationTrainer(ResumableTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         self._epochs.sampler = training_sampler(self.args, self.accelerator, dataset, self._train_batch_size)
         return self._epochs.sampler
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Images of an epoch, those without labels among them."""
+        dataset = dataloader.dataset
+        return dataset.images_of_epoch if isinstance(dataset, DetectionDataset) else super().num_examples(dataloader)
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer; what it draws for its workers, some of them once and some every epoch, changes no dropout."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -350,6 +351,40 @@ def test_output_that_nobody_reads_ends_a_command_quietly(arguments, unbuffered, 
         result = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, env=environment, text=True, timeout=60)
     assert result.returncode == 141
     assert "Error" not in result.stderr and "Traceback" not in result.stderr
+
+
+FAILS = """
+from d3etr_hf.cli.main import quiet_once_nobody_reads, run
+from d3etr_hf.errors import UserError
+
+def main():
+    print("what was done")
+    raise UserError("what is wrong")
+
+with quiet_once_nobody_reads():
+    run(main)
+"""
+
+
+def test_an_error_is_told_though_nobody_reads_the_output():
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": ""}
+    with os.fdopen(writing, "wb") as pipe:
+        result = subprocess.run(
+            [sys.executable, "-c", FAILS], stdout=pipe, stderr=subprocess.PIPE, env=environment, text=True, timeout=60
+        )
+    assert result.returncode == 2 and result.stderr == "-c: error: what is wrong\n"
+
+
+def test_a_closed_output_is_no_error():
+    """As `>&-` leaves it, and some who start programs in the background."""
+    command = [sys.executable, "-c", "from d3etr_hf.cli.main import main; main()", "--version"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(
+        command, preexec_fn=partial(os.close, 1), stderr=subprocess.PIPE, env=environment, text=True, timeout=60
+    )
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_a_broken_pipe_that_is_not_the_output_keeps_its_traceback():

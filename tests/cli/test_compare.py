@@ -10,7 +10,7 @@ from PIL import Image
 from d3etr_hf.cli import compare
 from d3etr_hf.configurations import read_yaml, write_yaml
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.errors import CommandLineError, ComparisonError, DatasetError, DetectorLoadError
+from d3etr_hf.errors import CommandLineError, ComparisonError, DatasetError, DetectorLoadError, UnsupportedOptionError
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.runs import run_pool
 from d3etr_hf.runs.comparison_results import read_lines
@@ -289,6 +289,9 @@ def test_models_teachers_and_data_are_looked_for_first(content, refused, tmp_pat
     assert "tiny alone seed 0: model_config: " in message and "has no ['wings']" in message
     message = refused(DatasetError, shared=content["shared"] | {"data_folder": str(tmp_path / "nothing")})
     assert f"data_folder {str(tmp_path / 'nothing')!r}: there is no such folder" in message
+    mode = {"auxiliary_queries": "none", "adaptive_matching": False, "unlabeled_images": str(tmp_path)}
+    message = refused(UnsupportedOptionError, mode_options={"alone": mode})
+    assert "tiny alone seed 0: unlabeled_images: only a teacher can supervise images without labels" in message
 
 
 def test_a_checkpoint_teaches(content, call, journal, tmp_path):

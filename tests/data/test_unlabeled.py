@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from d3etr_hf.data import unlabeled
 from d3etr_hf.data.data_arguments import DataArguments, load_splits
+from d3etr_hf.data.image_headers import read_headers
 from d3etr_hf.data.sampling import TrainingSample
 from d3etr_hf.errors import DatasetError
 from tests.data.test_image_checks import folder  # noqa: F401
@@ -32,9 +34,9 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
-def loaded(folder: Path, unlabeled: Path, **options):  # noqa: F811
+def loaded(folder: Path, photos: Path, **options):  # noqa: F811
     """The training split, and the messages of all warnings."""
-    arguments = DataArguments(str(folder), unlabeled_images=str(unlabeled), augmentation="none", **options)
+    arguments = DataArguments(str(folder), unlabeled_images=str(photos), augmentation="none", **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train, _ = load_splits(arguments, small_image_processor())
@@ -84,6 +86,19 @@ def test_broken_images_are_named_at_once_and_left_out_where_that_is_asked_for(fo
         loaded(folder, photos)
     train, told = loaded(folder, photos, skip_broken_images=True)
     assert names_of(train) == ["c.webp"] and told[0].startswith("Left out: photos, unlabelled: 2 of 3 images")
+
+
+def test_the_labelled_splits_are_not_decoded_once_more(folder, photos, monkeypatch):  # noqa: F811
+    """`check_images` has done it, which takes long; of one image less nothing that it kept is found again."""
+    asked = []
+
+    def read(split, *, decode_all=False):
+        asked.append((split.name, decode_all))
+        return read_headers(split, decode_all=decode_all)
+
+    monkeypatch.setattr(unlabeled, "read_headers", read)
+    loaded(folder, photos, skip_broken_images=True)
+    assert [name for name, decode_all in asked if decode_all] == ["photos, unlabelled"] and len(asked) == 3
 
 
 def test_links_that_lead_elsewhere_are_refused(folder, photos, tmp_path):  # noqa: F811

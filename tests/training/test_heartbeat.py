@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from d3etr_hf.training import heartbeat as heartbeat_module
 from d3etr_hf.training.heartbeat import LEFT, MISSED, _Heartbeat
 
 RANKS = 3
@@ -85,3 +86,19 @@ def test_none_of_its_threads_outlives_it(begin, monkeypatch):
     heartbeat.end()
     assert entered.is_set() and not any(thread.is_alive() for thread in heartbeat.threads)
     assert store.get(heartbeat.keys[0]) == LEFT.encode()
+
+
+def test_a_store_that_never_answers_holds_nobody_back(begin, monkeypatch):
+    """Its calls have no time limit: the launcher that holds it may be stopped, or its machine gone."""
+    heartbeat, answer = begin(0), threading.Event()
+
+    class Stopped:
+        def set(self, key, value):
+            answer.wait(30)
+
+    monkeypatch.setattr(heartbeat_module, "STORE_TIMEOUT", 0.2)
+    heartbeat.store = Stopped()
+    start = time.monotonic()
+    heartbeat.end()
+    assert time.monotonic() - start < 10 and any(thread.is_alive() for thread in heartbeat.threads)
+    answer.set()

@@ -50,6 +50,7 @@ def test_every_option_with_odd_values_is_taken_or_refused_in_one_line():
             {"logits_distillation_weight": 1.0, "adaptive_matching": False},
             "logits_distillation_weight=1.0, adaptive_matching=False: .*set adaptive_matching to true",
         ),
+        ({"shared_object_queries": True}, "shared_object_queries=True, shared_query_weight=0.0: no loss is of them"),
         (
             {"shared_query_weight": 1.0, "shared_random_queries": 0, "shared_teacher_queries": False},
             "shared_random_queries=0, shared_teacher_queries=False, shared_object_queries=False: there are no queries",

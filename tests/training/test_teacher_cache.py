@@ -274,6 +274,18 @@ def test_files_of_other_images_take_no_room_off(shapes, uneven, tmp_path, monkey
         cache_of(tmp_path / "cache", uneven)
 
 
+def test_room_for_images_without_labels_is_asked_for(shapes, tmp_path, monkeypatch):
+    """All labelled images are there already."""
+    cache = cache_of(tmp_path / "cache", shapes)
+    cache(pixels_of(shapes, [0, 1]))
+    data = load_shapes(shapes, "train")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    cache.prepare(data.select([0, 1]).with_unlabeled(data.select([1, 0]), 1))
+    with pytest.raises(WriteError, match="outputs of 6 images"):
+        cache.prepare(data.select([0, 1]).with_unlabeled(data.select([2, 3, 4, 5]), 1))
+
+
 def test_mosaics_are_refused_of_python_too(shapes, tmp_path):
     data = load_shapes(shapes, "train")
     data.mosaic = Mosaic(0.5, 0.5)

@@ -92,7 +92,9 @@ def test_a_batch_without_a_label_is_distilled(shapes, tmp_path, family):
         max_steps=3,
         per_device_train_batch_size=2,
         train_sampling_strategy="sequential",
+        log_instability=True,
     )
+    assert trainer.num_examples(trainer.get_train_dataloader()) == 6 == trainer.instability.images
     trainer.train()
     first, *others = (log for log in trainer.state.log_history if "loss" in log)
     for log in others:
@@ -103,6 +105,29 @@ def test_a_batch_without_a_label_is_distilled(shapes, tmp_path, family):
                 is_distilled = name.rpartition("/")[2] in ("self_attention", "cross_attention", "prediction")
                 assert math.isfinite(value) and (value > 0) == is_distilled, name
     assert first["loss/student/class"] > 0 and first["loss/student/prediction"] > 0
+
+
+def test_accumulated_batches_equal_one_batch(shapes, tmp_path):
+    """The second of them without a label; DETR's classes are divided by the labelled images of the whole step."""
+    data = load_shapes(shapes, "train", family="detr")
+    logs = []
+    for size, accumulated in ((4, 1), (2, 2)):
+        trainer = shapes_trainer(
+            shapes,
+            tmp_path / str(size),
+            tiny_model(2, "detr"),
+            tiny_model(1, "detr"),
+            data.select([0]).with_unlabeled(data.select([1, 2, 3]), ratio=3),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+            train_sampling_strategy="sequential",
+        )
+        trainer.train()
+        log = next(log for log in trainer.state.log_history if "loss" in log)
+        logs.append({name: value for name, value in log.items() if name.startswith("loss") or name == "grad_norm"})
+    whole, parts = logs
+    assert parts == pytest.approx(whole, rel=1e-4) and whole["loss/student/class"] > 0
 
 
 @pytest.mark.parametrize(
