@@ -30,7 +30,7 @@ from d3etr_hf.models.loading import (
     family_of_checkpoint,
     read_model_options,
 )
-from d3etr_hf.runs.comparison import Comparison
+from d3etr_hf.runs.comparison import DISTILLED, Comparison
 from d3etr_hf.runs.comparison_results import is_finished, key_of, line_of, lines_of, read_lines, record
 from d3etr_hf.runs.equal_seconds import options_in_full
 from d3etr_hf.runs.folder_lock import holding
@@ -75,7 +75,8 @@ def narrow(of_file: dict, flags: dict) -> None:
     if "modes" not in flags:
         return
     named = of_file.get("mode_options", {})
-    of_file["mode_options"] = {mode: options for mode, options in named.items() if mode in flags["modes"]}
+    used = {*flags["modes"], DISTILLED} if (of_file | flags).get("pairs") else {*flags["modes"]}
+    of_file["mode_options"] = {mode: options for mode, options in named.items() if mode in used}
     if of_file.get("baseline") not in flags["modes"]:
         of_file.pop("baseline", None)
 

@@ -15,6 +15,7 @@ from PIL import Image
 from d3etr_hf.data.images import read_rgb
 from d3etr_hf.data.sampling import TrainingSample, drawing_from
 from d3etr_hf.data.strong_augmentation import Mosaic
+from d3etr_hf.errors import DatasetError
 
 BOX_FEATURES = {
     "image_id": datasets.Value("int64"),
@@ -194,7 +195,10 @@ class DetectionDataset(torch.utils.data.Dataset):
         target = {"image_id": row["image_id"], "boxes": boxes, "class_labels": class_labels}
         if self.transform is None:
             return {"image": image, "target": target}
-        return self.transform(image, target if progress is None else target | {"progress": progress})
+        try:
+            return self.transform(image, target if progress is None else target | {"progress": progress})
+        except DatasetError as error:
+            raise DatasetError(f"{self.place_of(row)}: {error}") from error
 
     def _read_example(self, row: dict) -> tuple[Image.Image, torch.Tensor, torch.Tensor]:
         """The image, its boxes (n, 4) float32 xyxy in pixels, and class labels (n,) int64."""

@@ -185,7 +185,7 @@ class DetectionTransform:
         except ValueError as error:
             raise DatasetError(
                 f"image {target['image_id']} of {original_size[1]}×{original_size[0]} pixels cannot be resized "
-                f"({error}): take it out of the annotations, or raise `long_side`."
+                f"({error}): take it out of the data, or raise `long_side`."
             ) from error
         corners = boxes / torch.tensor([image.width, image.height, image.width, image.height])
         example["labels"] = {

@@ -101,6 +101,13 @@ def _rows_left_out(
     groups = same_content([rest, val, train], headers)
     copies = [row for group in groups if any(of == 2 for of, _ in group) for of, row in group if of == 0]
     labeled = sorted([*named, *(others[row] for row in copies)])
+    broken = [others[row] for row, header in enumerate(headers[0]) if header.fault is not None]
+    if len({*labeled, *broken}) == len(unlabeled):
+        raise DatasetError(
+            f"{unlabeled.name}: no image is left that could be used without labels, since of {len(unlabeled)} "
+            f"{len(labeled)} are in {train.name}, with their labels, and {len(broken)} cannot be used: name another "
+            f"folder, or leave {OPTION} out."
+        )
     told = [
         f"Left out: {faults}" if faults else "",
         _describe_labeled(unlabeled, train, labeled),
@@ -108,12 +115,6 @@ def _rows_left_out(
     ]
     for message in filter(None, told):
         warnings.warn(message, stacklevel=2)
-    broken = [others[row] for row, header in enumerate(headers[0]) if header.fault is not None]
-    if len({*labeled, *broken}) == len(unlabeled):
-        raise DatasetError(
-            f"{unlabeled.name}: no image is left that could be used without labels: name another folder, or leave "
-            f"{OPTION} out."
-        )
     return [*labeled, *broken]
 
 

@@ -23,19 +23,12 @@ def count_cost(detector: Detector, pixel_values: torch.Tensor) -> dict:
         PyTorch counts them); `parts`: both for each of the detector's parts, and "other" for what is in none of them,
         if there is any; `height` and `width`, pixels.
     """
-    model = detector.to_stock()
+    # the counter asks for the gradient function of what modules are given, and a parameter that is has none here
+    model = detector.to_stock().requires_grad_(False)
     counter = FlopCounterMode(display=False)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        # the counter asks for the gradient function of what modules are given, and a parameter that is has none here
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        # fused attention kernels of a CPU are not counted: as plain matrix products they are
-        with counter, sdpa_kernel(SDPBackend.MATH):
-            model(pixel_values=pixel_values)
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    # fused attention kernels of a CPU are not counted: as plain matrix products they are
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        model(pixel_values=pixel_values)
     flops = own_operations(counter)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     parts = {

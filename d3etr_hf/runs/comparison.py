@@ -174,9 +174,10 @@ class Comparison:
         for key, other in ((SAME_AS, equal.same_as), (EQUAL_SECONDS_WITH, equal.other)):
             if other not in self.modes or self.equal_seconds(other) is not None:
                 measured = [mode for mode in self.modes if self.equal_seconds(mode) is None]
-                raise ValueError(
-                    f"{place}: {key} is {other!r}: choose one of the modes {measured}, or add it to modes"
-                )
+                remedy = "" if other in self.modes else ", or add it to modes"
+                raise ValueError(f"{place}: {key} is {other!r}: choose one of the modes {measured}{remedy}")
+        if equal.same_as == equal.other:
+            raise ValueError(f"{place}: {SAME_AS} and {EQUAL_SECONDS_WITH} are both {equal.other!r}: name two modes")
 
     def _check_teacher_of(self, entry: "Entry") -> None:
         lender = entry.teacher_entry
@@ -194,6 +195,11 @@ class Comparison:
             raise ValueError(f"pairs must hold 'teachers' and 'students', holds {sorted(self.pairs)}")
         if self.subtracted is None:
             raise ValueError(f"pairs are compared with the student alone: add {ALONE!r} to modes, or name a baseline")
+        if self.equal_seconds(DISTILLED) is not None:
+            raise ValueError(
+                f"pairs are {DISTILLED}, and have no runs of other modes to take the seconds of: give another mode "
+                f"than {DISTILLED} {EQUAL_SECONDS_WITH}"
+            )
         for part, names in self.pairs.items():
             _refuse_repetition(f"pairs: {part}", names)
             for name in names:

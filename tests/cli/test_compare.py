@@ -13,6 +13,7 @@ from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import CommandLineError, ComparisonError, DatasetError, DetectorLoadError, UnsupportedOptionError
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.runs import run_pool
+from d3etr_hf.runs.comparison import STANDARD_MODES
 from d3etr_hf.runs.comparison_results import read_lines
 from d3etr_hf.runs.run_pool import Job
 from tests.cli.test_training_run import model_config
@@ -182,6 +183,19 @@ def test_modes_on_the_command_line_narrow_the_file(content, call, journal):
         call(content | {"modes": ["alone", "distilled"], "baseline": None})
 
 
+def test_pairs_keep_the_options_of_their_mode(content, call, journal, tmp_path):
+    """They are distilled whatever modes the command line names."""
+    tiny = content["entries"]["tiny"]
+    content["entries"]["other"] = tiny | {"options": {"learning_rate": 1e-3}}
+    content["mode_options"] = {"distilled": {"prediction_weight": 2.0}}
+    call(content | {"modes": ["alone", "distilled"], "baseline": "alone"}, "--modes", "alone")
+    assert "distilled_seed_0" not in journal()
+    content["pairs"] = {"teachers": ["tiny"], "students": ["other"]}
+    call(content, "--modes", "alone")
+    (file,) = (tmp_path / "runs" / "other").glob("distilled_from_tiny_seed_0_????????????.yaml")
+    assert read_yaml(file.read_text())["prediction_weight"] == 2.0
+
+
 def test_curves_from_the_results_alone(content, call, journal, tmp_path):
     """Drawn of lines that hold evaluations, which those of a run without them do not."""
     assert "_curves.png" not in call(content)
@@ -287,6 +301,9 @@ def test_models_teachers_and_data_are_looked_for_first(content, refused, tmp_pat
     student = {"model_config": model_config() | {"wings": 2}}
     message = refused(DetectorLoadError, entries={"tiny": tiny | {"student": student}})
     assert "tiny alone seed 0: model_config: " in message and "has no ['wings']" in message
+    photos = STANDARD_MODES["alone"] | {"unlabeled_images": content["shared"]["data_folder"]}
+    message = refused(UnsupportedOptionError, mode_options={"alone": photos})
+    assert "comparison.yaml: tiny alone seed 0: unlabeled_images: only a teacher can supervise" in message
     message = refused(DatasetError, shared=content["shared"] | {"data_folder": str(tmp_path / "nothing")})
     assert f"data_folder {str(tmp_path / 'nothing')!r}: there is no such folder" in message
     mode = {"auxiliary_queries": "none", "adaptive_matching": False, "unlabeled_images": str(tmp_path)}

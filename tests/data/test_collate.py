@@ -38,6 +38,16 @@ def test_padding_is_zero_masked_and_at_the_right_and_bottom() -> None:
     assert batch["targets"].shape == (3, 2, 5) and batch["targets"].dtype == torch.float32
 
 
+def test_images_without_labels_have_no_objects_and_are_told_from_empty_ones() -> None:
+    """Whatever they bring, as an image of a labelled split does; their places are those of no object."""
+    examples = [example(4, 7, 2), example(6, 5, 3) | {"labeled": False}, example(3, 3, 0)]
+    batch = DetectionCollator()(examples)
+    assert [label["objects"] for label in batch["labels"]] == [2, 0, 0]
+    assert [label.get("labeled", True) for label in batch["labels"]] == [True, False, True]
+    assert batch["targets"].shape == (3, 2, 5) and batch["targets"][1].equal(batch["targets"][2])
+    assert len(examples[1]["labels"]["boxes"]) == 3
+
+
 def test_a_teachers_pixels_are_padded_by_themselves() -> None:
     """Guards against one mask for two sizes: the teacher's images are of its own."""
     examples = [example(4, 7, 2), example(6, 5, 0)]

@@ -96,3 +96,10 @@ def test_rows_that_were_not_chosen_do_not_count(files):
     data = load_coco_split(*files).with_transform(TRANSFORMS["plain"])
     assert LargestImages(data.select([2])).objects == 0 and LargestImages(data.select([2])).sides(2) == (32, 32)
     assert LargestImages(data.select([3])).sides(1) == (27, 80)
+
+
+def test_images_without_labels_count(files):
+    """The largest may be one of them, and an epoch has theirs; they have no objects."""
+    data = load_coco_split(*files).with_transform(TRANSFORMS["plain"])
+    both = LargestImages(data.select([2]).with_unlabeled(data.select([3]), 2))
+    assert (both.sides(1), both.images, both.objects) == ((27, 80), 3, 0)

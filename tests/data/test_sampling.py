@@ -68,6 +68,8 @@ def test_images_without_labels_come_at_even_distances_and_each_once_before_any_t
     assert all(sorted(each) == list(range(4, 12)) for each in passes) and passes[0] != passes[1] != passes[2]
     sampler.set_epoch(2)  # as a run that goes on
     assert [sample.index for sample in sampler] == epochs[2]
+    other_seed = TrainingSampler(beside(augmented, 4, range(8), 2), 8, True, batch_size=5)
+    assert [sample.index for sample in other_seed if sample.index >= 4] != passes[0]
     in_order = TrainingSampler(beside(augmented, 2, range(3), 1), 7, False, batch_size=2)
     orders = []
     for epoch in range(2):

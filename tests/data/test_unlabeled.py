@@ -1,5 +1,6 @@
 """A folder of images without labels: what of it is taken, left out, warned of and refused."""
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from d3etr_hf.data import unlabeled
 from d3etr_hf.data.data_arguments import DataArguments, load_splits
 from d3etr_hf.data.image_headers import read_headers
 from d3etr_hf.data.sampling import TrainingSample
+from d3etr_hf.data.strong_augmentation import Mosaic
 from d3etr_hf.errors import DatasetError
 from tests.data.test_image_checks import folder  # noqa: F401
 from tests.tiny import small_image_processor
@@ -67,9 +69,55 @@ def test_labelled_images_are_left_out_by_name_and_by_content(folder):  # noqa: F
     assert names_of(train) == ["3.png", "4.png", "5.png", "6.png", "copy.png"]
     (line,) = told
     assert "train, unlabelled: 3 of 8 images are in" in line and line.endswith("5 remain without labels.")
-    with pytest.raises(DatasetError, match="no image is left that could be used without labels: name another folder"):
-        (folder / "train" / "copy.png").unlink()
-        loaded(folder, folder / "train")
+    (folder / "train" / "copy.png").unlink()
+    (folder / "train" / "copy of a labelled one.png").write_text("no image")
+    message = (
+        r"no image is left .* of 7 6 are in .*train, with their labels, and 1 cannot be used: name another folder"
+    )
+    with warnings.catch_warnings(), pytest.raises(DatasetError, match=message):
+        warnings.simplefilter("error")  # one line alone
+        loaded(folder, folder / "train", skip_broken_images=True)
+
+
+def test_broken_images_are_left_out_beside_labelled_ones(folder):  # noqa: F811
+    """Also one whose header is sound, and after the labelled ones, which are looked at no more."""
+    (folder / "train" / "7.png").write_text("no image")
+    sound = (folder / "train" / "6.png").read_bytes()
+    (folder / "train" / "8.png").write_bytes(sound[: len(sound) // 2])
+    train, _ = loaded(folder, folder / "train", max_train_images=2, skip_broken_images=True)
+    assert names_of(train) == ["3.png", "4.png", "5.png", "6.png"]
+
+
+def test_ids_are_below_those_of_the_training_split(folder, photos):  # noqa: F811
+    """Which may be below 0, too; of an image with the same id the same would be drawn."""
+    path = folder / "annotations" / "train.json"
+    content = json.loads(path.read_text())
+    for entry, name in [(image, "id") for image in content["images"]] + [
+        (annotation, "image_id") for annotation in content["annotations"]
+    ]:
+        entry[name] = -entry[name]
+    path.write_text(json.dumps(content))
+    train, _ = loaded(folder, photos)
+    assert sorted(train.rows["image_id"]) == [-6, -5, -4, -3, -2, -1]
+    assert train.unlabeled.images.rows["image_id"][:] == [-7, -8, -9]
+
+
+def test_one_too_narrow_to_resize_is_named_by_its_file(folder, photos):  # noqa: F811
+    """It has no id that anybody gave it."""
+    draw(photos / "a.png", width=5000, height=1)
+    train, _ = loaded(folder, photos)
+    with pytest.raises(DatasetError, match="photos/a.png: image -1 of 5000×1 pixels cannot be resized"):
+        train[TrainingSample(6, seed=1, epoch=0, step=0)]
+
+
+def test_they_are_augmented_as_the_labelled_ones_are(folder, photos):  # noqa: F811
+    """With mosaics, too, and with a transform that is set later; an epoch has one of them at the least."""
+    train, _ = loaded(folder, photos)
+    train.mosaic = Mosaic(1.0, 1.0)
+    joined = train.with_unlabeled(train.unlabeled.images, 1e-9)
+    assert joined.unlabeled.images.mosaic is joined.mosaic and joined.images_of_epoch == 7
+    plain = train.with_transform(None)
+    assert plain[TrainingSample(6, seed=1, epoch=0, step=0)].keys() == {"image", "target", "sample", "labeled"}
 
 
 def test_images_of_validation_are_warned_of(folder, photos):  # noqa: F811

@@ -62,3 +62,18 @@ def test_places_without_an_object():
     assert none.present.shape == (2, 0)
     assert none.with_a_place().boxes.tolist() == [[[0.5, 0.5, 1, 1]]] * 2
     assert none.with_a_place().present.tolist() == [[False]] * 2 and none.with_a_place().visible.all()
+
+
+def test_which_images_have_labels_is_kept():
+    """None stands for all; those of some images are chosen by image and not by place."""
+    labels = random_labels([2, 0, 1])
+    packed = pack(labels)
+    assert Targets.from_packed(packed, [2, 0, 1], [True] * 3).labeled is None
+    mixed = Targets.from_packed(packed, [2, 0, 1], [True, False, True])
+    assert mixed.labeled == mixed.repeated(2).labeled == [True, False, True]
+    empty = Targets.from_packed(pack(random_labels([0, 0])), [0, 0], [True, False])
+    assert empty.with_a_place().labeled == [True, False]
+    chosen = mixed.of_images([2, 0])
+    assert chosen.counts == [1, 2] and chosen.labeled is None
+    assert torch.equal(chosen.boxes[0, :1], labels[2]["boxes"])
+    assert torch.equal(chosen.class_labels[1], labels[0]["class_labels"])

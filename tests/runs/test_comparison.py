@@ -125,6 +125,18 @@ def test_pairs_take_the_student_of_one_and_the_teacher_of_the_other():
             r"mode_options: longer: equal_seconds_with is 'distilled': choose one of the modes \['alone'\], or add",
         ),
         (
+            {"modes": ["alone", "longer"], "mode_options": {"longer": dict.fromkeys(LONGER["longer"], "alone")}},
+            "mode_options: longer: same_as and equal_seconds_with are both 'alone': name two modes",
+        ),
+        (
+            {
+                "modes": ["alone", "teacherless", "distilled"],
+                "mode_options": {"distilled": {"same_as": "teacherless", "equal_seconds_with": "alone"}},
+                "pairs": {"teachers": ["a"], "students": ["b"]},
+            },
+            "pairs are distilled, .*: give another mode than distilled equal_seconds_with",
+        ),
+        (
             {"modes": ["distilled", "longer"], "mode_options": LONGER},
             "mode_options: longer: same_as is 'alone': choose",
         ),

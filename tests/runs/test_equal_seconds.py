@@ -50,6 +50,12 @@ def test_a_run_takes_the_steps_of_its_own_seed(runs):
     assert options_in_full(alone, lines) == alone.options
 
 
+def test_it_is_the_other_runs_length_that_counts(runs):
+    """Which may have other steps than the mode that is trained: 40 of 1.5 seconds are 30 of 2."""
+    lines = {run.key: record(40, 60.0) if mode == "distilled" else record(3, 6.0) for (mode, _), run in runs.items()}
+    assert options_in_full(runs["longer", 1], lines)["max_steps"] == 30
+
+
 def test_a_run_that_has_been_started_keeps_its_length(runs):
     """What it would be by now does not matter, nor whether the others are known any more."""
     longer = runs["longer", 0]

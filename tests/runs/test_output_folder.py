@@ -20,15 +20,17 @@ def test_data_at_another_place_is_the_same_only_where_its_content_is_compared(tm
     write_checkpoint(tmp_path / "checkpoint-1")
     for name in files:
         (tmp_path / name).write_text("{}")
-    (tmp_path / "run.yaml").write_text("data_folder: here\nteacher: one\n")
-    check_output_folder(tmp_path, "data_folder: here\nteacher: one\n", {})
+    (tmp_path / "run.yaml").write_text("data_folder: here\nteacher: one\nunlabeled_images: photos\n")
+    check_output_folder(tmp_path, "data_folder: here\nteacher: one\nunlabeled_images: photos\n", {})
     if free:
-        check_output_folder(tmp_path, "data_folder: there\nteacher: one\n", {})
+        check_output_folder(tmp_path, "data_folder: there\nteacher: one\nunlabeled_images: copies\n", {})
         with pytest.raises(OutputFolderError, match="differs in teacher"):
-            check_output_folder(tmp_path, "data_folder: there\n", {})
+            check_output_folder(tmp_path, "data_folder: there\nunlabeled_images: photos\n", {})
         return
-    with pytest.raises(OutputFolderError, match=r"differs in data_folder \('here' there, 'there' here\)"):
-        check_output_folder(tmp_path, "data_folder: there\nteacher: one\n", {})
+    with pytest.raises(
+        OutputFolderError, match=r"differs in data_folder \('here' there, 'there' here\), unlabeled_images"
+    ):
+        check_output_folder(tmp_path, "data_folder: there\nteacher: one\nunlabeled_images: copies\n", {})
 
 
 def test_a_best_checkpoint_that_is_damaged_is_told_before_the_run_goes_on(tmp_path):

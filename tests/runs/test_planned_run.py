@@ -157,3 +157,11 @@ def test_what_decides_the_length_makes_another_run_and_more_seeds_do_not():
     other = of_equal_seconds(mode_options=LONGER | {"distilled": {"prediction_weight": 2.0}})
     same = of_equal_seconds(mode_options=LONGER | {"alone": {"auxiliary_queries": "learned"}})
     assert len({each["longer", 0].fingerprint for each in (one, other, same)}) == 3
+
+
+def test_a_run_takes_the_seconds_of_its_own_entry():
+    """Of another entry the same modes have other paces."""
+    modes = {"modes": ["alone", "longer", "distilled"], "mode_options": LONGER}
+    runs = plan(comparison(**modes, entries={"a": TRAINED, "b": TRAINED}))
+    longer = {run.entry: run for run in runs if run.mode == "longer"}
+    assert {name: {needed.entry for needed in run.needs} for name, run in longer.items()} == {"a": {"a"}, "b": {"b"}}

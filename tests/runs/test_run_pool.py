@@ -55,7 +55,7 @@ def wait_for(condition, seconds: float = 20) -> None:
 def test_one_worker_runs_in_order_and_a_job_after_what_it_needs(job, tmp_path):
     """What it needs and is not among the jobs is there already."""
     done = []
-    jobs = [job("late", "teacher"), job("first", "done before"), job("teacher"), job("last")]
+    jobs = [job("late", "done before", "teacher"), job("first", "done before"), job("teacher"), job("last")]
     assert run_jobs(jobs, 1, lambda each: done.append(each.name)) == {}
     assert done == ["first", "teacher", "late", "last"]
     assert journal(tmp_path) == [f"{what} {name}" for name in done for what in ("START", "END")]
@@ -97,9 +97,19 @@ def test_no_more_run_at_once_than_workers(job, workers, monkeypatch):
     assert max(under_way) == workers and under_way[-1] == 0
 
 
+def test_a_job_that_cannot_begin_fails_and_the_others_run(job, tmp_path):
+    def begin(each):
+        if each.name == "bad":
+            raise ComparisonError("it cannot be known how long it is")
+
+    failures = run_jobs([job("bad"), job("taught", "bad"), job("other")], 1, lambda each: None, begin=begin)
+    assert failures == {"bad": "it cannot be known how long it is", "taught": "not started, since bad failed"}
+    assert journal(tmp_path) == ["START other", "END other"]
+
+
 def test_a_failure_is_shown_and_keeps_back_only_what_needs_it(job, tmp_path, capsys):
     bad = job("bad", script="import sys\nprint('reading', end='\\r')\nprint('no data at all\\n')\nsys.exit(3)")
-    jobs = [bad, job("taught", "bad"), job("pupil", "taught"), job("other")]
+    jobs = [bad, job("taught", "done before", "bad"), job("pupil", "taught"), job("other")]
     refused = job("refused", script="")
 
     def finish(each):

@@ -139,12 +139,19 @@ def test_accumulated_batches_equal_one_batch(shapes, tmp_path):
         ({"fgd_weight": 1.0}, True, "fgd_weight would read ground truth, .* set it to 0"),
         ({"clockdistill_memory_weight": 1.0}, True, "clockdistill_memory_weight would read ground truth"),
         ({"shared_query_weight": 1.0, "shared_object_queries": True}, True, "shared_object_queries would read"),
+        ({"defeat_weight": 1.0}, True, "defeat_weight would read ground truth"),
+        ({"detrdistill_memory_weight": 1.0}, True, "detrdistill_memory_weight would read ground truth"),
         ({"logits_distillation_weight": 1.0, "icd_weight": 1.0}, True, "logits_.*, icd_weight would .* set them to 0"),
     ],
 )
 def test_what_could_not_be_learned_is_refused(changes, has_teacher, message):
     with pytest.raises(UnsupportedOptionError, match=f"^unlabeled_images: .*{message}.* leave unlabeled_images out$"):
         check_unlabeled(Distillation(**changes), has_teacher)
+
+
+@pytest.mark.parametrize("changes", [{"fitnet_weight": 1.0}, {"shared_query_weight": 1.0}])
+def test_one_term_that_reads_no_ground_truth_is_enough(changes):
+    check_unlabeled(Distillation(auxiliary_queries="none", adaptive_matching=False, **changes))
 
 
 def test_a_trainer_refuses_what_the_data_bring(shapes, tmp_path):

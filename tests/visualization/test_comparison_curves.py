@@ -15,7 +15,7 @@ def line(mode, seed, seconds, *evaluations, family="a") -> dict:
 
 
 LINES = [
-    line("alone", 0, 20.0, (10, 0.1), (20, 0.3)),
+    line("alone", 0, 20.0, (5, 0.9), (10, 0.1), (20, 0.3)),
     line("alone", 1, 30.0, (10, 0.2), (15, 0.9), (20, 0.7)),
     line("alone", 2, 80.0, (10, 0.6), (20, 0.5)),
     line("distilled", 0, 40.0, (10, 0.4), (20, 0.8)),
