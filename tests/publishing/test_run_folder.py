@@ -7,13 +7,13 @@ import pytest
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PublishError
 from d3etr_hf.publishing.run_folder import describe_training, merged_data_arguments
+from d3etr_hf.runs.output_folder import RESULTS
 
 
 def test_options_under_a_teacher_of_predictions(tmp_path):
     """What such a teacher cannot teach was off, whatever the configuration says; its schedule is told all the same."""
-    run = SimpleNamespace(
-        teacher=SimpleNamespace(predictions_only=True), folder=tmp_path, record=lambda name: {"steps": 3}
-    )
+    records = {RESULTS: {"steps": 3}}
+    run = SimpleNamespace(teacher=SimpleNamespace(predictions_only=True), folder=tmp_path, record=records.get)
     options = describe_training(run, {"distillation_interval": 2, "prediction_weight": 0.5})["options"]
     assert options["distillation_interval"] == 2 and options["prediction_weight"] == 0.5
     assert options["self_attention_weight"] == options["cross_attention_weight"] == 0
