@@ -21,7 +21,7 @@ README, RESULTS = ((folder / name).read_text() for folder, name in ((REPOSITORY,
 LINKED = {name: (CARDS / name).read_text() for name in re.findall(r"\(([\w/]+\.md)\)", RESULTS)}
 PAIRS = "families/pairs/results.jsonl"
 # what a measure is multiplied by, and its decimals
-SCALES = {"AP": (100, 1), "AP50": (100, 1), "seconds": (1, 0)}
+SCALES = {"AP": (100, 1), "AP50": (100, 1), "seconds": (1, 0), "steps": (1, 0)}
 # what every option says of itself, by "module.Class.option"
 HELP = {
     f"{module.name}.{name}.{field.name}": field.metadata["help"]
@@ -203,7 +203,9 @@ def wrong_cells(table: Table, runs: dict[tuple[str, str], dict[int, dict]]) -> l
         if "mode" in row:
             cells = {(row["mode"], measure): row[measure] for measure in SCALES if measure in row}
         else:
-            measure = re.search(r"\bAP50\b|\bAP\b|seconds", table.before, re.IGNORECASE).group().replace("S", "s")
+            measure = (
+                re.search(r"\bAP50\b|\bAP\b|seconds|steps", table.before, re.IGNORECASE).group().replace("S", "s")
+            )
             cells = {(mode, measure): row[mode] for mode in table.columns if mode not in ("family", "parameters")}
         for (mode, measure), said in cells.items():
             values = [run[measure] for _, run in sorted(runs.get((family, mode), {}).items())]
@@ -216,7 +218,7 @@ def wrong_cells(table: Table, runs: dict[tuple[str, str], dict[int, dict]]) -> l
 
 def wrong_differences(row: dict[str, str], before: str, runs: dict[tuple[str, str], dict[int, dict]]) -> list[str]:
     """Of a row's AP from the baseline's of the same seed: each, their mean and its interval."""
-    (baseline,) = re.findall(r"AP minus AP (\w+),", before)
+    (baseline,) = re.findall(r"AP minus AP ([\w.-]+),", before)
     ours, theirs = runs[row["family"], row["mode"]], runs[row["family"], baseline]
     found = {seed: 100 * (ours[seed]["AP"] - theirs[seed]["AP"]) for seed in sorted(ours) if seed in theirs}
     interval = "—"
