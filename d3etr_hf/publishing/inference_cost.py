@@ -31,13 +31,11 @@ def count_cost(detector: Detector, pixel_values: torch.Tensor) -> dict:
         model(pixel_values=pixel_values)
     flops = own_operations(counter)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    parts = {
-        role: {
-            "parameters": sum(size for name, size in sizes.items() if name.startswith(prefixes)),
-            "flops": sum(count for name, count in flops.items() if detector.role_of(f"{name}.") == role),
-        }
-        for role, prefixes in detector.parts.items()
-    }
+    parts = {role: {"parameters": 0, "flops": 0} for role in detector.parts}
+    for key, counts in (("parameters", sizes), ("flops", {f"{name}.": count for name, count in flops.items()})):
+        for name, count in counts.items():
+            if (role := detector.role_of(name)) is not None:
+                parts[role][key] += count
     total = {
         "parameters": sum(sizes.values()),
         "flops": counter.get_total_flops(),
