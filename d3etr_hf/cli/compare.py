@@ -5,6 +5,7 @@
     d3etr compare configs/families/shapes.yaml --report  # the table and the pictures of what is done
 
 Of runs that are evaluated on their way (eval_strategy: steps) there are curves too: AP over steps, and over seconds.
+Where entries differ in nothing but the length of their runs, there are such curves of what each length comes to.
 
 Stopped, it goes on where it was when it is called again with the same file; runs whose options have changed are run
 again, beside the old ones. A run that fails is run again by the next call.
@@ -40,12 +41,12 @@ from d3etr_hf.training.checkpoints import checkpoints_of, was_saved
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from d3etr_hf.training.unlabeled import check_unlabeled_option
 from d3etr_hf.visualization.comparison import draw_comparison, format_comparison
-from d3etr_hf.visualization.comparison_curves import draw_curves
+from d3etr_hf.visualization.comparison_curves import draw_budgets, draw_curves
 
 # the fields that say where data are
 OF_DATA = {"data_folder", "dataset_name", "train_annotations", "train_images", "val_annotations", "val_images"}
 # beside the results, by their name; curves also by the entry's, of runs that were evaluated on their way
-TABLE, PICTURE, CURVES = ".md", ".png", "{}_{}_curves.png"
+TABLE, PICTURE, CURVES, BUDGETS = ".md", ".png", "{}_{}_curves.png", "{}_budgets.png"
 
 
 @dataclass
@@ -209,6 +210,9 @@ def report(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
         path = results.with_name(CURVES.format(results.stem, entry))
         if draw_curves(comparison, lines, entry, path):
             pictures.append(path)
+    budgets = results.with_name(BUDGETS.format(results.stem))
+    if draw_budgets(comparison, lines, budgets):
+        pictures.append(budgets)
     others = len({key_of(line) for line in everything}) - len(lines)
     note = f"; {others} lines of {results} are of other options or seeds, and left out" if others else ""
     files = ", ".join(map(str, [results.with_suffix(TABLE), *pictures]))

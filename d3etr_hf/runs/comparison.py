@@ -20,6 +20,7 @@ STANDARD_MODES: dict[str, dict] = {
 SAME_AS, EQUAL_SECONDS_WITH = "same_as", "equal_seconds_with"
 # each run's own, which no part of the file may set
 SET_BY_THE_COMPARISON = ("output_dir", "seed", "teacher")
+OF_LENGTH = {"max_steps", "num_train_epochs"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -135,6 +136,19 @@ class Comparison:
             return bool(options.get("inherit_from_teacher")) or Distillation(**given).needs_teacher
         except TypeError:
             return True  # a weight that is no number, as the run's own options will say
+
+    @property
+    def differs_in_length_alone(self) -> bool:
+        """Whether its entries, at least two, are one student under one teacher, trained for more and fewer steps."""
+        entries = [self.entry(name) for name in self.entries]
+        rest = [
+            (
+                entry.teacher,
+                {key: value for key, value in (entry.options | entry.student).items() if key not in OF_LENGTH},
+            )
+            for entry in entries
+        ]
+        return len(rest) > 1 and all(each == rest[0] for each in rest)
 
     @property
     def subtracted(self) -> str | None:

@@ -1,13 +1,15 @@
-"""How AP grew in the runs of a comparison: over steps and over seconds, a line a mode."""
+"""AP over steps and over seconds, a line a mode: on the way of a comparison's runs, or at the end of each budget."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from d3etr_hf.runs.comparison import Comparison
+from d3etr_hf.runs.comparison_statistics import values_of
 from d3etr_hf.runs.equal_seconds import seconds_per_step
 from d3etr_hf.visualization.comparison import mode_colours
 from d3etr_hf.visualization.detection_grid import DOTS_PER_INCH
@@ -63,7 +65,43 @@ def draw_curves(comparison: Comparison, lines: Sequence[dict], entry: str, path:
     return bool(curves)
 
 
-def _draw(comparison: Comparison, curves: dict[str, Curve], entry: str, path: Path) -> None:
+def budgets_of(comparison: Comparison, lines: Sequence[dict]) -> dict[str, Curve]:
+    """By mode the AP at the end of the runs, over the seeds, by how many steps these took; see `curves_of`.
+
+    Args:
+        comparison: its entries differ in nothing but the length of their runs.
+        lines: see `runs.comparison_results`.
+    """
+    curves = {}
+    for mode in comparison.modes:
+        found = [line for line in lines if line["mode"] == mode and line["family"] in comparison.entries]
+        # runs that were given the seconds of others differ a little in their steps
+        budgets = {
+            median(line["steps"] for line in found if line["family"] == entry): values_of(found, entry, mode).values()
+            for entry in comparison.entries
+            if values_of(found, entry, mode)
+        }
+        if len(budgets) > 1:
+            steps = sorted(budgets)
+            at = [[100 * ap for ap in budgets[each]] for each in steps]
+            means = [sum(values) / len(values) for values in at]
+            curves[mode] = steps, means, list(map(min, at)), list(map(max, at)), seconds_per_step(found)
+    return curves
+
+
+def draw_budgets(comparison: Comparison, lines: Sequence[dict], path: Path) -> bool:
+    """Draw what each budget comes to, every dot the mean of runs with a whole schedule; see `draw_curves`.
+
+    Returns:
+        Whether there was anything to draw: entries that differ in nothing but the length of their runs.
+    """
+    curves = budgets_of(comparison, lines) if comparison.differs_in_length_alone else {}
+    if curves:
+        _draw(comparison, curves, "at the end of each budget", path)
+    return bool(curves)
+
+
+def _draw(comparison: Comparison, curves: dict[str, Curve], title: str, path: Path) -> None:
     height = SIZE[1] + INCHES_PER_LEGEND_ROW * max(0, len(curves) - LEGEND_ROWS_OF_SIZE)
     figure = Figure(figsize=(SIZE[0], height), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
@@ -87,7 +125,7 @@ def _draw(comparison: Comparison, curves: dict[str, Curve], entry: str, path: Pa
     over_seconds.set_xlabel("seconds of training (steps × median seconds a step)", fontsize=9)
     for axes in (over_steps, over_seconds):
         _tidy(axes)
-    figure.suptitle(written(entry), fontsize=11, fontweight="bold")
+    figure.suptitle(written(title), fontsize=11, fontweight="bold")
     handles, labels = over_steps.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     # without a library's version, the same results are drawn as the same bytes

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from d3etr_hf.visualization import comparison_curves as module
-from d3etr_hf.visualization.comparison_curves import draw_curves
+from d3etr_hf.visualization.comparison_curves import draw_budgets, draw_curves
 from tests.recorded_figures import record_figures
 from tests.runs.test_comparison import TRAINED, comparison
 
@@ -54,4 +54,51 @@ def test_modes_of_one_colour_have_other_lines_and_no_bands(tmp_path, monkeypatch
 @pytest.mark.parametrize("lines", [[], [line("alone", 0, 20.0, (10, 0.1))], LINES[-1:]])
 def test_nothing_to_draw(lines, tmp_path):
     assert not draw_curves(comparison(entries={"a": TRAINED}), lines, "a", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def budget(entry, mode, seed, steps, seconds, ap) -> dict:
+    return {"family": entry, "mode": mode, "seed": seed, "steps": steps, "seconds": seconds, "AP": ap}
+
+
+def of_length(steps, **student) -> dict:
+    return {"teacher": "teacher", "student": {"max_steps": steps} | student}
+
+
+BUDGETS = [
+    budget("long", "alone", 0, 40, 44.0, 0.5),
+    budget("long", "alone", 1, 40, 80.0, 0.7),
+    budget("short", "alone", 0, 10, 10.0, 0.1),
+    budget("long", "distilled", 0, 40, 80.0, 0.8),
+    budget("short", "distilled", 1, 12, 24.0, 0.4),
+    budget("other", "alone", 1, 20, 24.0, 0.9),
+    budget("long", "teacher", 0, 400, 24.0, 0.9),
+]
+
+
+def test_budgets_are_joined_where_length_alone_differs(tmp_path, monkeypatch):
+    """By steps, whatever the order of the entries; a step alone takes 1.1 seconds at the median, a distilled one 2."""
+    figures = record_figures(monkeypatch, module)
+    entries = {"long": of_length(40), "short": of_length(10, num_train_epochs=2)}
+    assert draw_budgets(comparison(entries=entries), BUDGETS, tmp_path / "one.png")
+    over_steps, over_seconds = figures[0].axes
+    drawn = {each.get_label(): each.get_xydata().round(6).tolist() for each in over_steps.lines}
+    assert drawn == {"alone": [[10, 10], [40, 60]], "distilled": [[12, 40], [40, 80]]}
+    assert [each.get_xdata().round(6).tolist() for each in over_seconds.lines] == [[11, 44], [24, 80]]
+    corners = over_steps.collections[0].get_paths()[0].vertices.round(6).tolist()
+    assert {tuple(corner) for corner in corners} == {(10, 10), (40, 50), (40, 70)}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"long": of_length(40)},
+        {"long": of_length(40), "short": of_length(10, learning_rate=1e-3)},
+        {"long": of_length(40), "short": of_length(10) | {"teacher": "another"}},
+        {"long": of_length(40), "short": of_length(10) | {"options": {"weight_decay": 0}}},
+        {"missing": of_length(40), "short": of_length(10)},
+    ],
+)
+def test_no_budgets(entries, tmp_path):
+    assert not draw_budgets(comparison(entries=entries), BUDGETS, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
