@@ -24,6 +24,7 @@ MODELS = "d3etr_hf/models"
 MODEL, ATTENTION = f"{MODELS}/conditional_detr.py", f"{MODELS}/group_attention.py"
 DETECTOR, DENSE, DETR = f"{MODELS}/detector.py", f"{MODELS}/dense_memory.py", f"{MODELS}/detr.py"
 TRAINER, OBJECTIVE = "d3etr_hf/training/trainer.py", "d3etr_hf/training/objective.py"
+QUERIES = "d3etr_hf/training/step_queries.py"
 RESUMABLE = "d3etr_hf/training/resumable_trainer.py"
 TEACHER, OPTIMIZATION = "d3etr_hf/training/teacher.py", "d3etr_hf/training/optimization.py"
 GUARD, GUARD_TESTS = "d3etr_hf/training/non_finite.py", "tests/training/test_non_finite.py"
@@ -330,7 +331,7 @@ MUTATIONS = [
     ("shared queries: places without an object teach", "d3etr_hf/training/objective.py",
      "pairs[name] = replace(pairs[name], counted=present)", "pass",
      "tests/training/test_every_term.py::test_every_term_of_clockdistill"),
-    ("shared queries: places without an object are seen", "d3etr_hf/training/trainer.py",
+    ("shared queries: places without an object are seen", QUERIES,
      "masks[OBJECT_QUERIES] = targets.visible", "pass",
      "tests/training/test_every_term.py::test_every_term_of_clockdistill"),
     ("shared queries: the same ones every step", "d3etr_hf/training/shared_queries.py", "mixed(seed, step, 2)",
@@ -341,8 +342,8 @@ MUTATIONS = [
      'self.detector(pixel_values, pixels["pixel_mask"],', "self.detector(pixel_values, None,", EVERY_TERM),
     ("terms: pixel_mask left out of training, student alone", TRAINER, "model(**pixels,",
      'model(pixels["pixel_values"],', EVERY_TERM),
-    ("terms: auxiliary_reference_points ignored", TRAINER,
-     'self.distillation.auxiliary_reference_points == "student" and both_make_anchors', "both_make_anchors",
+    ("terms: auxiliary_reference_points ignored", QUERIES,
+     'options.auxiliary_reference_points == "student" and both_make_anchors', "both_make_anchors",
      EVERY_TERM),
     ("terms: no box in a batch divides by zero", TRAINER,
      "torch.where(objects == 0, 1 / self.accelerator.num_processes, objects)", "objects", EVERY_TERM),
@@ -416,8 +417,8 @@ MUTATIONS = [
     ("queries: of another width taken as they are", f"{MODELS}/query_adapters.py",
      "return None if part is None else self.projection(part)", "return part",
      f"{CONTRACT}::test_queries_of_another_family_and_width_are_taken"),
-    ("queries: anchors of an image made afresh", TRAINER,
-     "both_make_anchors = self.model.makes_anchors and self.teacher.detector.makes_anchors",
+    ("queries: anchors of an image made afresh", QUERIES,
+     "both_make_anchors = self.student.makes_anchors and self.teacher.detector.makes_anchors",
      "both_make_anchors = True",
      f"{TOY_TESTS}::test_anchors_of_an_image_stay_with_their_queries"),
     ("queries: a teacher whose queries depend on the image is not run", TRAINER,

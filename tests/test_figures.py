@@ -140,18 +140,6 @@ def test_blood_cells():
     assert figures(said) == expected
 
 
-def test_equal_time():
-    lines = read_lines("equal_time/results.jsonl")
-    found = the_table(RESULTS, "student", "AP (± over seeds)")
-    said = {(row["student"], int(row["steps"])): list(row.values())[2:] for row in found.rows}
-    measured = {}
-    for key in {(line["kind"], line["steps"]) for line in lines}:
-        runs = [line for line in lines if (line["kind"], line["steps"]) == key]
-        seconds, ap, ap50 = ([run[name] for run in runs] for name in ("seconds", "AP", "AP50"))
-        measured[key] = [f"{mean(seconds):.0f}", written(ap), f"{100 * mean(ap50):.1f}"]
-    assert said == measured
-
-
 def test_what_a_step_costs():
     found = the_table(RESULTS, "two cores, float32")
     _, *sizes = found.columns

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -16,18 +16,10 @@ from d3etr_hf.data.sampling import TrainingSampler
 from d3etr_hf.errors import EvaluationError, NonFiniteCostError, NonFiniteLossError, UnsupportedOptionError
 from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
-from d3etr_hf.models.memory_methods import MEMORY_METHODS
 from d3etr_hf.models.other_detector import OtherDetector
-from d3etr_hf.models.query_adapters import LearnedQueries, NoisedLabels, QueryAdapter
 from d3etr_hf.outputs import (
-    AUXILIARY,
-    OBJECT_QUERIES,
-    ONE_TO_MANY,
-    OWN,
-    RANDOM_QUERIES,
     DetectorOutput,
     GroupRequest,
-    Queries,
     Targets,
 )
 from d3etr_hf.training.checks import (
@@ -38,7 +30,6 @@ from d3etr_hf.training.checks import (
     named_datasets,
     terms_in_common,
 )
-from d3etr_hf.training.denoising import NOISED, NoisedQueries, noised_queries
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.early_stopping import EarlyStopping
 from d3etr_hf.training.half_precision import SkippedSteps
@@ -51,9 +42,9 @@ from d3etr_hf.training.optimization import keeps_running_statistics, parameter_g
 from d3etr_hf.training.progress import show_progress
 from d3etr_hf.training.resumable_trainer import ResumableTrainer
 from d3etr_hf.training.sampling import FollowEpochs, training_sampler
-from d3etr_hf.training.shared_queries import object_queries, random_queries
+from d3etr_hf.training.step_queries import StepQueries, attach_query_adapters
 from d3etr_hf.training.stopping import GracefulStop, start_worker
-from d3etr_hf.training.teacher import Teacher, TeacherOutput, check_image_processors, teacher_pixels
+from d3etr_hf.training.teacher import Teacher, check_image_processors, teacher_pixels
 from d3etr_hf.training.teacher_cache import TeacherCache
 from d3etr_hf.training.term_log import StartAfresh, TermLog
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
@@ -84,6 +75,7 @@ class DistillationTrainer(ResumableTrainer):
     eval_dataset: DetectionDataset
     teacher: Teacher | None
     objective: D3etrObjective
+    queries: StepQueries
     # what the optimizer was built with beside its groups; None of one that was given
     optimizer_options: dict | None = None
     # None unless it is logged
@@ -129,7 +121,7 @@ class DistillationTrainer(ResumableTrainer):
         self.teacher = None if aligned is None else aligned.to(self.args.device)
         self.teacher_processing_class = teacher_processing_class
         # after Trainer has set the seed: learned queries are drawn
-        attach_query_adapter(model, self.teacher, self.distillation)
+        attach_query_adapters(model, self.teacher, self.distillation)
         self.criterion = self.model.criterion()
         self._prepare_objective()
         self.teacher_cache = self._make_teacher_cache()
@@ -150,6 +142,7 @@ class DistillationTrainer(ResumableTrainer):
             images = data.trained_images if isinstance(data, DetectionDataset) else len(data)
             self.instability = self.instability or Instability(images)
         self._runs_teacher = self.teacher is not None and runs_teacher(self.teacher, self.distillation)
+        self.queries = StepQueries(self.model, self.teacher, self.distillation, self.args.seed)
 
     def _follow_schedule(self) -> None:
         """Set what of the distillation is on in the step that begins."""
@@ -238,35 +231,24 @@ class DistillationTrainer(ResumableTrainer):
 
         Returns:
             Images, objects, images with labels, and for each group the objects that find a query in it, in the order
-            of `_group_sizes`.
+            of `StepQueries.group_sizes`.
         """
         self._follow_schedule()
         labels = [label for batch in batch_samples for label in batch["labels"]]
         objects = [label["objects"] for label in labels]
-        held = [sum(min(count, queries) for count in objects) for queries in self._group_sizes().values()]
+        held = [sum(min(count, queries) for count in objects) for queries in self.queries.group_sizes().values()]
         labeled = sum(map(is_labeled, labels))
         counts = [len(objects), sum(objects), labeled, *held, self.stop.tell()]
         means = self._average(torch.tensor(counts, dtype=torch.float32, device=device))
         self._asked_to_stop = means[-1]
         return means[:-1]
 
-    def _group_sizes(self) -> dict[str, float]:
-        """Number of queries by the group's name; of one that is asked for each object several times, of one time."""
-        sizes: dict[str, float] = {OWN: self.model.query_count}
-        if self.distillation.auxiliary_queries == "learned":
-            sizes |= dict.fromkeys(self.distillation.auxiliary_names, self.model.query_count)
-        elif self.distillation.auxiliary_queries == "teacher":
-            sizes[AUXILIARY] = self.teacher.detector.query_count
-        if self.distillation.one_to_many_queries > 0:
-            sizes[ONE_TO_MANY] = self.distillation.one_to_many_queries / self.distillation.one_to_many_repeats
-        return sizes
-
     def _shares(self, counts: torch.Tensor, counted: bool = True) -> Shares:
         """The counts by name; no object in a whole step, or no labelled image, is one, of all processes together."""
         images, objects, labeled, *held = counts.unbind()
         objects = torch.where(objects == 0, 1 / self.accelerator.num_processes, objects)
         labeled = torch.where(labeled == 0, 1 / self.accelerator.num_processes, labeled)
-        of_groups = dict(zip(self._group_sizes(), held, strict=True))
+        of_groups = dict(zip(self.queries.group_sizes(), held, strict=True))
         return Shares(images, objects, of_groups, self._average, counted, labeled)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -297,11 +279,10 @@ class DistillationTrainer(ResumableTrainer):
             self.guard.look_at_terms()
         return (loss, student) if return_outputs else loss
 
-    def _terms(self, model, inputs: dict[str, torch.Tensor], targets: Targets, shares: Shares):
+    def _terms(self, model, inputs: dict[str, Any], targets: Targets, shares: Shares):
         """Teacher, student and objective on one batch: the student's output, terms and statistics."""
-        options = self.distillation
         teacher = assignment = None
-        drawn, masks = self._shared_queries(targets)
+        drawn, masks = self.queries.shared(targets, self.state.global_step)
         if self._runs_teacher:
             pixels = teacher_pixels(inputs)
             if self.teacher_cache is None:
@@ -312,8 +293,8 @@ class DistillationTrainer(ResumableTrainer):
                 teacher = self.teacher_cache(pixels)
             # threads assign while the student's forward pass runs
             assignment = self.objective.start_teacher_assignment(teacher, targets)
-        further = self._further_queries(teacher) | drawn
-        noised = self._noised(inputs, targets) if options.denoising_groups > 0 else None
+        further = self.queries.further(teacher) | drawn
+        noised = self.queries.noised(inputs["labels"], targets, self.state.global_step)
         request = self._maps._replace(queries=further, masks=masks, targets=targets)
         if request.memory:
             request = request._replace(teacher_memory=teacher.memory)
@@ -326,40 +307,6 @@ class DistillationTrainer(ResumableTrainer):
         if teacher is not None and (teacher.own_grid or "teacher_pixel_values" in inputs):
             teacher = teacher.on_memory(student.memory_mask)
         return student, *self.objective(student, teacher, targets, shares, assignment)
-
-    def _shared_queries(self, targets: Targets) -> tuple[dict[str, Queries], dict[str, torch.Tensor]]:
-        """By the group's name, the queries that both models are given but the teacher's own, and what they may see."""
-        options, seed, queries, masks = self.distillation, self.args.seed, {}, {}
-        if RANDOM_QUERIES in options.shared_groups:
-            detector = cast(Detector, self.teacher.detector)  # one that takes no queries has been refused
-            count, step = options.shared_random_queries, self.state.global_step
-            queries[RANDOM_QUERIES] = random_queries(detector, count, seed, step)
-        if OBJECT_QUERIES in options.shared_groups:
-            detector, targets = cast(Detector, self.teacher.detector), targets.with_a_place()
-            queries[OBJECT_QUERIES] = object_queries(detector, targets, len(self.model.class_names), seed)
-            masks[OBJECT_QUERIES] = targets.visible
-        return queries, masks
-
-    def _further_queries(self, teacher: TeacherOutput | None) -> dict[str, Queries | None]:
-        """The queries of the student's further groups but drawn ones; None for learned ones, which it holds itself."""
-        further: dict[str, Queries | None] = {}
-        if self.distillation.auxiliary_queries == "learned":
-            further = dict.fromkeys(self.distillation.auxiliary_names)
-        if self.distillation.one_to_many_queries > 0:
-            further[ONE_TO_MANY] = None
-        theirs = [name for name in self.distillation.teacher_groups if name not in (RANDOM_QUERIES, OBJECT_QUERIES)]
-        if not theirs:
-            return further
-        queries = self.teacher.queries() if teacher is None else teacher.queries.detach()
-        both_make_anchors = self.model.makes_anchors and self.teacher.detector.makes_anchors
-        if self.distillation.auxiliary_reference_points == "student" and both_make_anchors:
-            queries = Queries(queries.content, queries.position)
-        return further | dict.fromkeys(theirs, queries)
-
-    def _noised(self, inputs: Mapping[str, Any], targets: Targets) -> NoisedQueries:
-        image_ids, classes = [label["image_id"] for label in inputs["labels"]], len(self.model.class_names)
-        seed, step = self.args.seed, self.state.global_step
-        return noised_queries(targets, image_ids, classes, self.distillation, seed, step)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """As Trainer; when the device has been given all its work, it hears whether any process was asked to stop."""
@@ -549,27 +496,6 @@ class DistillationTrainer(ResumableTrainer):
 def is_labeled(label: Mapping[str, Any]) -> bool:
     """Whether an image of a batch has ground truth, by what the collator tells of it."""
     return label.get("labeled", True)
-
-
-def attach_query_adapter(student: Detector, teacher: Teacher | None, options: Distillation) -> None:
-    """Give the student what its auxiliary group and comparisons of memories need, instead of anything from before."""
-    student.query_adapters = torch.nn.ModuleDict()
-    if options.auxiliary_queries == "learned":
-        for name in options.auxiliary_names:
-            student.query_adapters[name] = LearnedQueries(student.new_queries(student.query_count))
-    if options.denoising_groups > 0:
-        embedded = NoisedLabels(len(student.class_names), student.width)
-        names = [f"{NOISED}_{number}" for number in range(1, options.denoising_groups + 1)]
-        student.query_adapters.update(dict.fromkeys(names, embedded))
-    if options.one_to_many_queries > 0:
-        student.query_adapters[ONE_TO_MANY] = LearnedQueries(student.new_queries(options.one_to_many_queries))
-    if options.teacher_groups:
-        carried = QueryAdapter(teacher.detector.width, student.width)
-        student.query_adapters.update(dict.fromkeys(options.teacher_groups, carried))
-    for method in options.memory_methods:
-        sizes = student.width, teacher.detector.width, student.memory_levels, len(student.class_names)
-        student.query_adapters[method] = MEMORY_METHODS[method](*sizes)
-    student.query_adapters.to(student.device)
 
 
 def runs_teacher(teacher: Teacher, options: Distillation) -> bool:

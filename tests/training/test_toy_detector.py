@@ -116,7 +116,7 @@ def test_anchors_of_an_image_stay_with_their_queries(shapes, tmp_path):
     ):
         trainer = shapes_trainer(shapes, tmp_path, student=student, teacher=teacher)
         said = trainer.teacher(BATCH, GroupRequest(), trainer.accelerator.autocast)
-        queries = trainer._further_queries(said)[AUXILIARY]
+        queries = trainer.queries.further(said)[AUXILIARY]
         assert (queries.anchors is not None) == kept
         if kept:
             assert torch.equal(queries.anchors, said.queries.anchors)

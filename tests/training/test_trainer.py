@@ -423,7 +423,7 @@ def test_student_of_a_second_trainer_gets_a_new_auxiliary_group(shapes, tmp_path
     teacher = tiny_model(seed=5)
     trainer = shapes_trainer(shapes, tmp_path, student=student, teacher=teacher)
     assert list(student.query_adapters) == [AUXILIARY] and not list(student.query_adapters.parameters())
-    queries = trainer._further_queries(None)[AUXILIARY]
+    queries = trainer.queries.further(None)[AUXILIARY]
     assert torch.equal(queries.position, teacher.model.query_position_embeddings.weight)
     shapes_trainer(shapes, tmp_path, student=student, teacher=None)
     assert len(student.query_adapters) == 0
