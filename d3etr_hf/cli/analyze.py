@@ -2,21 +2,22 @@
 
     d3etr analyze runs/demo/teacher --data_folder data/shapes
     d3etr analyze facebook/detr-resnet-50            # without data: parameters, operations and time only
+    d3etr analyze configs/coco/r50_model.yaml        # the same before there are weights
 
 Prints tables and a verdict, and writes them to analysis.json in --output_dir.
 """
 
 from dataclasses import dataclass, field
 
-from d3etr_hf.cli.benchmark import costs_of, format_costs
+from d3etr_hf.cli.benchmark import costs_of, detector_of, format_costs, is_configuration
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
 from d3etr_hf.data import DataArguments, check_places, load_splits
+from d3etr_hf.errors import CommandLineError
 from d3etr_hf.evaluation.structure import SINK, as_rows, layer_structures
 from d3etr_hf.files import make_folder, write_json
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import image_processor_of
-from d3etr_hf.models.loading import load_detector
 from d3etr_hf.training.teacher import with_classes_of
 
 # what half a point of AP and a tenth of the cost are: below it the verdict calls a difference none
@@ -27,7 +28,12 @@ LITTLE_AP, LITTLE_SHARE = 0.005, 0.1
 class AnalysisArguments:
     """Which detector, and on images of which size its cost is measured."""
 
-    model: str = field(metadata={"help": "The detector: a folder or Hub id; also taken as the first argument."})
+    model: str = field(
+        metadata={
+            "help": "The detector: a folder, a Hub id or, without data, a model's configuration (.yaml, .json); "
+            "also taken as the first argument."
+        }
+    )
     output_dir: str = option("runs/analysis", "Gets analysis.json.")
     batch_size: int = option(8, "Images at once; predictions depend a little on which images share a batch.")
     height: int = option(480, "Height of the image whose cost is measured, pixels, before it is resized.")
@@ -45,9 +51,14 @@ def main() -> None:
     arguments, data = parse_arguments((AnalysisArguments, DataArguments), description=__doc__, first_argument="model")
     has_data = data != DataArguments()
     if has_data:
+        if is_configuration(arguments.model):
+            raise CommandLineError(
+                f"{arguments.model!r} is a configuration, and random weights detect nothing on data: give a "
+                "checkpoint, or leave the data out"
+            )
         check_places(data)
     path = make_folder(arguments.output_dir) / "analysis.json"
-    detector = load_detector(arguments.model)
+    detector = detector_of(arguments.model)
     cost = costs_of({arguments.model: detector}, arguments.height, arguments.width, arguments.use_cpu)
     layers = analyze_layers(detector, arguments.model, data, arguments.batch_size) if has_data else []
     print(format_costs(cost))

@@ -1,7 +1,8 @@
-"""What saved detectors cost at inference: parameters, floating-point operations by part, and milliseconds an image.
+"""What detectors cost at inference: parameters, floating-point operations by part, and milliseconds an image.
 
     d3etr benchmark runs/demo/teacher runs/demo/distilled
     d3etr benchmark runs/bccd/distilled user/student --height 800 --width 1066
+    d3etr benchmark configs/coco/r50_model.yaml configs/coco/r18_model.yaml    # before there are weights
 
 One image at a time, as each detector's own image processor scales it; the detectors take turns, so that a busy machine
 hits all alike. A multiplication and an addition count as two operations.
@@ -18,14 +19,23 @@ from d3etr_hf.configurations import option
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import image_processor_of
 from d3etr_hf.models.loading import load_detector
+from d3etr_hf.models.new_models import new_model, read_model_config
 from d3etr_hf.publishing.inference_cost import count_cost, measure_milliseconds
+
+CONFIGURATIONS = (".yaml", ".yml", ".json")
+CLASSES = 80  # of a detector that has no weights yet
 
 
 @dataclass
 class CostArguments:
     """Which detectors, and on images of which size."""
 
-    models: list[str] = field(metadata={"help": "The detectors: folders or Hub ids; also taken as first arguments."})
+    models: list[str] = field(
+        metadata={
+            "help": "The detectors: folders, Hub ids or model configurations (.yaml, .json); also taken as first "
+            "arguments."
+        }
+    )
     height: int = option(480, "Height of the image in pixels, before the detector's image processor scales it.")
     width: int = option(640, "Width of the image in pixels, before the detector's image processor scales it.")
     use_cpu: bool = option(False, "Do not use a GPU.")
@@ -46,7 +56,7 @@ def measure_costs(models: list[str], height: int = 480, width: int = 640, use_cp
     """Cost of one forward pass of one image, by detector.
 
     Args:
-        models: folders or Hub ids.
+        models: folders, Hub ids or files with a model's configuration.
         height, width: of the image in pixels, before a detector's image processor scales it.
         use_cpu: leave a GPU alone.
 
@@ -54,9 +64,25 @@ def measure_costs(models: list[str], height: int = 480, width: int = 640, use_cp
         Model → what `count_cost` returns, and `milliseconds` as from `measure_milliseconds`.
 
     Raises:
-        DetectorLoadError: a model cannot be loaded.
+        DetectorLoadError: a model cannot be loaded or built.
     """
-    return costs_of({path: load_detector(path) for path in models}, height, width, use_cpu)
+    return costs_of({path: detector_of(path) for path in models}, height, width, use_cpu)
+
+
+def detector_of(path: str) -> Detector:
+    """The detector of a checkpoint, or a new one with random weights, which costs the same, of a configuration.
+
+    Raises:
+        DetectorLoadError: it cannot be loaded or built.
+    """
+    if not is_configuration(path):
+        return load_detector(path)
+    return new_model(read_model_config(path), [f"class {number}" for number in range(CLASSES)], path)
+
+
+def is_configuration(path: str) -> bool:
+    """Whether what is to be measured is a file with a model's configuration, and no checkpoint."""
+    return path.endswith(CONFIGURATIONS)
 
 
 def costs_of(detectors: dict[str, Detector], height: int, width: int, use_cpu: bool = False) -> dict[str, dict]:
@@ -67,7 +93,7 @@ def costs_of(detectors: dict[str, Detector], height: int, width: int, use_cpu: b
     timed: dict[str, tuple[torch.nn.Module, torch.Tensor]] = {}
     for path, detector in detectors.items():
         torch.nn.Module.to(detector.eval(), device)
-        processor = image_processor_of(detector.config.model_type, path)
+        processor = image_processor_of(detector.config.model_type, None if is_configuration(path) else path)
         pixel_values = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"].to(device)
         costs[path] = count_cost(detector, pixel_values)
         timed[path] = (detector.to_stock(), pixel_values)

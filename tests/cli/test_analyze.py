@@ -8,7 +8,7 @@ import pytest
 from d3etr_hf.cli import analyze
 from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.errors import DatasetError, EvaluationError
+from d3etr_hf.errors import CommandLineError, DatasetError, EvaluationError
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import load_detector
 from d3etr_hf.publishing import inference_cost
@@ -24,7 +24,7 @@ def test_with_and_without_data(tmp_path, monkeypatch, capsys):
         loaded.append(path)
         return load_detector(path)
 
-    monkeypatch.setattr(analyze, "load_detector", load)
+    monkeypatch.setattr(analyze, "detector_of", load)
     monkeypatch.setattr(inference_cost, "MOST_ROUNDS", 5)
     tiny_model().save_pretrained(tmp_path / "model")
     load_image_processor(None, 64, 64).save_pretrained(tmp_path / "model")
@@ -52,9 +52,12 @@ def test_faults_of_the_data_are_told_first(tmp_path, monkeypatch):
     data = DataArguments(data_folder=str(folder), max_val_images=1)
     with pytest.raises(EvaluationError, match="shapes/val|data/val.*none of its 1 images has an object"):
         analyze.analyze_layers(tiny_model(), str(tmp_path / "model"), data)
-    monkeypatch.setattr(analyze, "load_detector", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(analyze, "detector_of", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(sys, "argv", ["d3etr analyze", str(tmp_path / "model"), "--data_folder", "missing"])
     with pytest.raises(DatasetError, match="data_folder"):
+        analyze.main()
+    sys.argv[1] = "configs/demo/student_model.yaml"
+    with pytest.raises(CommandLineError, match="student_model.yaml' is a configuration.*leave the data out"):
         analyze.main()
 
 

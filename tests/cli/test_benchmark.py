@@ -1,14 +1,19 @@
 """`d3etr benchmark`: what saved detectors cost at inference."""
 
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
+from transformers import RTDetrConfig, RTDetrForObjectDetection
 
 from d3etr_hf.cli import benchmark
-from d3etr_hf.errors import CommandLineError
+from d3etr_hf.errors import CommandLineError, DetectorLoadError
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.publishing import inference_cost
 from tests.tiny import tiny_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -43,3 +48,16 @@ def test_size_without_pixels_is_refused(saved, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["d3etr benchmark", saved["small"], "--height", "0"])
     with pytest.raises(CommandLineError, match="height is 0: it must be at least 1"):
         benchmark.main()
+
+
+def test_a_configuration_costs_what_its_model_does(monkeypatch):
+    """A file that comes with the package, at the size of its family's own image processor."""
+    monkeypatch.setattr(inference_cost, "MOST_ROUNDS", 2)
+    path = "configs/shapes/rt_detr_student_model.yaml"
+    (cost,) = benchmark.measure_costs([path], 50, 50, use_cpu=True).values()
+    options = yaml.safe_load((REPOSITORY / path).read_text())
+    stock = RTDetrForObjectDetection(RTDetrConfig(**options, num_labels=benchmark.CLASSES))
+    assert cost["parameters"] == sum(parameter.numel() for parameter in stock.parameters())
+    assert (cost["height"], cost["width"]) == (640, 640)
+    with pytest.raises(DetectorLoadError, match="missing.yaml"):
+        benchmark.measure_costs(["missing.yaml"])
