@@ -40,8 +40,9 @@ from d3etr_hf.runs.run_pool import Job, run_jobs
 from d3etr_hf.training.checkpoints import checkpoints_of, was_saved
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 from d3etr_hf.training.unlabeled import check_unlabeled_option
-from d3etr_hf.visualization.comparison import draw_comparison, format_comparison
+from d3etr_hf.visualization.comparison import draw_comparison
 from d3etr_hf.visualization.comparison_curves import draw_budgets, draw_curves
+from d3etr_hf.visualization.comparison_tables import format_comparison
 
 # the fields that say where data are
 OF_DATA = {"data_folder", "dataset_name", "train_annotations", "train_images", "val_annotations", "val_images"}

@@ -6,7 +6,8 @@ from matplotlib import colors
 from PIL import Image
 
 from d3etr_hf.visualization import comparison as module
-from d3etr_hf.visualization.comparison import TEACHER_COLOUR, draw_comparison, format_comparison
+from d3etr_hf.visualization.comparison import TEACHER_COLOUR, draw_comparison
+from d3etr_hf.visualization.comparison_tables import format_comparison
 from d3etr_hf.visualization.training_curves import RUN_COLOURS
 from tests.recorded_figures import record_figures
 from tests.runs.test_comparison import LONGER, NO_TEACHER, TRAINED, comparison
@@ -63,6 +64,22 @@ def test_table_by_hand():
         ["a", "distilled", "+35.0", "+30.0 (0), +40.0 (1)", "-28.5 to +98.5"],
     ]
     assert "by teacher and student" not in text
+
+
+def test_many_modes_have_a_row_each():
+    """Steps of 24, 30 and 15 seconds: the median of runs, each of another length; what has no run has no row."""
+    modes = {f"mode_{index}": {} for index in range(7)}
+    made = comparison(entries=ENTRIES, modes=["alone", *modes], mode_options=modes, seeds=[0, 1, 2])
+    lines = [line("a", "alone", seed, 0.1 + 0.1 * seed, 60.0 * (3 - seed), 6 - seed) for seed in (0, 1, 2)]
+    lines += [line("b", "mode_6", 2, 0.5, 5.0, 10), line("a", "teacher", 0, 0.7)]
+    text = format_comparison(made, lines)
+    assert block_of(text, "AP and AP50 (0..100) and steps, mean ± standard deviation over seeds 0, 1, 2") == [
+        ["family", "mode", "parameters", "seeds", "AP", "AP50", "steps", "ms a step"],
+        ["a", "teacher", "423,849", "1", "70.0", "90.0", "—", "—"],
+        ["a", "alone", "362,977", "3", "20.0 ± 10.0", "40.0 ± 10.0", "5 ± 1", "24000"],
+        ["b", "mode_6", "362,977", "1 of 3", "50.0", "70.0", "10", "500"],
+    ]
+    assert "Seconds" not in text and "AP50 (0..100)," not in text
 
 
 def test_differences_are_of_runs_of_one_seed():
