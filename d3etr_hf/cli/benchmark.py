@@ -4,15 +4,18 @@
     d3etr benchmark runs/bccd/distilled user/student --height 800 --width 1066
     d3etr benchmark configs/coco/r50_model.yaml configs/coco/r18_model.yaml    # before there are weights
 
-One image at a time, as each detector's own image processor scales it; the detectors take turns, so that a busy machine
-hits all alike. A multiplication and an addition count as two operations.
+One image at a time, as each detector's own image processor scales it, or that of its family's authors where there is
+only a configuration; the detectors take turns, so that a busy machine hits all alike. A multiplication and an addition
+count as two operations.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers.utils import CONFIG_NAME
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
@@ -70,7 +73,7 @@ def measure_costs(models: list[str], height: int = 480, width: int = 640, use_cp
 
 
 def detector_of(path: str) -> Detector:
-    """The detector of a checkpoint, or a new one with random weights, which costs the same, of a configuration.
+    """The detector of a checkpoint; of a configuration a new one of `CLASSES` classes: random weights cost as much.
 
     Raises:
         DetectorLoadError: it cannot be loaded or built.
@@ -81,12 +84,15 @@ def detector_of(path: str) -> Detector:
 
 
 def is_configuration(path: str) -> bool:
-    """Whether what is to be measured is a file with a model's configuration, and no checkpoint."""
-    return path.endswith(CONFIGURATIONS)
+    """Whether what is to be measured is a file with a model's configuration, by its name.
+
+    No folder, whatever it is called, and not the file in a checkpoint's: who names that is told to name the folder.
+    """
+    return path.endswith(CONFIGURATIONS) and Path(path).name != CONFIG_NAME and not Path(path).is_dir()
 
 
 def costs_of(detectors: dict[str, Detector], height: int, width: int, use_cpu: bool = False) -> dict[str, dict]:
-    """As `measure_costs`, of detectors that are loaded, by folder or Hub id; they end in eval mode where they ran."""
+    """As `measure_costs`, of detectors by what they were made of; they end in eval mode where they ran."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not use_cpu else "cpu"
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     costs: dict[str, dict] = {}

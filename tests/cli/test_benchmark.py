@@ -9,6 +9,7 @@ from transformers import RTDetrConfig, RTDetrForObjectDetection
 
 from d3etr_hf.cli import benchmark
 from d3etr_hf.errors import CommandLineError, DetectorLoadError
+from d3etr_hf.models import image_processors
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.publishing import inference_cost
 from tests.tiny import tiny_model
@@ -51,8 +52,9 @@ def test_size_without_pixels_is_refused(saved, monkeypatch):
 
 
 def test_a_configuration_costs_what_its_model_does(monkeypatch):
-    """A file that comes with the package, at the size of its family's own image processor."""
+    """A file that comes with the package, at the size of its family's own image processor; none is looked for."""
     monkeypatch.setattr(inference_cost, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(image_processors, "load_image_processor", lambda path: pytest.fail(path))
     path = "configs/shapes/rt_detr_student_model.yaml"
     (cost,) = benchmark.measure_costs([path], 50, 50, use_cpu=True).values()
     options = yaml.safe_load((REPOSITORY / path).read_text())
@@ -61,3 +63,10 @@ def test_a_configuration_costs_what_its_model_does(monkeypatch):
     assert (cost["height"], cost["width"]) == (640, 640)
     with pytest.raises(DetectorLoadError, match="missing.yaml"):
         benchmark.measure_costs(["missing.yaml"])
+
+
+def test_a_checkpoint_may_be_called_like_a_configuration(tmp_path):
+    """By name, but for folders and for what every checkpoint calls its configuration."""
+    (folder := tmp_path / "student.yaml").mkdir()
+    names = ["model.yaml", "model.yml", "models/student.json", "runs/student/config.json", str(folder), "user/student"]
+    assert [benchmark.is_configuration(name) for name in names] == [True] * 3 + [False] * 3

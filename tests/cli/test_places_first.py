@@ -31,7 +31,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (evaluate, ["load_detector", "load_splits"]),
         (training_run, ["load_splits", "load_teacher", "build_model", "load_image_processor"]),
         (visualize, ["load_detector", "choose_images"]),
-        (analyze, ["load_detector"]),
+        (analyze, ["detector_of"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, loaded)
