@@ -20,6 +20,7 @@ STANDARD_MODES: dict[str, dict] = {
 SAME_AS, EQUAL_SECONDS_WITH = "same_as", "equal_seconds_with"
 # each run's own, which no part of the file may set
 SET_BY_THE_COMPARISON = ("output_dir", "seed", "teacher")
+# which say how long a run is
 OF_LENGTH = {"max_steps", "num_train_epochs"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -140,14 +141,12 @@ class Comparison:
     @property
     def differs_in_length_alone(self) -> bool:
         """Whether its entries, at least two, are one student under one teacher, trained for more and fewer steps."""
-        entries = [self.entry(name) for name in self.entries]
-        rest = [
-            (
-                entry.teacher,
-                {key: value for key, value in (entry.options | entry.student).items() if key not in OF_LENGTH},
-            )
-            for entry in entries
-        ]
+        rest = []
+        for entry in map(self.entry, self.entries):
+            # one that is trained for longer is another teacher
+            teacher = self.teacher_options(entry.teacher_entry) if isinstance(entry.teacher, dict) else entry.teacher
+            student = entry.options | entry.student
+            rest.append((teacher, {key: value for key, value in student.items() if key not in OF_LENGTH}))
         return len(rest) > 1 and all(each == rest[0] for each in rest)
 
     @property

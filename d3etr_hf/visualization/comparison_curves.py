@@ -70,20 +70,21 @@ def budgets_of(comparison: Comparison, lines: Sequence[dict]) -> dict[str, Curve
 
     Args:
         comparison: its entries differ in nothing but the length of their runs.
-        lines: see `runs.comparison_results`.
+        lines: see `runs.comparison_results`; those without `steps` are left out.
     """
     curves = {}
     for mode in comparison.modes:
-        found = [line for line in lines if line["mode"] == mode and line["family"] in comparison.entries]
-        # runs that were given the seconds of others differ a little in their steps
-        budgets = {
-            median(line["steps"] for line in found if line["family"] == entry): values_of(found, entry, mode).values()
-            for entry in comparison.entries
-            if values_of(found, entry, mode)
-        }
+        of_mode = [line for line in lines if line["mode"] == mode and "steps" in line]
+        found = [line for line in of_mode if line["family"] in comparison.entries]
+        budgets = {}
+        for entry in comparison.entries:
+            if values := values_of(found, entry, mode):
+                # runs that were given the seconds of others differ a little in their steps
+                steps_taken = median(line["steps"] for line in found if line["family"] == entry)
+                budgets[steps_taken] = [100 * ap for ap in values.values()]
         if len(budgets) > 1:
             steps = sorted(budgets)
-            at = [[100 * ap for ap in budgets[each]] for each in steps]
+            at = [budgets[each] for each in steps]
             means = [sum(values) / len(values) for values in at]
             curves[mode] = steps, means, list(map(min, at)), list(map(max, at)), seconds_per_step(found)
     return curves

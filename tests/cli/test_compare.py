@@ -207,6 +207,19 @@ def test_curves_from_the_results_alone(content, call, journal, tmp_path):
     assert printed.strip().endswith(f"results.png, {curves}") and Image.open(curves).size[0] > 500
 
 
+def test_budgets_from_the_results_alone(content, call, journal, tmp_path):
+    """One picture of all entries, which differ in their students' length."""
+    longer = {"student": content["entries"]["tiny"]["student"] | {"max_steps": 4}, "teacher": {"entry": "tiny"}}
+    content["entries"]["longer"] = longer
+    assert "_budgets.png" not in call(content)  # the runs that stand for them all say that they took two steps
+    results = Path(content["results"])
+    lines = [line | {"steps": 4 if line["family"] == "longer" else 2} for line in read_lines(results)]
+    results.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    printed = call(content, "--report")
+    budgets = tmp_path / "out" / "results_budgets.png"
+    assert printed.strip().endswith(f"results.png, {budgets}") and Image.open(budgets).size[0] > 500
+
+
 def test_a_run_whose_folder_is_gone_is_run_again(content, call, journal, tmp_path):
     """Its line alone is no checkpoint for a student; the line is then the new run's, and not a second one."""
     call(content)

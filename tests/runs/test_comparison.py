@@ -70,6 +70,26 @@ def test_a_teacher_is_trained_borrowed_or_a_checkpoint():
     assert made.entry("third") == Entry("third", {}, {"max_steps": 3}, "user/teacher", "third")
 
 
+@pytest.mark.parametrize(
+    ("teachers", "alone"),
+    [
+        (("folder", "folder"), True),
+        (("folder", "another"), False),
+        (({"b": 1}, {"entry": "first"}), True),
+        (({"b": 1}, {"b": 1}), False),  # trained for as long as its student
+        (({"b": 1, "max_steps": 9}, {"b": 1, "max_steps": 9}), True),
+        ((None, None), True),
+    ],
+)
+def test_only_a_students_length_may_differ(teachers, alone):
+    """Of entries whose options, of both, say how long a run is."""
+    entries = {
+        name: {"options": {"max_steps": steps}, "student": {"a": 1}, "teacher": teacher}
+        for name, steps, teacher in zip(("first", "second"), (3, 6), teachers, strict=True)
+    }
+    assert comparison(entries=entries, modes=["alone"]).differs_in_length_alone == alone
+
+
 def test_pairs_take_the_student_of_one_and_the_teacher_of_the_other():
     """The pair of an entry with its own teacher is that entry, and is not run twice."""
     entries = two(second={"teacher": {"max_steps": 8}, "student": {"max_steps": 4}, "options": {"a": 2}})

@@ -70,14 +70,17 @@ BUDGETS = [
     budget("long", "alone", 1, 40, 80.0, 0.7),
     budget("short", "alone", 0, 10, 10.0, 0.1),
     budget("long", "distilled", 0, 40, 80.0, 0.8),
+    budget("short", "distilled", 0, 11, 22.0, 0.3),
     budget("short", "distilled", 1, 12, 24.0, 0.4),
+    budget("short", "distilled", 2, 19, 38.0, 0.5),
+    {"family": "short", "mode": "alone", "seed": 1, "seconds": 9.0, "AP": 0.9},  # it says no steps
     budget("other", "alone", 1, 20, 24.0, 0.9),
     budget("long", "teacher", 0, 400, 24.0, 0.9),
 ]
 
 
 def test_budgets_are_joined_where_length_alone_differs(tmp_path, monkeypatch):
-    """By steps, whatever the order of the entries; a step alone takes 1.1 seconds at the median, a distilled one 2."""
+    """By the median steps, whatever the order of the entries; a step takes 1.1 seconds alone and 2 distilled."""
     figures = record_figures(monkeypatch, module)
     entries = {"long": of_length(40), "short": of_length(10, num_train_epochs=2)}
     assert draw_budgets(comparison(entries=entries), BUDGETS, tmp_path / "one.png")
