@@ -37,6 +37,7 @@ HUB, HUB_TESTS = "d3etr_hf/publishing/upload.py", "tests/publishing/test_upload.
 EVERY_TERM, LAUNCH_TESTS = "tests/training/test_every_term.py", "tests/training/test_launch.py"
 INITIALISATION_TESTS, OBJECTIVE_TESTS = "tests/models/test_initialisation.py", "tests/training/test_objective.py"
 UNLABELED_TESTS = "tests/training/test_unlabeled.py"
+STEP_QUERIES_TESTS = "tests/training/test_step_queries.py"
 HALF_TESTS = "tests/training/test_half_precision.py"
 LOSS_TESTS = "tests/losses/test_detection_loss.py"
 DISTRIBUTION_TESTS = "tests/losses/test_distribution_criterion.py"
@@ -342,6 +343,15 @@ MUTATIONS = [
      'self.detector(pixel_values, pixels["pixel_mask"],', "self.detector(pixel_values, None,", EVERY_TERM),
     ("terms: pixel_mask left out of training, student alone", TRAINER, "model(**pixels,",
      'model(pixels["pixel_values"],', EVERY_TERM),
+    ("shared queries: those of the first step", QUERIES, "self.options.shared_random_queries, self.seed, step)",
+     "self.options.shared_random_queries, self.seed, 0)", STEP_QUERIES_TESTS),
+    ("denoising: the noise of the first step", QUERIES, "self.options, self.seed, step)",
+     "self.options, self.seed, 0)", STEP_QUERIES_TESTS),
+    ("denoising: the trainer's step is another", TRAINER,
+     'self.queries.noised(inputs["labels"], targets, self.state.global_step)',
+     'self.queries.noised(inputs["labels"], targets, 0)', STEP_QUERIES_TESTS),
+    ("one to many: as many objects as queries", QUERIES,
+     "options.one_to_many_queries / options.one_to_many_repeats", "options.one_to_many_queries", STEP_QUERIES_TESTS),
     ("terms: auxiliary_reference_points ignored", QUERIES,
      'options.auxiliary_reference_points == "student" and both_make_anchors', "both_make_anchors",
      EVERY_TERM),
@@ -751,7 +761,7 @@ MUTATIONS = [
     ("cache: another file's tensors are taken", CACHE, "found != expected", "False",
      f"{CACHE_TESTS}::test_a_file_of_other_outputs_is_named"),
     ("places: folders are made after the long work", "d3etr_hf/cli/analyze.py",
-     "    if has_data:\n        check_places(data)\n", "",
+     "        check_places(data)\n", "",
      "tests/cli/test_places_first.py::test_analyze_and_folders_that_cannot_be_made"),
     ("cache: the order of classes does not count", CACHE, '        "classes": teacher.class_index.tolist(),\n', "",
      f"{CACHE_TESTS}::test_all_that_is_taken_of_a_teacher_and_the_shape_of_an_image_are_in_their_names"),

@@ -45,7 +45,12 @@ class StepQueries:
         return sizes
 
     def shared(self, targets: Targets, step: int) -> tuple[dict[str, Queries], dict[str, torch.Tensor]]:
-        """By the group's name, the queries that both models are given but the teacher's own, and what they may see."""
+        """By the group's name, the queries that both models are given but the teacher's own, and what they may see.
+
+        Args:
+            targets: the ground truth of the batch.
+            step: the optimizer step, from 0, for which random ones are drawn.
+        """
         queries, masks = {}, {}
         if RANDOM_QUERIES in self.options.shared_groups:
             detector = cast(Detector, self.teacher.detector)  # one that takes no queries has been refused
@@ -78,7 +83,13 @@ class StepQueries:
         return further | dict.fromkeys(theirs, queries)
 
     def noised(self, labels: Sequence[Mapping[str, Any]], targets: Targets, step: int) -> NoisedQueries | None:
-        """DN-DETR's queries of a batch, where there are such."""
+        """DN-DETR's queries of a batch; None where there are none.
+
+        Args:
+            labels: of its images, with their `image_id`.
+            targets: the ground truth of the batch.
+            step: the optimizer step, from 0, for which the noise is drawn.
+        """
         if self.options.denoising_groups == 0:
             return None
         image_ids, classes = [label["image_id"] for label in labels], len(self.student.class_names)

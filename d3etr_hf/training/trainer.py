@@ -17,11 +17,7 @@ from d3etr_hf.errors import EvaluationError, NonFiniteCostError, NonFiniteLossEr
 from d3etr_hf.evaluation import average_precision_of, detect
 from d3etr_hf.models.detector import ADAPTERS, BACKBONE, Detector
 from d3etr_hf.models.other_detector import OtherDetector
-from d3etr_hf.outputs import (
-    DetectorOutput,
-    GroupRequest,
-    Targets,
-)
+from d3etr_hf.outputs import DetectorOutput, GroupRequest, Targets
 from d3etr_hf.training.checks import (
     check_data,
     check_images,
