@@ -9,6 +9,7 @@ only a configuration; the detectors take turns, so that a busy machine hits all 
 count as two operations.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def is_configuration(path: str) -> bool:
 
     No folder, whatever it is called, and not the file in a checkpoint's: who names that is told to name the folder.
     """
-    return path.endswith(CONFIGURATIONS) and Path(path).name != CONFIG_NAME and not Path(path).is_dir()
+    return path.endswith(CONFIGURATIONS) and Path(path).name != CONFIG_NAME and not os.path.isdir(path)
 
 
 def costs_of(detectors: dict[str, Detector], height: int, width: int, use_cpu: bool = False) -> dict[str, dict]:

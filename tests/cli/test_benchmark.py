@@ -66,7 +66,8 @@ def test_a_configuration_costs_what_its_model_does(monkeypatch):
 
 
 def test_a_checkpoint_may_be_called_like_a_configuration(tmp_path):
-    """By name, but for folders and for what every checkpoint calls its configuration."""
+    """By its name, even one that no file can have; a folder is none, nor what checkpoints call their configuration."""
     (folder := tmp_path / "student.yaml").mkdir()
-    names = ["model.yaml", "model.yml", "models/student.json", "runs/student/config.json", str(folder), "user/student"]
-    assert [benchmark.is_configuration(name) for name in names] == [True] * 3 + [False] * 3
+    names = ["model.yaml", "model.yml", "models/student.json", f"{'x' * 300}.yaml"]
+    others = ["runs/student/config.json", str(folder), "user/student"]
+    assert [benchmark.is_configuration(name) for name in names + others] == [True] * 4 + [False] * 3
