@@ -59,7 +59,7 @@ def main() -> None:
         check_places(data)
     path = make_folder(arguments.output_dir) / "analysis.json"
     detector = detector_of(arguments.model)
-    cost = costs_of({arguments.model: detector}, arguments.height, arguments.width, arguments.use_cpu)
+    cost = costs_of({arguments.model: detector}, arguments.height, arguments.width, use_cpu=arguments.use_cpu)
     layers = analyze_layers(detector, arguments.model, data, arguments.batch_size) if has_data else []
     print(format_costs(cost))
     if layers:

@@ -4,9 +4,9 @@
     d3etr benchmark runs/bccd/distilled user/student --height 800 --width 1066
     d3etr benchmark configs/coco/r50_model.yaml configs/coco/r18_model.yaml    # before there are weights
 
-One image at a time, as each detector's own image processor scales it, or that of its family's authors where there is
-only a configuration; the detectors take turns, so that a busy machine hits all alike. A multiplication and an addition
-count as two operations.
+One image at a time, or several (--batch_size), as each detector's own image processor scales it, or that of its
+family's authors where there is a configuration alone; the detectors take turns, so that a busy machine hits all alike.
+A multiplication and an addition count as two operations.
 """
 
 import os
@@ -42,10 +42,11 @@ class CostArguments:
     )
     height: int = option(480, "Height of the image in pixels, before the detector's image processor scales it.")
     width: int = option(640, "Width of the image in pixels, before the detector's image processor scales it.")
+    batch_size: int = option(1, "Images at once; the milliseconds are of one of them.")
     use_cpu: bool = option(False, "Do not use a GPU.")
 
     def __post_init__(self):
-        for name in ("height", "width"):
+        for name in ("height", "width", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
@@ -56,12 +57,15 @@ def main() -> None:
     print(format_costs(measure_costs(**vars(arguments))))
 
 
-def measure_costs(models: list[str], height: int = 480, width: int = 640, use_cpu: bool = False) -> dict[str, dict]:
-    """Cost of one forward pass of one image, by detector.
+def measure_costs(
+    models: list[str], height: int = 480, width: int = 640, batch_size: int = 1, use_cpu: bool = False
+) -> dict[str, dict]:
+    """Cost of a forward pass for one image, by detector.
 
     Args:
         models: folders, Hub ids or files with a model's configuration.
         height, width: of the image in pixels, before a detector's image processor scales it.
+        batch_size: how many images are timed at once.
         use_cpu: leave a GPU alone.
 
     Returns:
@@ -70,7 +74,7 @@ def measure_costs(models: list[str], height: int = 480, width: int = 640, use_cp
     Raises:
         DetectorLoadError: a model cannot be loaded or built.
     """
-    return costs_of({path: detector_of(path) for path in models}, height, width, use_cpu)
+    return costs_of({path: detector_of(path) for path in models}, height, width, batch_size, use_cpu)
 
 
 def detector_of(path: str) -> Detector:
@@ -92,7 +96,9 @@ def is_configuration(path: str) -> bool:
     return path.endswith(CONFIGURATIONS) and Path(path).name != CONFIG_NAME and not os.path.isdir(path)
 
 
-def costs_of(detectors: dict[str, Detector], height: int, width: int, use_cpu: bool = False) -> dict[str, dict]:
+def costs_of(
+    detectors: dict[str, Detector], height: int, width: int, batch_size: int = 1, use_cpu: bool = False
+) -> dict[str, dict]:
     """As `measure_costs`, of detectors by what they were made of; they end in eval mode where they ran."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not use_cpu else "cpu"
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -103,7 +109,7 @@ def costs_of(detectors: dict[str, Detector], height: int, width: int, use_cpu: b
         processor = image_processor_of(detector.config.model_type, None if is_configuration(path) else path)
         pixel_values = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"].to(device)
         costs[path] = count_cost(detector, pixel_values)
-        timed[path] = (detector.to_stock(), pixel_values)
+        timed[path] = (detector.to_stock(), pixel_values.repeat(batch_size, 1, 1, 1))
     for path, milliseconds in measure_milliseconds(timed).items():
         costs[path]["milliseconds"] = milliseconds
     return costs

@@ -69,10 +69,10 @@ def own_operations(counter: FlopCounterMode) -> dict[str, int]:
 
 @torch.no_grad()
 def measure_milliseconds(models: dict[str, tuple[torch.nn.Module, torch.Tensor]]) -> dict[str, dict[str, float]]:
-    """Milliseconds of one forward pass of one image, the models by turns so that a busy machine hits all alike.
+    """Milliseconds that one image takes in a forward pass, the models by turns so that a busy machine hits all alike.
 
     Args:
-        models: name → a model in eval mode and its `pixel_values` `(1, 3, height, width)`, on one device.
+        models: name → a model in eval mode and its `pixel_values` `(B, 3, height, width)`, on one device.
 
     Returns:
         Name → `{"median", "low", "high"}`: median and quartiles.
@@ -83,4 +83,4 @@ def measure_milliseconds(models: dict[str, tuple[torch.nn.Module, torch.Tensor]]
     once = sum(seconds_of(call) for call in calls.values())
     rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(MOST_SECONDS / once)))
     times = interleaved(calls, rounds, title="timing")
-    return {name: spread(1000 * seconds) for name, seconds in times.items()}
+    return {name: spread(1000 * seconds / len(models[name][1])) for name, seconds in times.items()}

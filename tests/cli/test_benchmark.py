@@ -31,8 +31,12 @@ def saved(tmp_path):
 def test_table_of_two_detectors(saved, monkeypatch, capsys):
     """The detectors come first, without a flag; each is measured at its own image processor's size."""
     monkeypatch.setattr(inference_cost, "MOST_ROUNDS", 5)
-    monkeypatch.setattr(sys, "argv", ["d3etr benchmark", *saved.values(), "--height", "50", "--width", "50"])
+    sizes = []
+    monkeypatch.setattr(inference_cost, "seconds_of", lambda call: sizes.append(len(call().pred_boxes)) or 1.0)
+    call = ["d3etr benchmark", *saved.values(), "--height", "50", "--width", "50", "--batch_size", "3"]
+    monkeypatch.setattr(sys, "argv", call)
     benchmark.main()
+    assert sizes == [3, 3]
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     rows = {line[0]: line for line in lines}
     small, large = rows[saved["small"]], rows[saved["large"]]
@@ -45,9 +49,10 @@ def test_table_of_two_detectors(saved, monkeypatch, capsys):
 PARTS = ["backbone", "encoder", "decoder", "heads", "queries"]
 
 
-def test_size_without_pixels_is_refused(saved, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["d3etr benchmark", saved["small"], "--height", "0"])
-    with pytest.raises(CommandLineError, match="height is 0: it must be at least 1"):
+@pytest.mark.parametrize("option", ["height", "batch_size"])
+def test_size_without_pixels_is_refused(option, saved, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["d3etr benchmark", saved["small"], f"--{option}", "0"])
+    with pytest.raises(CommandLineError, match=f"{option} is 0: it must be at least 1"):
         benchmark.main()
 
 

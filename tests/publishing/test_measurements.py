@@ -188,7 +188,7 @@ def test_what_is_in_no_part_is_told():
 
 
 def test_milliseconds():
-    """A slower model is slower, whichever comes first."""
+    """A slower model is slower, whichever comes first; of a batch the milliseconds are of one image."""
 
     class Sleeper(torch.nn.Module):
         def __init__(self, seconds):
@@ -200,9 +200,11 @@ def test_milliseconds():
 
             time.sleep(self.seconds)
 
-    pixels = torch.zeros(1)
-    found = measure_milliseconds({"slow": (Sleeper(0.02), pixels), "fast": (Sleeper(0.005), pixels)})
+    pixels, batch = torch.zeros(1), torch.zeros(4)
+    models = {"slow": (Sleeper(0.02), pixels), "fast": (Sleeper(0.005), pixels), "batch": (Sleeper(0.02), batch)}
+    found = measure_milliseconds(models)
     assert 20 <= found["slow"]["median"] < 40 and 5 <= found["fast"]["median"] < 20
+    assert 5 <= found["batch"]["median"] < 20
 
 
 def test_options_of_an_earlier_version_are_named(distilled):
