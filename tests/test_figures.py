@@ -140,6 +140,35 @@ def test_blood_cells():
     assert figures(said) == expected
 
 
+def test_structure():
+    """Where operations go, and what each decoder layer of the teacher is worth, as `d3etr analyze` wrote it."""
+    parts = ("backbone", "encoder", "queries", "decoder", "heads")
+    names = ("shapes_teacher", "conditional_detr_r50", "rt_detr_r50")
+    analyses = [read(f"evidence/structure/{name}.json") for name in names]
+    found = the_table(RESULTS, "image", *parts)
+    assert [list(row.values())[1:] for row in found.rows] == [
+        [
+            f"{cost['height']}×{cost['width']}",
+            f"{cost['parameters'] / 1e6:.2f}",
+            f"{cost['flops'] / 1e9:.2f}",
+            f"{cost['milliseconds']['median']:.0f}",
+            *(f"{cost['parts'][part]['flops'] / cost['flops']:.0%}".replace("%", " %") for part in parts),
+        ]
+        for cost in (each["cost"] for each in analyses)
+    ]
+    shares = ("self_sink_mass", "cross_sink_mass", "cross_on_objects")
+    layers = [
+        [
+            str(index),
+            f"{100 * layer['AP']:.1f}",
+            f"{100 * layer['AP50']:.1f}",
+            *(f"{100 * layer[share]:.0f} %" for share in shares),
+        ]
+        for index, layer in enumerate(analyses[0]["layers"])
+    ]
+    assert [list(row.values()) for row in the_table(RESULTS, "layer", "on objects").rows] == layers
+
+
 def test_what_a_step_costs():
     found = the_table(RESULTS, "two cores, float32")
     _, *sizes = found.columns
