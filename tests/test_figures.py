@@ -169,6 +169,17 @@ def test_structure():
     assert [list(row.values()) for row in the_table(RESULTS, "layer", "on objects").rows] == layers
 
 
+def test_instability():
+    """At three steps, as the run has logged it; the teacher's assignment is the last layer's."""
+    logged = {line["step"]: line for line in read("evidence/instability.json")}
+    columns = [["adaptive/layer_0", "adaptive/layer_1"], ["own/layer_0", "own/layer_1"], ["auxiliary_own/layer_0"]]
+    columns.append(["teacher_given/layer_0"])  # of one layer alone, which is the last
+    for row in the_table(RESULTS, "step").rows:
+        shares = [[logged[int(row["step"])][f"instability/{name}"] for name in names] for names in columns]
+        said = list(row.values())[1:]
+        assert said == [" / ".join(f"{100 * share:.0f} %" for share in each) for each in shares]
+
+
 def test_what_a_step_costs():
     found = the_table(RESULTS, "two cores, float32")
     _, *sizes = found.columns

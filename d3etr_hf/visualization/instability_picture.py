@@ -57,6 +57,7 @@ def draw_instability(history: Sequence[Mapping], path: Path) -> bool:
     for axes, kind in zip(panels, kinds, strict=True):
         axes.set_title(TITLES[kind], fontsize=9)
         handles |= _draw_panel(axes, found[kind], colours)
+    panels[0].set_ylim(bottom=0)  # of all panels, so not before the last is drawn: no line raises a limit that is set
     panels[0].set_ylabel("queries with another partner, %", fontsize=8)
     figure.legend(
         [handles[layer] for layer in layers],
@@ -85,7 +86,6 @@ def _draw_panel(
             markersize=2.5,
         )
     axes.set_xlabel("step", fontsize=8)
-    axes.set_ylim(bottom=0)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

@@ -28,6 +28,17 @@ def test_panels_and_lines(tmp_path, monkeypatch):
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
+def test_every_panel_shows_its_lines(tmp_path, monkeypatch):
+    """A kind may change far more than the one that is drawn before it."""
+    figures = record_figures(monkeypatch, module)
+    keys = {"instability/adaptive/layer_0": 0.1, "instability/own/layer_0": 0.7}
+    draw_instability([{"step": step, **keys} for step in (5, 10)], tmp_path / "one.png")
+    for axes in figures[0].axes:
+        low, high = axes.get_ylim()
+        assert low == 0 and high >= max(axes.lines[0].get_ydata())
+    assert len(figures[0].axes) == 2
+
+
 def test_nothing_to_draw(tmp_path):
     assert not draw_instability([{"step": 1, "loss": 2.0}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
