@@ -251,7 +251,8 @@ class D3etrTrainingArguments(TrainingArguments):
     )
     distillation_end: float = option(
         DistillationSchedule.distillation_end,
-        "Share of the training after which there is no distillation and no auxiliary group.",
+        "Share of the training after which there is no distillation and no auxiliary group; half was better than all "
+        "of a long one (model_cards/RESULTS.md, how long it keeps its lead).",
     )
     distillation_decay: bool = option(
         DistillationSchedule.distillation_decay,
