@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from d3etr_hf.configurations import option
+from d3etr_hf.runs.longer_run import OF_LENGTH
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.training_arguments import fields_of
 
@@ -20,8 +21,6 @@ STANDARD_MODES: dict[str, dict] = {
 SAME_AS, EQUAL_SECONDS_WITH = "same_as", "equal_seconds_with"
 # each run's own, which no part of the file may set
 SET_BY_THE_COMPARISON = ("output_dir", "seed", "teacher")
-# which say how long a run is
-OF_LENGTH = {"max_steps", "num_train_epochs"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 

@@ -9,6 +9,7 @@ from d3etr_hf.training.early_stopping import evaluations_since_best
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 STEPS, EPOCHS = "max_steps", "num_train_epochs"
+OF_LENGTH = {STEPS, EPOCHS}  # all that say how long a run is
 DEFAULTS = {STEPS: -1, EPOCHS: 3.0}
 CONSTANT = ("constant", "constant_with_warmup")
 # below 1 they are shares of the whole training

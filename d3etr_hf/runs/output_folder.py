@@ -8,7 +8,7 @@ from d3etr_hf.configurations import read_yaml, read_yaml_file
 from d3etr_hf.errors import CheckpointError, DamagedFileError, OutputFolderError, quoted
 from d3etr_hf.files import UNFINISHED, read_json
 from d3etr_hf.runs.folder_lock import LOCK
-from d3etr_hf.runs.longer_run import is_longer, refuse_planned_length
+from d3etr_hf.runs.longer_run import OF_LENGTH, is_longer, refuse_planned_length
 from d3etr_hf.training.checkpoints import (
     check_whole,
     checkpoints_of,
@@ -165,7 +165,7 @@ def _refuse_changed_options(output: Path, old: dict, new: dict) -> bool:
     if not changed:
         return False
     remedy = "choose another output_dir, or remove the folder"
-    if set(changed) <= {"max_steps", "num_train_epochs"}:
+    if set(changed) <= OF_LENGTH:
         remedy += (
             f"; to train its model for more steps, begin another run with its weights: --model {output} --output_dir "
             "ANOTHER_FOLDER (in place of model_config)"

@@ -110,8 +110,8 @@ class D3etrTrainingArguments(TrainingArguments):
     # distillation
     adaptive_matching: bool = option(
         Distillation.adaptive_matching,
-        "Distil into the student group, by adaptive matching. It and fixed matching together are a little ahead of "
-        "either alone (model_cards/RESULTS.md, which part pays).",
+        "Distil into the student group, by adaptive matching; with fixed matching beside it, it was a little ahead "
+        "of itself alone (model_cards/RESULTS.md, which part pays).",
     )
     matching_score_threshold: float = option(
         Distillation.matching_score_threshold,
@@ -252,7 +252,7 @@ class D3etrTrainingArguments(TrainingArguments):
     distillation_end: float = option(
         DistillationSchedule.distillation_end,
         "Share of the training after which there is no distillation and no auxiliary group; half was better than all "
-        "of a long one (model_cards/RESULTS.md, how long it keeps its lead).",
+        "of a long one with the one seed so far (model_cards/RESULTS.md, how long it keeps its lead).",
     )
     distillation_decay: bool = option(
         DistillationSchedule.distillation_decay,

@@ -1,8 +1,8 @@
 """AP over steps and over seconds, a line a mode: on the way of a comparison's runs, or at the end of each budget."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,7 +21,7 @@ LEGEND_ROWS_OF_SIZE = 12  # that fit beside the panels
 LINE_STYLES = ("solid", (0, (4, 1.5)), (0, (1, 1.2)))
 BAND_OPACITY = 0.15
 # steps, mean AP, lowest and highest AP (0..100), and seconds a step
-Curve = tuple[list[int], list[float], list[float], list[float], float]
+Curve = tuple[list[float], list[float], list[float], list[float], float]
 
 
 def curves_of(comparison: Comparison, lines: Sequence[dict], entry: str) -> dict[str, Curve]:
@@ -37,12 +37,17 @@ def curves_of(comparison: Comparison, lines: Sequence[dict], entry: str) -> dict
     for mode in comparison.modes:
         found = [line for line in lines if (line["family"], line["mode"]) == (entry, mode) and "evaluations" in line]
         by_step = [dict(map(tuple, line["evaluations"])) for line in found]
-        steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
+        steps = set.intersection(*map(set, by_step)) if by_step else set()
         if len(steps) > 1:
-            at = [[100 * ap[step] for ap in by_step] for step in steps]
-            means = [sum(values) / len(values) for values in at]
-            curves[mode] = steps, means, list(map(min, at)), list(map(max, at)), seconds_per_step(found)
+            curves[mode] = _curve({step: [ap[step] for ap in by_step] for step in steps}, found)
     return curves
+
+
+def _curve(by_steps: Mapping[float, Sequence[float]], lines: Sequence[dict]) -> Curve:
+    """Of AP (0..1) by steps, a value a seed, and the lines that say how long a step takes."""
+    steps = sorted(by_steps)
+    at = [[100 * ap for ap in by_steps[each]] for each in steps]
+    return steps, list(map(mean, at)), list(map(min, at)), list(map(max, at)), seconds_per_step(lines)
 
 
 def draw_curves(comparison: Comparison, lines: Sequence[dict], entry: str, path: Path) -> bool:
@@ -74,19 +79,16 @@ def budgets_of(comparison: Comparison, lines: Sequence[dict]) -> dict[str, Curve
     """
     curves = {}
     for mode in comparison.modes:
-        of_mode = [line for line in lines if line["mode"] == mode and "steps" in line]
-        found = [line for line in of_mode if line["family"] in comparison.entries]
+        found = [line for line in lines if line["mode"] == mode and "steps" in line]
+        found = [line for line in found if line["family"] in comparison.entries]
         budgets = {}
         for entry in comparison.entries:
             if values := values_of(found, entry, mode):
                 # runs that were given the seconds of others differ a little in their steps
-                steps_taken = median(line["steps"] for line in found if line["family"] == entry)
-                budgets[steps_taken] = [100 * ap for ap in values.values()]
+                steps = median(line["steps"] for line in found if line["family"] == entry)
+                budgets[steps] = list(values.values())
         if len(budgets) > 1:
-            steps = sorted(budgets)
-            at = [budgets[each] for each in steps]
-            means = [sum(values) / len(values) for values in at]
-            curves[mode] = steps, means, list(map(min, at)), list(map(max, at)), seconds_per_step(found)
+            curves[mode] = _curve(budgets, found)
     return curves
 
 

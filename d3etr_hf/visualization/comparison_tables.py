@@ -25,8 +25,8 @@ def format_comparison(comparison: Comparison, lines: Sequence[dict]) -> str:
     """
     seeds = ", ".join(map(str, comparison.seeds))
     over_seeds = f"mean ± standard deviation over seeds {seeds}" if len(comparison.seeds) > 1 else f"seed {seeds}"
-    many = len(comparison.modes) > MOST_COLUMNS
-    if many:
+    lengths = []
+    if len(comparison.modes) > MOST_COLUMNS:
         title = f"AP and AP50 (0..100) and steps, {over_seeds}, and the median time of a step:"
         blocks = [title, format_by_mode(comparison, lines)]
     else:
@@ -36,6 +36,9 @@ def format_comparison(comparison: Comparison, lines: Sequence[dict]) -> str:
             f"AP50 (0..100), {over_seeds}:",
             format_values(comparison, lines, "AP50", 100, 1),
         ]
+        if any(map(comparison.equal_seconds, comparison.modes)):
+            lengths += ["Steps of training:", format_values(comparison, lines, "steps", 1, 0)]
+        lengths += ["Seconds of training:", format_values(comparison, lines, "seconds", 1, 0)]
     if differences_table := format_differences(comparison, lines):
         at = ", at equal steps" if steps_are_equal(comparison, lines) else ""
         blocks += [f"AP minus AP {comparison.subtracted}, of the same seed{at}:", differences_table]
@@ -51,11 +54,7 @@ def format_comparison(comparison: Comparison, lines: Sequence[dict]) -> str:
             "teacher and student:",
             format_pairs(comparison, lines),
         ]
-    if not many and any(map(comparison.equal_seconds, comparison.modes)):
-        blocks += ["Steps of training:", format_values(comparison, lines, "steps", 1, 0)]
-    if not many:
-        blocks += ["Seconds of training:", format_values(comparison, lines, "seconds", 1, 0)]
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(blocks + lengths) + "\n"
 
 
 def format_values(comparison: Comparison, lines: Sequence[dict], measure: str, scale: float, digits: int) -> str:
