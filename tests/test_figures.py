@@ -173,7 +173,7 @@ def test_instability():
     """At three steps, as the run has logged it; the teacher's assignment is the last layer's."""
     logged = {line["step"]: line for line in read("evidence/instability.json")}
     columns = [["adaptive/layer_0", "adaptive/layer_1"], ["own/layer_0", "own/layer_1"], ["auxiliary_own/layer_0"]]
-    columns.append(["teacher_given/layer_0"])  # of one layer alone, which is the last
+    columns.append(["teacher_given/layer_1"])
     for row in the_table(RESULTS, "step").rows:
         shares = [[logged[int(row["step"])][f"instability/{name}"] for name in names] for names in columns]
         said = list(row.values())[1:]

@@ -193,7 +193,9 @@ class D3etrObjective:
     def _partners(
         pairs: MatchedPairs | None, teacher: TeacherOutput | None, own: Terms, given: torch.Tensor | None
     ) -> Terms:
-        """By the names of `instability`, what each query was matched with, `(·, B, N)`."""
+        """By the names of `instability`, what each query was matched with, `(·, B, N)`; -1 in layers without."""
+        if given is not None and AUXILIARY in own:  # in the layers before, its group assigns itself
+            given = torch.cat([torch.full_like(own[AUXILIARY], -1), given])
         kinds = {
             ADAPTIVE: None if pairs is None else partners_of(pairs, teacher.group.boxes.shape[2]),
             OWN_ASSIGNMENT: own.get(OWN),
