@@ -159,7 +159,7 @@ def equal_time_steps(folder: Path, student_alone: dict, distilled: Future) -> in
         time.sleep(1)
     if distilled.done():
         distilled.result()  # a failure is told here
-    return steps_in_equal_seconds(student_alone["steps"], other=[read_record(spent)], own=[student_alone])
+    return steps_in_equal_seconds(student_alone["steps"], [(read_record(spent), student_alone)])
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def inputs_compared(
     """
 
     def compare() -> dict:
-        known = read_inputs(Path(trainer.args.output_dir), checkpoint)
+        known = {} if checkpoint is None else read_inputs(Path(trainer.args.output_dir))
         try:
             read = inputs_of(model_arguments, teacher_arguments, trainer.train_dataset, trainer.eval_dataset)
             return check_inputs(read, known, data_arguments.hash_images)

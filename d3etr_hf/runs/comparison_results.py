@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from d3etr_hf.errors import ComparisonError
 from d3etr_hf.files import write_whole
+from d3etr_hf.runs.inputs import identity_of
 from d3etr_hf.runs.output_folder import ENVIRONMENT, HISTORY, RESULTS, read_record
 from d3etr_hf.runs.planned_run import PlannedRun
 
@@ -22,8 +23,8 @@ def line_of(run: PlannedRun) -> dict:
 
     Returns:
         `family` (the entry), `mode`, `seed`, `teacher` (the entry that taught it, or None), AP and the like (0..1),
-        `parameters`, `steps`, `seconds` of training, `device`, `threads` and `fingerprint`; and of a run that was
-        evaluated on its way `evaluations`, pairs of step and AP.
+        `parameters`, `steps`, `seconds` of training, `device`, `threads`, `inputs` (`inputs.identity_of`) and
+        `fingerprint`; and of a run that was evaluated on its way `evaluations`, pairs of step and AP.
 
     Raises:
         ComparisonError: the run has no results, or they hold no AP.
@@ -43,6 +44,7 @@ def line_of(run: PlannedRun) -> dict:
     evaluations = evaluations_of(read_record(history)) if history.exists() else []
     if len(evaluations) > 1:
         line["evaluations"] = evaluations
+    line["inputs"] = identity_of(run.folder)
     return line | {"fingerprint": run.fingerprint}
 
 

@@ -1,10 +1,13 @@
 """What the lines of a comparison say of an entry and a mode: values by seed, means, and paired differences."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+
+from d3etr_hf.runs.comparison import TEACHER
 
 CONFIDENCE = 0.95
 
@@ -45,6 +48,30 @@ def values_of(lines: Iterable[Mapping], entry: str, mode: str, measure: str = "A
         if (line["family"], line["mode"]) == (entry, mode) and measure in line
     }
     return dict(sorted(found.items()))
+
+
+def differing_inputs(lines: Iterable[Mapping]) -> list[str]:
+    """What runs that a table sets beside each other have read otherwise, in words; nothing where all is well.
+
+    The validation split must be the same for all students of an entry, what else there is of data for all seeds of a
+    mode, and a model that was read for all modes of a seed. Lines without `inputs` say nothing.
+    """
+    marks: dict[tuple[str, str], set[str]] = {}
+    for line in lines:
+        for name, mark in line.get("inputs", {}).items() if line["mode"] != TEACHER else ():
+            place = line["family"]
+            if name.startswith(("training", "unlabelled")):
+                place += f" {line['mode']}"
+            elif not name.startswith("validation"):
+                place += f" seed {line['seed']}"
+            marks.setdefault((place, name), set()).add(mark)
+    return [f"{place}: the {name}" for (place, name), found in marks.items() if len(found) > 1]
+
+
+def devices_of(lines: Iterable[Mapping]) -> dict[str, int]:
+    """How many runs were on each device and number of threads, the most first."""
+    found = Counter(f"{line['device']}, threads: {line['threads']}" for line in lines if "device" in line)
+    return dict(found.most_common())
 
 
 def differences(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict[int, float]:

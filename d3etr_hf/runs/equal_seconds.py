@@ -1,6 +1,6 @@
 """How many steps a run takes in the seconds of another: by their paces, for a run has none before it has run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from statistics import median
 
 from d3etr_hf.runs.output_folder import CONFIGURATION, read_run_options
@@ -15,14 +15,18 @@ def seconds_per_step(records: Iterable[Mapping]) -> float:
     return median(record["seconds"] / record["steps"] for record in records)
 
 
-def steps_in_equal_seconds(steps: int, other: Iterable[Mapping], own: Iterable[Mapping]) -> int:
+def steps_in_equal_seconds(steps: int, pairs: Iterable[tuple[Mapping, Mapping]]) -> int:
     """How many steps take as long as `steps` of another kind of run, at least one.
+
+    By the median over pairs of how many times as long a step takes: the two runs of a seed were on the same machine at
+    about the same time, and what kept it busy counts in both.
 
     Args:
         steps: of the other kind.
-        other, own: `seconds` and `steps` of runs of either kind.
+        pairs: `seconds` and `steps` of a run of the other kind and of one of this, at least one pair.
     """
-    return max(1, round(steps * seconds_per_step(other) / seconds_per_step(own)))
+    times = median(seconds_per_step([other]) / seconds_per_step([own]) for other, own in pairs)
+    return max(1, round(steps * times))
 
 
 def options_in_full(run: PlannedRun, lines: Mapping[tuple, Mapping]) -> dict:
@@ -40,9 +44,7 @@ def options_in_full(run: PlannedRun, lines: Mapping[tuple, Mapping]) -> dict:
     if started.exists():
         return run.options | {"max_steps": read_run_options(started)["max_steps"]}
     steps = next(lines[other.key]["steps"] for other in run.as_long_as if other.seed == run.seed)
-    paces = (_lines_of(runs, lines) for runs in (run.as_long_as, run.same_but_for_length))
-    return run.options | {"max_steps": steps_in_equal_seconds(steps, *paces)}
-
-
-def _lines_of(runs: Sequence[PlannedRun], lines: Mapping[tuple, Mapping]) -> list[Mapping]:
-    return [lines[run.key] for run in runs]
+    pairs = zip(run.as_long_as, run.same_but_for_length, strict=True)
+    return run.options | {
+        "max_steps": steps_in_equal_seconds(steps, ((lines[other.key], lines[own.key]) for other, own in pairs))
+    }

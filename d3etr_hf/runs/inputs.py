@@ -168,16 +168,12 @@ def inputs_of(
     return found | {name: checkpoint_at(path) for name, path in checkpoints.items() if path is not None}
 
 
-def read_inputs(output: Path, checkpoint: str | None) -> dict[str, Fingerprint]:
-    """What a run that goes on from a checkpoint has read so far, by name; nothing where none is given.
-
-    Where nobody wrote it down it is nothing either, with a warning.
+def read_inputs(output: Path) -> dict[str, Fingerprint]:
+    """What a run has read so far, by name; nothing where nobody wrote it down, with a warning.
 
     Raises:
         DamagedFileError: `inputs.json` cannot be read.
     """
-    if checkpoint is None:
-        return {}
     path = output / INPUTS
     try:
         return {name: Fingerprint(**values) for name, values in read_record(path).items()}
@@ -186,6 +182,20 @@ def read_inputs(output: Path, checkpoint: str | None) -> dict[str, Fingerprint]:
         return {}
     except (AttributeError, TypeError) as error:
         raise DamagedFileError(f"{path} is damaged, since it holds no fingerprints: {REMEDIES[INPUTS]}") from error
+
+
+def identity_of(output: Path) -> dict[str, str]:
+    """By name, what tells whether two runs have read the same: twelve digits of a hash.
+
+    It is of the names and sizes of images, whose content is not always hashed, and of the content of all else. Nothing
+    where the run has not written down what it read.
+
+    Raises:
+        DamagedFileError: `inputs.json` cannot be read.
+    """
+    read = read_inputs(output) if (output / INPUTS).exists() else {}
+    marks = {name: each.sizes if name.endswith("images") else each.content for name, each in read.items()}
+    return {name: mark[:12] for name, mark in marks.items() if mark is not None}
 
 
 def check_inputs(inputs: Mapping[str, Input], known: Mapping[str, Fingerprint], whole: bool = False) -> dict:

@@ -26,7 +26,7 @@ class PlannedRun:
         waits_for: the run that trains its teacher; None without one.
         same_but_for_length: of a run that is to take another mode's seconds, the runs, one a seed, with its options
             but for the steps, which show its pace; else empty.
-        as_long_as: those of that other mode, by seed.
+        as_long_as: those of that other mode, of the same seeds in the same order.
     """
 
     entry: str
@@ -95,9 +95,8 @@ def plan(comparison: Comparison) -> list[PlannedRun]:
                 teachers[key] = _teacher_run(comparison, *key)
                 runs.append(teachers[key])
             runs.append(_student_run(comparison, entry, mode, seed, teachers.get(key)))
-    of_equal_seconds = [(entry, mode) for entry, mode in students if comparison.equal_seconds(mode) is not None]
-    longer = [_longer_run(comparison, *each, seed, runs) for seed in comparison.seeds for each in of_equal_seconds]
-    return runs + longer
+    timed = [(entry, mode) for entry, mode in students if comparison.equal_seconds(mode) is not None]
+    return runs + [_run_of_equal_seconds(comparison, *each, seed, runs) for seed in comparison.seeds for each in timed]
 
 
 def _teacher_run(comparison: Comparison, name: str, seed: int) -> PlannedRun:
@@ -124,7 +123,7 @@ def _student_run(comparison: Comparison, entry: Entry, mode: str, seed: int, tra
     return PlannedRun(entry.name, mode, seed, "distill", options, mark, taught_by, waits_for)
 
 
-def _longer_run(
+def _run_of_equal_seconds(
     comparison: Comparison, entry: Entry, mode: str, seed: int, planned: Sequence[PlannedRun]
 ) -> PlannedRun:
     """A run that is to take the seconds of others; its steps are decided when those are done.
@@ -145,7 +144,7 @@ def _longer_run(
         options=model.options | {"output_dir": str(folder)},
         fingerprint=mark,
         same_but_for_length=tuple(same.values()),
-        as_long_as=tuple(other.values()),
+        as_long_as=tuple(other[each] for each in same),
     )
 
 

@@ -1,6 +1,7 @@
 """AP over steps and over seconds, a line a mode: on the way of a comparison's runs, or at the end of each budget."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
@@ -20,8 +21,21 @@ SIZE, INCHES_PER_LEGEND_ROW = (9.5, 3.8), 0.22
 LEGEND_ROWS_OF_SIZE = 12  # that fit beside the panels
 LINE_STYLES = ("solid", (0, (4, 1.5)), (0, (1, 1.2)))
 BAND_OPACITY = 0.15
-# steps, mean AP, lowest and highest AP (0..100), and seconds a step
-Curve = tuple[list[float], list[float], list[float], list[float], float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A mode's AP (0..100) over steps.
+
+    Attributes:
+        steps: at which there are values.
+        values: at each, one a seed, at least one.
+        seconds_per_step: of the mode's runs, the median.
+    """
+
+    steps: list[float]
+    values: list[list[float]]
+    seconds_per_step: float
 
 
 def curves_of(comparison: Comparison, lines: Sequence[dict], entry: str) -> dict[str, Curve]:
@@ -46,8 +60,7 @@ def curves_of(comparison: Comparison, lines: Sequence[dict], entry: str) -> dict
 def _curve(by_steps: Mapping[float, Sequence[float]], lines: Sequence[dict]) -> Curve:
     """Of AP (0..1) by steps, a value a seed, and the lines that say how long a step takes."""
     steps = sorted(by_steps)
-    at = [[100 * ap for ap in by_steps[each]] for each in steps]
-    return steps, list(map(mean, at)), list(map(min, at)), list(map(max, at)), seconds_per_step(lines)
+    return Curve(steps, [[100 * ap for ap in by_steps[each]] for each in steps], seconds_per_step(lines))
 
 
 def draw_curves(comparison: Comparison, lines: Sequence[dict], entry: str, path: Path) -> bool:
@@ -110,19 +123,26 @@ def _draw(comparison: Comparison, curves: dict[str, Curve], title: str, path: Pa
     FigureCanvasAgg(figure)
     over_steps, over_seconds = figure.subplots(1, 2, sharey=True)
     colours = mode_colours(comparison)
-    for mode, (steps, means, low, high, pace) in curves.items():
+    for mode, curve in curves.items():
         style = {
             "color": colours[mode],
             "linestyle": LINE_STYLES[comparison.modes.index(mode) // len(RUN_COLOURS) % len(LINE_STYLES)],
             "linewidth": 1.6,
-            "marker": "o" if len(steps) < 30 else None,
+            "marker": "o" if len(curve.steps) < 30 else None,
             "markersize": 3.5,
             "label": mode,
         }
-        for axes, places in ((over_steps, steps), (over_seconds, [pace * step for step in steps])):
-            axes.plot(places, means, **style)
+        seconds = [curve.seconds_per_step * step for step in curve.steps]
+        for axes, places in ((over_steps, curve.steps), (over_seconds, seconds)):
+            axes.plot(places, list(map(mean, curve.values)), **style)
             if len(curves) <= len(RUN_COLOURS):
-                axes.fill_between(places, low, high, color=colours[mode], alpha=BAND_OPACITY, linewidth=0)
+                ends = list(map(min, curve.values)), list(map(max, curve.values))
+                axes.fill_between(places, *ends, color=colours[mode], alpha=BAND_OPACITY, linewidth=0)
+            # among means of several seeds a single one is not to look as sure
+            of_one = [at for at, values in enumerate(curve.values) if len(values) == 1]
+            if 0 < len(of_one) < len(curve.values):
+                ends = [places[at] for at in of_one], [curve.values[at][0] for at in of_one]
+                axes.scatter(*ends, s=22, facecolor="white", edgecolor=colours[mode], linewidth=1.2, zorder=3)
     over_steps.set_ylabel("validation AP", fontsize=9)
     over_steps.set_xlabel("optimizer steps", fontsize=9)
     over_seconds.set_xlabel("seconds of training (steps × median seconds a step)", fontsize=9)

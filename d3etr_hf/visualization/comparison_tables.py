@@ -3,7 +3,14 @@
 from collections.abc import Iterable, Sequence
 
 from d3etr_hf.runs.comparison import DISTILLED, TEACHER, Comparison, Entry
-from d3etr_hf.runs.comparison_statistics import Spread, differences, spread, values_of
+from d3etr_hf.runs.comparison_statistics import (
+    Spread,
+    devices_of,
+    differences,
+    differing_inputs,
+    spread,
+    values_of,
+)
 from d3etr_hf.runs.equal_seconds import seconds_per_step
 
 MISSING = "—"
@@ -45,7 +52,7 @@ def format_comparison(comparison: Comparison, lines: Sequence[dict]) -> str:
     if at_equal_seconds := format_equal_seconds(comparison, lines):
         blocks += [
             "At equal seconds, AP minus AP of the same seed; a mode that takes the seconds of another has as many "
-            "steps as fit by the median seconds a step of the runs of either, since machines are not always as fast:",
+            "steps as fit by the median over seeds of how many times as long a step of that other takes:",
             at_equal_seconds,
         ]
     if comparison.pairs is not None:
@@ -54,7 +61,21 @@ def format_comparison(comparison: Comparison, lines: Sequence[dict]) -> str:
             "teacher and student:",
             format_pairs(comparison, lines),
         ]
-    return "\n\n".join(blocks + lengths) + "\n"
+    return "\n\n".join([*notes_of(lines), *blocks, *lengths]) + "\n"
+
+
+def notes_of(lines: Sequence[dict]) -> list[str]:
+    """What keeps runs from being compared: other data or models than one another's, other machines."""
+    notes = []
+    if differing := differing_inputs(lines):
+        notes.append(
+            f"**Not comparable**: the runs of some rows have read different data or models ({'; '.join(differing)}). "
+            "Remove the folders of those that have not read what is there now, and call d3etr compare again."
+        )
+    if len(devices := devices_of(lines)) > 1:
+        named = "; ".join(f"{count} on {device}" for device, count in devices.items())
+        notes.append(f"Seconds are of different machines, and not comparable throughout: {named}.")
+    return notes
 
 
 def format_values(comparison: Comparison, lines: Sequence[dict], measure: str, scale: float, digits: int) -> str:
@@ -141,7 +162,7 @@ def difference_cells(found: dict[int, float]) -> list[str]:
 
 
 def format_pairs(comparison: Comparison, lines: Sequence[dict]) -> str:
-    """A Markdown table of teachers × students: the gain of the distilled student over the baseline, and its AP."""
+    """A Markdown table of teachers × students: the distilled student's gain, and its AP with the same seeds."""
     teachers, students = comparison.pairs["teachers"], comparison.pairs["students"]
     rows = []
     for teacher in teachers:
@@ -152,9 +173,10 @@ def format_pairs(comparison: Comparison, lines: Sequence[dict]) -> str:
             if not gains:
                 cells.append(MISSING)
                 continue
-            gain, ap = spread(gains), spread(values)
+            gain, ap = spread(gains), spread({seed: values[seed] for seed in gains})
+            part = f", {len(gains)} of {len(comparison.seeds)} seeds" if len(gains) < len(comparison.seeds) else ""
             deviation = "" if gain.deviation is None else f" ± {100 * gain.deviation:.1f}"
-            cells.append(f"{signed(gain.mean)}{deviation} (AP {100 * ap.mean:.1f})")
+            cells.append(f"{signed(gain.mean)}{deviation} (AP {100 * ap.mean:.1f}{part})")
         rows.append([teacher, *cells])
     return markdown(["teacher \\ student", *students], rows)
 

@@ -44,8 +44,12 @@ def test_a_line_says_what_a_run_came_to(runs):
         "seconds": 1.5,
         "device": "CPU",
         "threads": 1,
+        "inputs": {},
         "fingerprint": distilled.fingerprint,
     }
+    read = {"count": 1, "bytes": 3, "sizes": "5" * 64, "times": None, "content": "c" * 64}
+    (distilled.folder / "inputs.json").write_text(json.dumps({"teacher": read, "training images": read}))
+    assert line_of(distilled)["inputs"] == {"teacher": "c" * 12, "training images": "5" * 12}
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_AP": 0.1}, {"step": 3, "eval_AP": 0.4}]
     (distilled.folder / "log_history.json").write_text(json.dumps([*history, {"step": 3, "eval_AP": 0.5}]))
     assert line_of(distilled)["evaluations"] == [(2, 0.1), (3, 0.4)]

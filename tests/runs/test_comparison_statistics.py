@@ -3,7 +3,7 @@
 import pytest
 from scipy import stats
 
-from d3etr_hf.runs.comparison_statistics import differences, spread, values_of
+from d3etr_hf.runs.comparison_statistics import devices_of, differences, differing_inputs, spread, values_of
 
 
 def test_two_seeds_by_hand():
@@ -41,3 +41,31 @@ def test_values_are_of_one_entry_and_mode_in_the_order_of_seeds():
     assert list(alone.items()) == [(0, 0.2), (2, 0.1)]
     assert differences(distilled, alone) == pytest.approx({0: 0.3})
     assert values_of(lines, "a", "alone", "AP50") == {} == values_of(lines, "c", "alone")
+
+
+READ = {"training annotations": "t", "validation annotations": "v", "teacher": "w"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "seed", "changed", "said"),
+    [
+        ("distilled", 1, {}, []),
+        ("distilled", 1, {"training annotations": "u"}, ["a distilled: the training annotations"]),
+        ("few_labels", 1, {"training annotations": "u"}, []),  # a mode may have data of its own
+        ("few_labels", 1, {"validation annotations": "u"}, ["a: the validation annotations"]),
+        ("few_labels", 0, {"teacher": "u"}, ["a seed 0: the teacher"]),
+        ("distilled", 1, {"teacher": "u"}, []),  # each seed may have a teacher of its own
+        ("teacher", 0, {name: "u" for name in READ}, []),
+    ],
+)
+def test_what_compared_runs_have_read_otherwise(mode, seed, changed, said):
+    lines = [{"family": "a", "mode": "distilled", "seed": 0, "inputs": READ}]
+    lines += [{"family": "b", "mode": "distilled", "seed": 0, "inputs": dict.fromkeys(READ, "other")}]
+    lines += [{"family": "a", "mode": "alone", "seed": 0}]
+    assert differing_inputs([*lines, {"family": "a", "mode": mode, "seed": seed, "inputs": READ | changed}]) == said
+
+
+def test_devices_of_runs():
+    lines = [{"device": device, "threads": threads} for device, threads in (("CPU", 1), ("H100", 1), ("H100", 1))]
+    found = devices_of([*lines, {"device": "CPU", "threads": 2}, {"seconds": 3}])
+    assert list(found.items()) == [("H100, threads: 1", 2), ("CPU, threads: 1", 1), ("CPU, threads: 2", 1)]

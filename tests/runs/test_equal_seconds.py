@@ -12,12 +12,16 @@ def record(steps, seconds) -> dict:
 
 
 def test_steps_by_hand():
-    """1000 steps of 0.3 seconds are 300 seconds: 1500 steps of 0.2; a run on a busy machine moves no median."""
-    other = [record(1000, 300.0), record(1000, 250.0), record(500, 400.0)]
-    own = [record(1000, 200.0), record(100, 20.0), record(1000, 900.0)]
-    assert seconds_per_step(other) == 0.3 and seconds_per_step(own) == 0.2
-    assert steps_in_equal_seconds(1000, other, own) == 1500
-    assert steps_in_equal_seconds(1, [record(1, 0.1)], [record(1, 9.0)]) == 1
+    """Steps of 0.3 seconds beside steps of 0.2, and both twice as slow where the machine is busy, are 1.5 to one.
+
+    One pair of which one run alone was disturbed moves no median, and paces of different seeds are not compared: by
+    their medians, 0.6 and 0.2, it would be 3000.
+    """
+    other = [record(1000, 600.0), record(1000, 300.0), record(500, 400.0)]
+    own = [record(1000, 400.0), record(100, 20.0), record(1000, 200.0)]
+    assert seconds_per_step(other) == 0.6 and seconds_per_step(own) == 0.2
+    assert steps_in_equal_seconds(1000, zip(other, own, strict=True)) == 1500
+    assert steps_in_equal_seconds(1, [(record(1, 0.1), record(1, 9.0))]) == 1
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from d3etr_hf.runs.inputs import (
     check_inputs,
     checkpoint_at,
     files,
+    identity_of,
     images_of,
     inputs_of,
     read_inputs,
@@ -156,7 +157,7 @@ def test_images_alone_may_be_too_many_to_be_hashed(folder, tmp_path, monkeypatch
     monkeypatch.setattr(inputs, "BYTES_HASHED_ANYWAY", 0)
     written = check_inputs({name: of(folder)}, {}, whole)
     (tmp_path / "inputs.json").write_text(json.dumps(written))
-    known = read_inputs(tmp_path, "checkpoint-1")
+    known = read_inputs(tmp_path)
     assert check_inputs({name: of(folder)}, known, whole) == written
     (folder / "a").write_bytes(b"124")
     os.utime(folder / "a", (1, 1))
@@ -179,14 +180,30 @@ def test_what_is_read_no_more_or_only_now_is_a_change(folder):
 @pytest.mark.parametrize("content", ["[]", '{"teacher": 3}', '{"teacher": {"count": 1}}', "{", "[" * 100_000])
 def test_damaged_fingerprints_are_refused_with_the_remedy(tmp_path, content):
     (tmp_path / "inputs.json").write_text(content)
-    assert read_inputs(tmp_path, None) == {}  # of a run that begins
     with pytest.raises(
         DamagedFileError, match="inputs.json is damaged.*: remove it, and what the run reads"
     ) as caught:
-        read_inputs(tmp_path, "checkpoint-1")
+        read_inputs(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+def test_what_tells_whether_two_runs_have_read_the_same(folder, tmp_path, monkeypatch):
+    """Of images names and sizes, whether their content was hashed or not; of all else the content."""
+    assert identity_of(tmp_path) == {}
+    found = []
+    for changed in (None, "same size", "other size"):
+        if changed:
+            (folder / "a").write_bytes(b"124" if changed == "same size" else b"1234")
+        for hashed in (True, False):
+            monkeypatch.setattr(inputs, "BYTES_HASHED_ANYWAY", 2**20 if hashed else 0)
+            read = {name: of(folder) for name in ("training images", "teacher")}
+            (tmp_path / "inputs.json").write_text(json.dumps(check_inputs(read, {})))
+            found.append(identity_of(tmp_path))
+    images, teachers = ([each[name] for each in found] for name in ("training images", "teacher"))
+    assert len(set(images[:4])) == 1 and len(set(images)) == 2 and images[4] == images[5]
+    assert len(set(teachers)) == 3 and teachers[::2] == teachers[1::2]
+
+
 def test_a_run_of_which_nobody_wrote_down_what_it_read_goes_on_with_a_warning(tmp_path, caplog):
-    assert read_inputs(tmp_path, "checkpoint-1") == {}
+    assert read_inputs(tmp_path) == {}
     assert "holds no inputs.json" in caplog.text

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 
 from d3etr_hf.visualization import comparison_curves as module
 from d3etr_hf.visualization.comparison_curves import draw_budgets, draw_curves
@@ -88,6 +89,10 @@ def test_budgets_are_joined_where_length_alone_differs(tmp_path, monkeypatch):
     drawn = {each.get_label(): each.get_xydata().round(6).tolist() for each in over_steps.lines}
     assert drawn == {"alone": [[10, 10], [40, 60]], "distilled": [[12, 40], [40, 80]]}
     assert [each.get_xdata().round(6).tolist() for each in over_seconds.lines] == [[11, 44], [24, 80]]
+    # what is of one seed, among means of more, is hollow
+    hollow = [each for each in over_seconds.collections if isinstance(each, PathCollection)]
+    assert [each.get_offsets().round(6).tolist() for each in hollow] == [[[11, 10]], [[80, 80]]]
+    assert [each.get_facecolor().tolist() for each in hollow] == [[[1, 1, 1, 1]]] * 2
     corners = over_steps.collections[0].get_paths()[0].vertices.round(6).tolist()
     assert {tuple(corner) for corner in corners} == {(10, 10), (40, 50), (40, 70)}
 

@@ -116,6 +116,30 @@ def test_pairs_by_teacher_and_student():
     ]
 
 
+def test_a_pair_has_gain_and_average_precision_of_the_same_seeds():
+    """Distilled has 40 and 60; alone only the first, 10."""
+    pairs = {"teachers": ["a"], "students": ["a", "b"]}
+    made = comparison(entries=ENTRIES, modes=["alone", "distilled"], seeds=[0, 1], pairs=pairs)
+    lines = [each for each in LINES if (each["mode"], each["seed"]) != ("alone", 1)]
+    table = block_of(format_comparison(made, lines), "AP distilled minus AP alone")
+    assert table[1] == ["a", "+30.0 (AP 40.0, 1 of 2 seeds)", "—"]
+
+
+def test_what_keeps_runs_from_being_compared_comes_first():
+    made = comparison(entries=ENTRIES, modes=["alone", "distilled"], seeds=[0, 1])
+    assert format_comparison(made, LINES).startswith("AP (0..100)")
+    places = [{"device": device, "threads": 1} for device in ("CPU", "CPU", "H100")]
+    read = [{"inputs": {"teacher": mark}} for mark in "aab"]
+    lines = [line | place for line, place in zip(LINES[2:5], places, strict=True)]
+    assert format_comparison(made, lines).startswith(
+        "Seconds are of different machines, and not comparable throughout: 2 on CPU, threads: 1; 1 on H100, threads: 1"
+    )
+    lines = [line | {"seed": 0} | inputs for line, inputs in zip(LINES[2:5], read, strict=True)]
+    assert format_comparison(made, lines).startswith(
+        "**Not comparable**: the runs of some rows have read different data or models (a seed 0: the teacher). Remove"
+    )
+
+
 def test_a_borrowed_teacher_is_shown_where_it_teaches():
     entries = {"a": TRAINED, "c": NO_TEACHER | {"teacher": {"entry": "a"}}}
     text = format_comparison(comparison(entries=entries, modes=["alone", "distilled"]), LINES)
