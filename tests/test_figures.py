@@ -3,8 +3,10 @@
 import json
 import pkgutil
 import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
+from itertools import permutations
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -12,7 +14,12 @@ import pytest
 from scipy import stats
 
 import d3etr_hf
+from d3etr_hf.cli.command_line import build_arguments
+from d3etr_hf.configurations import read_yaml_file
 from d3etr_hf.models.families import FAMILIES
+from d3etr_hf.runs.comparison import Comparison
+from d3etr_hf.runs.comparison_results import key_of, read_lines
+from d3etr_hf.runs.planned_run import plan
 from tests.markdown_tables import Table, figures, measured_paragraphs, tables
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -35,10 +42,6 @@ HELP = {
 
 def read(name: str) -> dict:
     return json.loads((CARDS / name).read_text())
-
-
-def read_lines(name: str) -> list[dict]:
-    return [json.loads(line) for line in (CARDS / name).read_text().splitlines()]
 
 
 def the_table(text: str, *columns: str, said: str = "") -> Table:
@@ -89,7 +92,7 @@ def test_families_of_the_readme():
     *_, column = (found := the_table(README, "family", "recipe")).columns
     said = {names[row["family"]]: figures(row[column]) for row in found.rows}
     assert said == by_family and len(said) == len(FAMILIES)
-    other = {(line["family"], line["mode"]): f"{100 * line['AP']:.1f}" for line in read_lines(PAIRS)}
+    other = {(line["family"], line["mode"]): f"{100 * line['AP']:.1f}" for line in read_lines(CARDS / PAIRS)}
     ((distilled, alone),) = re.findall(r"under D-FINE's the same student has (\S+) \(alone (\S+), one seed", README)
     assert (distilled, alone) == (other["d_fine→rt_detr", "distilled"], other["rt_detr", "alone"])
 
@@ -216,7 +219,7 @@ def test_a_step_of_every_family():
 def runs_of(path: Path) -> dict[tuple[str, str], dict[int, dict]]:
     """By entry and mode the runs by seed; of one that was run again with other options the later."""
     runs: dict[tuple[str, str], dict[int, dict]] = {}
-    for line in map(json.loads, path.read_text().splitlines()):
+    for line in read_lines(path):
         runs.setdefault((line["family"], line["mode"]), {})[line["seed"]] = line
     return runs
 
@@ -290,6 +293,24 @@ def wrong_differences(row: dict[str, str], before: str, runs: dict[tuple[str, st
     return [] if said == measured else [f"{said}, measured {measured}"]
 
 
+def comparisons() -> Iterator[tuple[Comparison, Path]]:
+    """Of all configurations of `d3etr compare` those that have been run, with their results."""
+    for path in sorted((REPOSITORY / "configs").rglob("*.yaml")):
+        options = read_yaml_file(path)
+        if isinstance(options, dict) and (results := REPOSITORY / str(options.get("results"))).exists():
+            yield build_arguments((Comparison,), options, str(path))[0], results
+
+
+def test_every_run_is_one_of_its_configuration(monkeypatch):
+    """As that is now: who changes its options has results of something else."""
+    monkeypatch.chdir(REPOSITORY)
+    found = list(comparisons())
+    assert len(found) >= 10
+    for comparison, results in found:
+        unplanned = {key_of(line) for line in read_lines(results)} - {run.key for run in plan(comparison)}
+        assert not unplanned, results
+
+
 REPORTS = [path for path in sorted(CARDS.rglob("*.md")) if path.with_suffix(".jsonl").exists()]
 
 
@@ -325,6 +346,33 @@ def wrong_comparisons(results: str) -> list[str]:
 
 def test_comparisons_of_results():
     assert wrong_comparisons(RESULTS) == []
+
+
+def intervals_of(runs: dict[tuple[str, str], dict[int, dict]]) -> set[tuple[float, float]]:
+    """The 95 % intervals of every mode's AP minus every other's of its entry, where they have seeds in common."""
+    found = set()
+    for (family, mode), (other, baseline) in permutations(runs, 2):
+        gains = gains_of(runs, family, mode, baseline) if other == family else {}
+        if len(gains) > 1:
+            found.add(tuple(map(float, interval_of(gains).split(" to "))))
+    return found
+
+
+def unfounded_intervals(results: str) -> list[str]:
+    """Those in the sentences that no two modes have, of the runs that their section links."""
+    wrong = []
+    for section in re.split(r"\n(?=## )", results):
+        said = re.findall(r"\(([+-]?\d+\.\d) to ([+-]?\d+\.\d)\b", section.replace("\n", " "))
+        links = re.findall(r"\((evidence/\w+\.jsonl)\)", section)
+        known = set().union(*(intervals_of(runs_of(CARDS / link)) for link in links))
+        wrong += [f"{low} to {high}" for low, high in said if (float(low), float(high)) not in known]
+    return wrong
+
+
+def test_intervals_in_sentences_are_of_two_modes_of_the_section():
+    assert unfounded_intervals(RESULTS) == []
+    one = re.search(r"\(([+-]?\d+\.)\d to [+-]?\d+\.\d\b", RESULTS)
+    assert len(unfounded_intervals(RESULTS.replace(one[0], f"({one[1]}0 to 99.9"))) >= 1
 
 
 def test_a_changed_figure_is_found():
