@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -35,6 +36,7 @@ from d3etr_hf.runs.comparison import DISTILLED, Comparison
 from d3etr_hf.runs.comparison_results import is_finished, key_of, line_of, lines_of, read_lines, record
 from d3etr_hf.runs.equal_seconds import options_in_full
 from d3etr_hf.runs.folder_lock import holding
+from d3etr_hf.runs.inputs import identity_now, identity_of
 from d3etr_hf.runs.planned_run import PlannedRun, plan
 from d3etr_hf.runs.run_pool import Job, run_jobs
 from d3etr_hf.training.checkpoints import checkpoints_of, was_saved
@@ -88,10 +90,11 @@ def compare(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
 
     Raises:
         FolderInUseError: another call is at work on these runs.
-        ComparisonError: some runs failed; the others are done.
+        ComparisonError: some runs failed, and the others are done; or see `refuse_changed_inputs`.
     """
     results = Path(comparison.results)
     with holding(Path(comparison.output_dir), "another d3etr compare") as descriptor:
+        refuse_changed_inputs(runs)
         finished = [run for run in runs if is_finished(run)]
         for run in finished:
             # a call that was stopped between a run's end and the writing of its line
@@ -142,8 +145,7 @@ def check_runs(runs: Sequence[PlannedRun], source: str) -> None:
     checked: set[str] = set()
     for run in runs:
         place = f"{source}: {run.name}"
-        types = {"train": train.TYPES, "distill": distill.TYPES}[run.command]
-        arguments = dict(zip(types, build_arguments(types, run.options, place), strict=True))
+        arguments = arguments_of(run, place)
         if run.command == "train":
             try:
                 train.without_distillation(arguments[D3etrTrainingArguments])
@@ -169,6 +171,43 @@ def check_runs(runs: Sequence[PlannedRun], source: str) -> None:
         if where not in checked:
             check_places(data)
             checked.add(where)
+
+
+def arguments_of(run: PlannedRun, place: str) -> dict[type, Any]:
+    """What a run's command is called with, by type; `place` is what errors call it."""
+    types = {"train": train.TYPES, "distill": distill.TYPES}[run.command]
+    return dict(zip(types, build_arguments(types, run.options, place), strict=True))
+
+
+def refuse_changed_inputs(runs: Sequence[PlannedRun]) -> None:
+    """Refuse runs that are done and have read other annotations or models than there are now.
+
+    They would stand in a table beside those that are still to run. Images are not looked at, nor models that are gone.
+
+    Raises:
+        ComparisonError: there are such; the message names all.
+        DatasetError: the data cannot be loaded.
+    """
+    now: dict[str, dict[str, str]] = {}  # many runs read the same
+    changed: dict[str, list[str]] = {}
+    for run in filter(is_finished, runs):
+        if not (before := identity_of(run.folder)):
+            continue
+        arguments = arguments_of(run, run.name)
+        teacher = arguments.get(TeacherArguments, TeacherArguments())
+        sources = arguments[ModelArguments], teacher, arguments[DataArguments]
+        if (key := repr(sources)) not in now:
+            now[key] = identity_now(*sources)
+        for name in sorted(now[key].keys() & before.keys()):
+            if now[key][name] != before[name]:
+                changed.setdefault(f"the {name}", []).append(str(run.folder))
+    if changed:
+        raise ComparisonError(
+            "; ".join(
+                f"{name} changed after these runs were done: {', '.join(folders)}" for name, folders in changed.items()
+            )
+            + ". Put back what was there, or remove these folders and call again, which runs them anew"
+        )
 
 
 def list_runs(runs: Sequence[PlannedRun], lines: Sequence[dict]) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 from transformers.utils import cached_file, logging
 
-from d3etr_hf.data import DetectionDataset
+from d3etr_hf.data import DataArguments, DetectionDataset
+from d3etr_hf.data.data_arguments import load_annotated
 from d3etr_hf.errors import DamagedFileError, OutputFolderError
 from d3etr_hf.files import blocks_of
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
@@ -160,12 +162,17 @@ def inputs_of(
         found[f"{name} images"] = images_of(split)
     if train.unlabeled is not None:
         found["unlabelled images"] = images_of(train.unlabeled.images)
+    return found | models_of(model_arguments, teacher_arguments)
+
+
+def models_of(model_arguments: ModelArguments, teacher_arguments: TeacherArguments) -> dict[str, Input]:
+    """The checkpoints that a run reads, by what the messages call them."""
     checkpoints = {
         "teacher": teacher_arguments.teacher,
         "model to start from": model_arguments.model,
         "backbone's weights": model_arguments.backbone_weights,
     }
-    return found | {name: checkpoint_at(path) for name, path in checkpoints.items() if path is not None}
+    return {name: checkpoint_at(path) for name, path in checkpoints.items() if path is not None}
 
 
 def read_inputs(output: Path) -> dict[str, Fingerprint]:
@@ -194,6 +201,26 @@ def identity_of(output: Path) -> dict[str, str]:
         DamagedFileError: `inputs.json` cannot be read.
     """
     read = read_inputs(output) if (output / INPUTS).exists() else {}
+    return marks_of(read)
+
+
+def identity_now(
+    model_arguments: ModelArguments, teacher_arguments: TeacherArguments, data_arguments: DataArguments
+) -> dict[str, str]:
+    """As `identity_of`, of what a run would read now: annotations, and the models that are there.
+
+    Raises:
+        DatasetError: the data cannot be loaded.
+    """
+    splits = zip(("training", "validation"), load_annotated(data_arguments), strict=True)
+    found = {f"{name} annotations": annotations_of(split) for name, split in splits}
+    with suppress(OSError):
+        found |= models_of(model_arguments, teacher_arguments)
+    return marks_of({name: each.fingerprint(whole=True) for name, each in found.items()})
+
+
+def marks_of(read: Mapping[str, Fingerprint]) -> dict[str, str]:
+    """`identity_of` what has these fingerprints."""
     marks = {name: each.sizes if name.endswith("images") else each.content for name, each in read.items()}
     return {name: mark[:12] for name, mark in marks.items() if mark is not None}
 

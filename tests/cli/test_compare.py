@@ -96,7 +96,7 @@ def journal(tmp_path, monkeypatch):
     return lambda: path.read_text().splitlines() if path.exists() else []
 
 
-def test_whole_comparison(content, call, monkeypatch, fresh_processes, tmp_path):
+def test_whole_comparison(content, call, shapes, monkeypatch, fresh_processes, tmp_path):
     """The teacher as in earnest, in a process of its own; the students in processes that start faster."""
     start = run_pool.start
 
@@ -128,6 +128,21 @@ def test_whole_comparison(content, call, monkeypatch, fresh_processes, tmp_path)
     assert (tmp_path / "out" / "results.md").read_text() in printed and "3 of 3 runs" in printed
     assert "| tiny | distilled | " in printed
     assert Image.open(tmp_path / "out" / "results.png").size[0] > 500
+    # the same call again has nothing to do, unless what those runs have read is another by now
+    assert call(content) == printed
+    (alone,) = (tmp_path / "runs" / "tiny").glob("alone_seed_0_????????????")
+    for file, said in (
+        (shapes / "annotations" / "val.json", f"the validation annotations changed .*{teacher}, {alone}, {folder}"),
+        (teacher / "config.json", f"the teacher changed after these runs were done: {folder}"),
+    ):
+        before = file.read_text()
+        try:
+            file.write_text(f"{before} ")
+            with pytest.raises(ComparisonError, match=rf"^{said}\. Put back .*, or remove these folders"):
+                call(content)
+        finally:
+            file.write_text(before)
+    assert call(content) == printed
 
 
 def test_a_stopped_comparison_goes_on(content, call, journal, monkeypatch):
