@@ -162,17 +162,18 @@ def inputs_of(
         found[f"{name} images"] = images_of(split)
     if train.unlabeled is not None:
         found["unlabelled images"] = images_of(train.unlabeled.images)
-    return found | models_of(model_arguments, teacher_arguments)
+    places = models_of(model_arguments, teacher_arguments)
+    return found | {name: checkpoint_at(path) for name, path in places.items()}
 
 
-def models_of(model_arguments: ModelArguments, teacher_arguments: TeacherArguments) -> dict[str, Input]:
-    """The checkpoints that a run reads, by what the messages call them."""
-    checkpoints = {
+def models_of(model_arguments: ModelArguments, teacher_arguments: TeacherArguments) -> dict[str, str]:
+    """Where the checkpoints are that a run reads, by what the messages call them."""
+    places = {
         "teacher": teacher_arguments.teacher,
         "model to start from": model_arguments.model,
         "backbone's weights": model_arguments.backbone_weights,
     }
-    return {name: checkpoint_at(path) for name, path in checkpoints.items() if path is not None}
+    return {name: path for name, path in places.items() if path is not None}
 
 
 def read_inputs(output: Path) -> dict[str, Fingerprint]:
@@ -214,8 +215,9 @@ def identity_now(
     """
     splits = zip(("training", "validation"), load_annotated(data_arguments), strict=True)
     found = {f"{name} annotations": annotations_of(split) for name, split in splits}
-    with suppress(OSError):
-        found |= models_of(model_arguments, teacher_arguments)
+    for name, path in models_of(model_arguments, teacher_arguments).items():
+        with suppress(OSError):
+            found[name] = checkpoint_at(path)
     return marks_of({name: each.fingerprint(whole=True) for name, each in found.items()})
 
 

@@ -1,5 +1,6 @@
 """`d3etr compare`: what is run, gone on with, refused and reported."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -9,12 +10,15 @@ from PIL import Image
 
 from d3etr_hf.cli import compare
 from d3etr_hf.configurations import read_yaml, write_yaml
+from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import CommandLineError, ComparisonError, DatasetError, DetectorLoadError, UnsupportedOptionError
 from d3etr_hf.models.image_processors import load_image_processor
+from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.runs import run_pool
 from d3etr_hf.runs.comparison import STANDARD_MODES
 from d3etr_hf.runs.comparison_results import read_lines
+from d3etr_hf.runs.inputs import identity_now
 from d3etr_hf.runs.run_pool import Job
 from tests.cli.test_training_run import model_config
 from tests.tiny import tiny_model
@@ -143,6 +147,18 @@ def test_whole_comparison(content, call, shapes, monkeypatch, fresh_processes, t
         finally:
             file.write_text(before)
     assert call(content) == printed
+
+
+def test_a_model_that_is_gone_is_not_compared(shapes, tmp_path):
+    """As the teacher of another comparison may be, whose students are done."""
+    sources = ModelArguments(model_config={}), TeacherArguments(teacher=str(tmp_path / "gone"))
+    found = identity_now(*sources, DataArguments(data_folder=str(shapes)))
+    digests = [
+        hashlib.sha256(hashlib.sha256((shapes / "annotations" / f"{split}.json").read_bytes()).hexdigest().encode())
+        for split in ("train", "val")
+    ]
+    names = ("training annotations", "validation annotations")
+    assert found == {name: each.hexdigest()[:12] for name, each in zip(names, digests, strict=True)}
 
 
 def test_a_stopped_comparison_goes_on(content, call, journal, monkeypatch):
