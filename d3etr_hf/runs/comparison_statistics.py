@@ -53,17 +53,17 @@ def values_of(lines: Iterable[Mapping], entry: str, mode: str, measure: str = "A
 def differing_inputs(lines: Iterable[Mapping]) -> list[str]:
     """What runs that a table sets beside each other have read otherwise, in words; nothing where all is well.
 
-    The validation split must be the same for all students of an entry, what else there is of data for all seeds of a
-    mode, and a model that was read for all modes of a seed. Lines without `inputs` say nothing.
+    The validation split must be the same for all students of an entry, a teacher for all of a seed, and all else, which
+    a mode may set, for all of a mode. Lines without `inputs` say nothing.
     """
     marks: dict[tuple[str, str], set[str]] = {}
     for line in lines:
         for name, mark in line.get("inputs", {}).items() if line["mode"] != TEACHER else ():
             place = line["family"]
-            if name.startswith(("training", "unlabelled")):
-                place += f" {line['mode']}"
-            elif not name.startswith("validation"):
+            if name == "teacher":
                 place += f" seed {line['seed']}"
+            elif not name.startswith("validation"):
+                place += f" {line['mode']}"
             marks.setdefault((place, name), set()).add(mark)
     return [f"{place}: the {name}" for (place, name), found in marks.items() if len(found) > 1]
 

@@ -43,7 +43,7 @@ def test_values_are_of_one_entry_and_mode_in_the_order_of_seeds():
     assert values_of(lines, "a", "alone", "AP50") == {} == values_of(lines, "c", "alone")
 
 
-READ = {"training annotations": "t", "validation annotations": "v", "teacher": "w"}
+READ = {"training annotations": "t", "validation annotations": "v", "teacher": "w", "model to start from": "m"}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,8 @@ READ = {"training annotations": "t", "validation annotations": "v", "teacher": "
         ("distilled", 1, {"training annotations": "u"}, ["a distilled: the training annotations"]),
         ("few_labels", 1, {"training annotations": "u"}, []),  # a mode may have data of its own
         ("few_labels", 1, {"validation annotations": "u"}, ["a: the validation annotations"]),
+        ("distilled", 1, {"model to start from": "u"}, ["a distilled: the model to start from"]),
+        ("pretrained", 0, {"model to start from": "u"}, []),
         ("few_labels", 0, {"teacher": "u"}, ["a seed 0: the teacher"]),
         ("distilled", 1, {"teacher": "u"}, []),  # each seed may have a teacher of its own
         ("teacher", 0, {name: "u" for name in READ}, []),
