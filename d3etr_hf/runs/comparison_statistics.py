@@ -53,8 +53,8 @@ def values_of(lines: Iterable[Mapping], entry: str, mode: str, measure: str = "A
 def differing_inputs(lines: Iterable[Mapping]) -> list[str]:
     """What runs that a table sets beside each other have read otherwise, in words; nothing where all is well.
 
-    The validation split must be the same for all students of an entry, a teacher for all of a seed, and all else, which
-    a mode may set, for all of a mode. Lines without `inputs` say nothing.
+    The validation split must be the same for all students of an entry, a teacher for all of a seed, and all else for
+    all of a mode, which may set it. Lines without `inputs` say nothing.
     """
     marks: dict[tuple[str, str], set[str]] = {}
     for line in lines:
