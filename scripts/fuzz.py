@@ -239,7 +239,7 @@ def read_run_options_of(content: bytes, folder: Path) -> None:
 def read_inputs_of(content: bytes, folder: Path) -> None:
     """What a run has read."""
     (folder / "inputs.json").write_bytes(content)
-    read_inputs(folder, "checkpoint-1")
+    read_inputs(folder)
 
 
 Reader = Callable[[bytes, Path], None]

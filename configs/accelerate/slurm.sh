@@ -26,7 +26,8 @@ PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MAIN_NODE PORT
 
 out_of_time=false
-trap 'out_of_time=true; interrupted=true; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+# once: bash may take a second signal for the end of the step
+trap 'trap "" USR1; out_of_time=true; interrupted=true; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 # one launcher a node, which starts a process a GPU
 srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --config_file configs/accelerate/two_machines.yaml \

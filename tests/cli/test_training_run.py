@@ -538,6 +538,15 @@ def test_a_run_whose_inputs_have_changed_does_not_go_on(under_way, tmp_path, fil
     assert files_of(place / "run") == before
 
 
+def test_a_run_that_begins_does_not_look_at_what_was_read_before(under_way, tmp_path):
+    """Of a call that had saved nothing."""
+    place = shutil.copytree(under_way, tmp_path / "place")
+    shutil.rmtree(place / "run" / "checkpoint-1")
+    (place / "run" / "inputs.json").write_text("nul")
+    train_detector(*run_under_way(place, max_steps=1))
+    assert "teacher" in json.loads((place / "run" / "inputs.json").read_text())
+
+
 def test_a_run_goes_on_where_it_and_all_that_it_reads_were_copied(under_way, tmp_path):
     """Other paths, other times; the same content."""
     train_detector(*run_under_way(shutil.copytree(under_way, tmp_path / "copied", copy_function=shutil.copyfile)))
