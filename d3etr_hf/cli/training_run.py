@@ -1,5 +1,6 @@
 """One training run in one output folder: guarded, resumable, with its results beside its model."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +76,8 @@ def train_detector(
 
     Returns:
         The results, as written to `results.json`: AP and AP50 (0..1) and all other metrics, parameters, optimizer
-        steps, and seconds of training (summed over interruptions; without evaluation before or after it).
+        steps, and seconds of training (summed over interruptions; without evaluation before or after it), see
+        `Stopwatch.spent`.
 
     Raises:
         OutputFolderError: the output folder holds another run, or files that are no run, or what the run reads has
@@ -101,7 +103,7 @@ def train_detector(
         )
         if results is not None:
             return results
-        stopwatch = Stopwatch(output)
+        stopwatch = Stopwatch(output, training_arguments.device.type == "cpu")
         trainer = build_trainer(model_arguments, teacher_arguments, data_arguments, training_arguments)
         trainer.add_callback(stopwatch)
         trainer.add_callback(CurvesWhileRunning(output, HISTORY))
@@ -111,7 +113,7 @@ def train_detector(
         on_main_process(lambda: write_environment(output, model_arguments, teacher_arguments, data_arguments))
         with stopping_at_signals(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
-        return finish(trainer, stopwatch.seconds, card_arguments)
+        return finish(trainer, stopwatch.spent, card_arguments)
 
 
 def begin(
@@ -277,12 +279,12 @@ def announce(trainer: D3etrTrainer) -> None:
         )
 
 
-def finish(trainer: D3etrTrainer, seconds: float, card_arguments: CardArguments) -> dict:
-    """Evaluate, save, record and, if asked for, publish what a trainer has trained; the results."""
+def finish(trainer: D3etrTrainer, spent: Mapping[str, float], card_arguments: CardArguments) -> dict:
+    """Evaluate, save, record and, if asked for, publish what a trainer has trained in a time; the results."""
     metrics = trainer.evaluate()
     # not `save_model()`, which pushes: the Hub may fail, and all that was found out must be on disk by then
     trainer.save_without_pushing()
-    results = trainer.record_results(metrics, seconds)
+    results = trainer.record_results(metrics, spent)
     report(results, trainer.args)
     if trainer.args.push_to_hub:
         address = trainer.push_to_hub(**card_arguments.for_trainer())

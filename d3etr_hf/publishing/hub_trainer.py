@@ -1,5 +1,6 @@
 """The part of the trainer that publishes: Transformers' hub options, with a measured card and safe files only."""
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -48,12 +49,12 @@ class D3etrTrainer(DistillationTrainer):
 
     # results
 
-    def record_results(self, metrics: dict[str, float], seconds: float | None = None) -> dict:
+    def record_results(self, metrics: dict[str, float], spent: Mapping[str, float] | None = None) -> dict:
         """Write what the run came to beside the saved model: `results.json` and its history.
 
         Args:
             metrics: from `evaluate()`.
-            seconds: of training; left out where they were not measured.
+            spent: `seconds` of training and the like; None where they were not measured.
 
         Returns:
             The results: the metrics without `eval_`, parameters and optimizer steps.
@@ -62,9 +63,7 @@ class D3etrTrainer(DistillationTrainer):
         results |= {
             "parameters": sum(parameter.numel() for parameter in self.model.to_stock().parameters()),
             "steps": self.state.global_step,
-        }
-        if seconds is not None:
-            results["seconds"] = seconds
+        } | (spent or {})
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             write_published_json(folder / HISTORY, self.state.log_history)

@@ -51,7 +51,7 @@ class Comparison:
         {},
         "Options by mode, of modes other than alone, teacherless and distilled, or instead of what those mean; or "
         "{same_as: MODE, equal_seconds_with: OTHER}, which is MODE for as many steps as take the seconds of OTHER, by "
-        "the median over seeds of how many times as long its steps take.",
+        "the median over seeds of how many times as long its steps take; on a CPU in the processor's own time.",
     )
     baseline: str | None = option(
         None, "The mode whose AP the table subtracts from that of the others; by default alone, if it is a mode."

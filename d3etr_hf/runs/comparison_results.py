@@ -12,6 +12,7 @@ from d3etr_hf.files import write_whole
 from d3etr_hf.runs.inputs import identity_of
 from d3etr_hf.runs.output_folder import ENVIRONMENT, HISTORY, RESULTS, read_record
 from d3etr_hf.runs.planned_run import PlannedRun
+from d3etr_hf.runs.stopwatch import PROCESSOR_SECONDS
 
 logger = logging.get_logger(__name__)
 
@@ -24,7 +25,8 @@ def line_of(run: PlannedRun) -> dict:
     Returns:
         `family` (the entry), `mode`, `seed`, `teacher` (the entry that taught it, or None), AP and the like (0..1),
         `parameters`, `steps`, `seconds` of training, `device`, `threads`, `inputs` (`inputs.identity_of`) and
-        `fingerprint`; and of a run that was evaluated on its way `evaluations`, pairs of step and AP.
+        `fingerprint`; of a run on the CPU `processor_seconds`, and of one that was evaluated on its way `evaluations`,
+        pairs of step and AP.
 
     Raises:
         ComparisonError: the run has no results, or they hold no AP.
@@ -39,6 +41,8 @@ def line_of(run: PlannedRun) -> dict:
     line = {"family": run.entry, "mode": run.mode, "seed": run.seed, "teacher": run.taught_by}
     line |= {name: results[name] for name in METRICS if name in results}
     line |= {name: results[name] for name in ("parameters", "steps", "seconds")}
+    if PROCESSOR_SECONDS in results:
+        line[PROCESSOR_SECONDS] = results[PROCESSOR_SECONDS]
     line |= {name: environment[name] for name in ("device", "threads")}
     history = run.folder / HISTORY
     evaluations = evaluations_of(read_record(history)) if history.exists() else []

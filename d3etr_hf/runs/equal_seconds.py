@@ -5,6 +5,7 @@ from statistics import median
 
 from d3etr_hf.runs.output_folder import CONFIGURATION, read_run_options
 from d3etr_hf.runs.planned_run import PlannedRun
+from d3etr_hf.runs.stopwatch import PROCESSOR_SECONDS, SECONDS_OF_CLOCK
 
 
 def seconds_per_step(records: Iterable[Mapping]) -> float:
@@ -19,14 +20,20 @@ def steps_in_equal_seconds(steps: int, pairs: Iterable[tuple[Mapping, Mapping]])
     """How many steps take as long as `steps` of another kind of run, at least one.
 
     By the median over pairs of how many times as long a step takes: the two runs of a seed were on the same machine at
-    about the same time, and what kept it busy counts in both.
+    about the same time, and what kept it busy counts in both. Where both know their `processor_seconds` those count,
+    in which nothing else does.
 
     Args:
         steps: of the other kind.
         pairs: `seconds` and `steps` of a run of the other kind and of one of this, at least one pair.
     """
-    times = median(seconds_per_step([other]) / seconds_per_step([own]) for other, own in pairs)
-    return max(1, round(steps * times))
+    return max(1, round(steps * median(_times_as_long(*pair) for pair in pairs)))
+
+
+def _times_as_long(other: Mapping, own: Mapping) -> float:
+    """A step of one run over a step of another."""
+    measure = PROCESSOR_SECONDS if PROCESSOR_SECONDS in other and PROCESSOR_SECONDS in own else SECONDS_OF_CLOCK
+    return (other[measure] / other["steps"]) / (own[measure] / own["steps"])
 
 
 def options_in_full(run: PlannedRun, lines: Mapping[tuple, Mapping]) -> dict:

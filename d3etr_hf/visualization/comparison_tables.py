@@ -52,7 +52,8 @@ def format_comparison(comparison: Comparison, lines: Sequence[dict]) -> str:
     if at_equal_seconds := format_equal_seconds(comparison, lines):
         blocks += [
             "At equal seconds, AP minus AP of the same seed; a mode that takes the seconds of another has as many "
-            "steps as fit by the median over seeds of how many times as long a step of that other takes:",
+            "steps as fit by the median over seeds of how many times as long a step of that other takes, on a CPU in "
+            "the processor's own time:",
             at_equal_seconds,
         ]
     if comparison.pairs is not None:

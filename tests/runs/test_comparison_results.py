@@ -47,6 +47,8 @@ def test_a_line_says_what_a_run_came_to(runs):
         "inputs": {},
         "fingerprint": distilled.fingerprint,
     }
+    (distilled.folder / "results.json").write_text(json.dumps(RESULTS | {"processor_seconds": 1.25}))
+    assert line_of(distilled)["processor_seconds"] == 1.25
     read = {"count": 1, "bytes": 3, "sizes": "5" * 64, "times": None, "content": "c" * 64}
     (distilled.folder / "inputs.json").write_text(json.dumps({"teacher": read, "training images": read}))
     assert line_of(distilled)["inputs"] == {"teacher": "c" * 12, "training images": "5" * 12}

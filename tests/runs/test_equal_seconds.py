@@ -24,6 +24,13 @@ def test_steps_by_hand():
     assert steps_in_equal_seconds(1, [(record(1, 0.1), record(1, 9.0))]) == 1
 
 
+def test_what_else_the_machine_did_does_not_count():
+    """Where both have counted what the processor did for them: 3 times as long, which took 300 seconds and 900."""
+    other, own = record(100, 300.0) | {"processor_seconds": 30.0}, record(100, 900.0) | {"processor_seconds": 10.0}
+    assert steps_in_equal_seconds(100, [(other, own)]) == 300
+    assert steps_in_equal_seconds(100, [(other, record(100, 900.0))]) == 33
+
+
 @pytest.fixture
 def runs(tmp_path) -> dict:
     """By mode and seed, of one entry; 3 steps of its student."""
