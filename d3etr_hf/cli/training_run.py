@@ -76,8 +76,7 @@ def train_detector(
 
     Returns:
         The results, as written to `results.json`: AP and AP50 (0..1) and all other metrics, parameters, optimizer
-        steps, and seconds of training (summed over interruptions; without evaluation before or after it), see
-        `Stopwatch.spent`.
+        steps, and `Stopwatch.spent` on training (summed over interruptions; without evaluation before or after it).
 
     Raises:
         OutputFolderError: the output folder holds another run, or files that are no run, or what the run reads has
