@@ -111,7 +111,7 @@ class D3etrTrainingArguments(TrainingArguments):
     adaptive_matching: bool = option(
         Distillation.adaptive_matching,
         "Distil into the student group, by adaptive matching; with fixed matching beside it, it was a little ahead "
-        "of itself alone (model_cards/RESULTS.md, which part pays).",
+        "of itself alone, with three seeds (model_cards/RESULTS.md, which part pays).",
     )
     matching_score_threshold: float = option(
         Distillation.matching_score_threshold,
@@ -134,7 +134,7 @@ class D3etrTrainingArguments(TrainingArguments):
     prediction_weight: float = option(
         Distillation.prediction_weight,
         "Weight of prediction distillation; 0 switches it off, which was 2.5 AP better beside cross-attention for a "
-        "small student after a short schedule (model_cards/RESULTS.md, which part pays).",
+        "small student after a short schedule, with three seeds (model_cards/RESULTS.md, which part pays).",
     )
     box_distribution_weight: float = option(
         Distillation.box_distribution_weight,
@@ -251,8 +251,8 @@ class D3etrTrainingArguments(TrainingArguments):
     )
     distillation_end: float = option(
         DistillationSchedule.distillation_end,
-        "Share of the training after which there is no distillation and no auxiliary group; half was better than all "
-        "of a long one with the one seed so far (model_cards/RESULTS.md, how long it keeps its lead).",
+        "Share of the training after which there is no distillation and no auxiliary group, and a step costs no more "
+        "than without; half of a long one was no worse than all (model_cards/RESULTS.md, how long it keeps its lead).",
     )
     distillation_decay: bool = option(
         DistillationSchedule.distillation_decay,
