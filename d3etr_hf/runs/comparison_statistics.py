@@ -57,8 +57,9 @@ def differing_inputs(lines: Iterable[Mapping]) -> list[str]:
     all of a mode, which may set it. Lines without `inputs` say nothing.
     """
     marks: dict[tuple[str, str], set[str]] = {}
-    for line in lines:
-        for name, mark in line.get("inputs", {}).items() if line["mode"] != TEACHER else ():
+    students = [line for line in lines if line["mode"] != TEACHER]
+    for line in students:
+        for name, mark in line.get("inputs", {}).items():
             place = line["family"]
             if name == "teacher":
                 place += f" seed {line['seed']}"

@@ -92,8 +92,8 @@ def budgets_of(comparison: Comparison, lines: Sequence[dict]) -> dict[str, Curve
     """
     curves = {}
     for mode in comparison.modes:
-        found = [line for line in lines if line["mode"] == mode and "steps" in line]
-        found = [line for line in found if line["family"] in comparison.entries]
+        of_mode = [line for line in lines if line["mode"] == mode and "steps" in line]
+        found = [line for line in of_mode if line["family"] in comparison.entries]
         budgets = {}
         for entry in comparison.entries:
             if values := values_of(found, entry, mode):
@@ -136,13 +136,13 @@ def _draw(comparison: Comparison, curves: dict[str, Curve], title: str, path: Pa
         for axes, places in ((over_steps, curve.steps), (over_seconds, seconds)):
             axes.plot(places, list(map(mean, curve.values)), **style)
             if len(curves) <= len(RUN_COLOURS):
-                ends = list(map(min, curve.values)), list(map(max, curve.values))
-                axes.fill_between(places, *ends, color=colours[mode], alpha=BAND_OPACITY, linewidth=0)
+                band = list(map(min, curve.values)), list(map(max, curve.values))
+                axes.fill_between(places, *band, color=colours[mode], alpha=BAND_OPACITY, linewidth=0)
             # among means of several seeds a single one is not to look as sure
             of_one = [at for at, values in enumerate(curve.values) if len(values) == 1]
             if 0 < len(of_one) < len(curve.values):
-                ends = [places[at] for at in of_one], [curve.values[at][0] for at in of_one]
-                axes.scatter(*ends, s=22, facecolor="white", edgecolor=colours[mode], linewidth=1.2, zorder=3)
+                dots = [places[at] for at in of_one], [curve.values[at][0] for at in of_one]
+                axes.scatter(*dots, s=22, facecolor="white", edgecolor=colours[mode], linewidth=1.2, zorder=3)
     over_steps.set_ylabel("validation AP", fontsize=9)
     over_steps.set_xlabel("optimizer steps", fontsize=9)
     over_seconds.set_xlabel("seconds of training (steps × median seconds a step)", fontsize=9)
