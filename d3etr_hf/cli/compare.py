@@ -101,6 +101,7 @@ def compare(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
             if run.key not in lines_of(runs, read_lines(results)):
                 record(results, line_of(run))
         to_do = {run.name: run for run in runs if run not in finished}
+        tell_of_replacements(list(to_do.values()), comparison)
 
         def finish(job: Job) -> None:
             line = line_of(to_do[job.name])
@@ -122,6 +123,17 @@ def compare(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
             f"{reasons}"
         )
     return report(comparison, runs)
+
+
+def tell_of_replacements(to_do: Sequence[PlannedRun], comparison: Comparison) -> None:
+    """Say how many runs have a line of results already and no folder, as after a move to another machine."""
+    if again := lines_of(to_do, read_lines(Path(comparison.results))):
+        tqdm.write(
+            f"{len(again)} of the {len(to_do)} runs to do have results in {comparison.results}, but no folder in "
+            f"{comparison.output_dir} any more: they are run again, and their results replaced; --modes and --seeds "
+            "leave runs out",
+            file=sys.stderr,
+        )
 
 
 def job_of(run: PlannedRun) -> Job:

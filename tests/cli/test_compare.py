@@ -72,14 +72,16 @@ def content(tmp_path, shapes) -> dict:
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """Calls the command on what a file is to hold; what it prints."""
+    """Calls the command on what a file is to hold; what it prints. Its `said` is what went to stderr."""
 
     def run(content: dict, *flags: str) -> str:
         path = tmp_path / "comparison.yaml"
         path.write_text(write_yaml(content))
         monkeypatch.setattr(sys, "argv", ["d3etr compare", str(path), *flags])
         compare.main()
-        return capsys.readouterr().out
+        printed = capsys.readouterr()
+        run.said = printed.err
+        return printed.out
 
     return run
 
@@ -254,11 +256,14 @@ def test_budgets_from_the_results_alone(content, call, journal, tmp_path):
 def test_a_run_whose_folder_is_gone_is_run_again(content, call, journal, tmp_path):
     """Its line alone is no checkpoint for a student; the line is then the new run's, and not a second one."""
     call(content)
+    assert "run again" not in call.said
     (folder,) = (tmp_path / "runs" / "tiny").glob("teacher_seed_0_????????????")
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
-    call(content)
+    content["seeds"] = [0, 1]
+    call(content, "--seeds", "0")
+    assert f"1 of the 1 runs to do have results in {content['results']}, but no folder in" in call.said
     assert sorted(journal()) == sorted([*RUNS[:3], "teacher_seed_0"])
     assert len(read_lines(Path(content["results"]))) == 3
 
