@@ -16,7 +16,13 @@ VIDT = "vidt"
 
 
 class ComparesMemory(nn.Module):
-    """A module that takes the levels of two memories, `ComparedLevel`s, and the ground truth, in training."""
+    """A module that takes the levels of two memories, `ComparedLevel`s, and the ground truth, in training.
+
+    Attributes:
+        reads_ground_truth: whether the method's loss depends on it; so unless it says otherwise.
+    """
+
+    reads_ground_truth: ClassVar[bool] = True
 
 
 class MemoryAdapter(ComparesMemory):
@@ -64,6 +70,8 @@ class MemoryAdapter(ComparesMemory):
 
 class FitnetAdapter(MemoryAdapter):
     """FitNet's regressor: one matrix a level, whatever the widths."""
+
+    reads_ground_truth = False
 
 
 class RelationBlock(nn.Module):
@@ -132,6 +140,7 @@ class ClockdistillAdapter(MemoryAdapter):
 class VidtAdapter(MemoryAdapter):
     """Matrices for memory and queries where the widths differ."""
 
+    reads_ground_truth = False
     always = False
 
     def __init__(self, width: int, their_width: int, levels: int, classes: int):

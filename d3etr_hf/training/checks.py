@@ -150,7 +150,7 @@ def check_use_of_data(
     named = eval_dataset if isinstance(eval_dataset, dict) else {}
     check_steps(args, train_dataset)
     if isinstance(train_dataset, DetectionDataset) and train_dataset.unlabeled is not None:
-        check_unlabeled(args.distillation)
+        check_unlabeled(args.distillation, args.schedule)
     check_evaluation(args, list(named.values()) or [eval_dataset])
     if not own_metrics:
         check_best_metric(args, class_names, tuple(named))

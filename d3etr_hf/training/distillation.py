@@ -150,9 +150,14 @@ class Distillation:
         return assigns and self.detection_weight > 0
 
     @property
+    def follows_teacher(self) -> bool:
+        """Whether any term compares the student with a teacher."""
+        return bool(self.distilled_groups or self.shared_groups or self.memory_methods)
+
+    @property
     def reads_teacher_outputs(self) -> bool:
         """Whether a step runs the teacher: for distillation, or for its assignment of ground truth."""
-        return bool(self.distilled_groups or self.shared_groups or self.memory_methods) or self.teacher_assigns
+        return self.follows_teacher or self.teacher_assigns
 
     @property
     def needs_teacher(self) -> bool:

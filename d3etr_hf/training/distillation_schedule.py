@@ -68,5 +68,5 @@ class DistillationSchedule:
             raise UnsupportedOptionError(
                 f"{shown}: steps without distillation learn by the detection loss, and detection_weight is 0"
             )
-        if not options.distilled_groups and options.auxiliary_queries == "none":
+        if not options.follows_teacher and options.auxiliary_queries == "none":
             raise UnsupportedOptionError(f"{shown}: nothing is distilled, so there is nothing to plan; leave them out")

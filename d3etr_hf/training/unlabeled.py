@@ -7,27 +7,30 @@ import torch
 
 from d3etr_hf.data.reading import require_place
 from d3etr_hf.errors import UnsupportedOptionError
+from d3etr_hf.models.memory_methods import MEMORY_METHODS
 from d3etr_hf.outputs import DetectorOutput, GroupOutput, Supervised, Targets
 from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.distillation_schedule import DistillationSchedule
 
 # options of distillation terms that read ground truth
 OF_GROUND_TRUTH = (
     "logits_distillation_weight",
-    "fgd_weight",
-    "defeat_weight",
-    "detrdistill_memory_weight",
-    "clockdistill_memory_weight",
-    "icd_weight",
     "shared_object_queries",
+    *(f"{name}_weight" for name, method in MEMORY_METHODS.items() if method.reads_ground_truth),
 )
+# options of 1, other values of which leave steps without distillation
+OF_PLAIN_STEPS = ("distillation_interval", "distillation_end")
 REMEDY = "or leave unlabeled_images out"
 
 
-def check_unlabeled_option(folder: str | None, options: Distillation, teacher: str | None) -> None:
+def check_unlabeled_option(
+    folder: str | None, options: Distillation, schedule: DistillationSchedule, teacher: str | None
+) -> None:
     """`check_unlabeled` of what a run is asked to do, before anything is loaded.
 
     Args:
         folder: of images without labels; None for none.
+        schedule: when it distils.
         teacher: its place; None without one.
 
     Raises:
@@ -35,14 +38,15 @@ def check_unlabeled_option(folder: str | None, options: Distillation, teacher: s
     """
     if folder is not None:
         require_place(folder, "unlabeled_images")
-        check_unlabeled(options, has_teacher=teacher is not None)
+        check_unlabeled(options, schedule, has_teacher=teacher is not None)
 
 
-def check_unlabeled(options: Distillation, has_teacher: bool = True) -> None:
+def check_unlabeled(options: Distillation, schedule: DistillationSchedule, has_teacher: bool = True) -> None:
     """Refuse images without labels where nothing would be learned from them, or what cannot be.
 
     Raises:
-        UnsupportedOptionError: there is no teacher, a term reads ground truth, or no other distillation term is on.
+        UnsupportedOptionError: there is no teacher, a term reads ground truth, no other distillation term is on, or
+            some steps do not distil.
     """
     if not has_teacher:
         raise UnsupportedOptionError(
@@ -54,10 +58,15 @@ def check_unlabeled(options: Distillation, has_teacher: bool = True) -> None:
             f"unlabeled_images: {', '.join(reading)} would read ground truth, which such images do not have: set "
             f"{'it' if len(reading) == 1 else 'them'} to 0 or false, {REMEDY}"
         )
-    if not (options.distilled_groups or options.shared_groups or options.memory_methods):
+    if not options.follows_teacher:
         raise UnsupportedOptionError(
             "unlabeled_images: no distillation term is on, and nothing would be learned from such images: set "
             f"adaptive_matching to true and one of the terms' weights above 0, {REMEDY}"
+        )
+    if given := [f"{name}={vars(schedule)[name]}" for name in OF_PLAIN_STEPS if vars(schedule)[name] != 1]:
+        raise UnsupportedOptionError(
+            f"unlabeled_images: nothing is learned from such images in steps without distillation, and there would be "
+            f"some with {' and '.join(given)}: set {'it' if len(given) == 1 else 'them'} to 1, {REMEDY}"
         )
 
 

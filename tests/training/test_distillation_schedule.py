@@ -1,5 +1,7 @@
 """When a training distils, against values by hand, a plain trainer and a trainer that always distils."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -34,6 +36,25 @@ def shapes(tmp_path_factory):
 def test_weights_by_hand(schedule, expected):
     assert [schedule.weight(step, 8) for step in range(8)] == pytest.approx(expected)
     assert schedule.weight(0, 0) == 1  # of a step that is tried out before the training is known
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({}, True),
+        ({"fgd_weight": 1.0}, False),
+        ({"clockdistill_memory_weight": 1.0}, False),
+        ({"shared_query_weight": 1.0, "shared_object_queries": True}, False),
+        ({"adaptive_matching": True}, False),
+        ({"auxiliary_queries": "learned"}, False),
+    ],
+)
+def test_a_schedule_is_of_whatever_a_teacher_or_a_further_group_brings(options, refused):
+    schedule = DistillationSchedule(distillation_end=0.5)
+    options = Distillation(**({"auxiliary_queries": "none", "adaptive_matching": False} | options))
+    expected = pytest.raises(UnsupportedOptionError, match="nothing to plan") if refused else nullcontext()
+    with expected:
+        schedule.check(options)
 
 
 def terms_at(trainer, step, steps=8):

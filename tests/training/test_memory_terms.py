@@ -102,6 +102,16 @@ def test_fitnet_term_is_the_papers_of_what_the_encoders_give(student, teacher, c
     assert all(p.grad.abs().sum() > 0 for p in trainer.model.query_adapters["fitnet"].parameters())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_says_whether_it_reads_ground_truth(method, tmp_path, monkeypatch):
+    """Images without labels may be among those of the others alone."""
+    trainer = trainer_of(tmp_path, auxiliary_queries="none", **{f"{method}_weight": 2.0})
+    before = step(trainer)[f"loss/memory/{method}"]
+    monkeypatch.setitem(globals(), "LABELS", random_labels([1, 2, 3], seed=5))
+    after = step(trainer)[f"loss/memory/{method}"]
+    assert (after != before) == MEMORY_METHODS[method].reads_ground_truth
+
+
 def best_assignment(teacher, output) -> torch.Tensor:
     """Of the teacher's last layer the object of each query, the cheapest of all assignments."""
     group, targets = output.groups[OWN], targets_of(LABELS)

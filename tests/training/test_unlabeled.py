@@ -12,6 +12,7 @@ from d3etr_hf.errors import UnsupportedOptionError
 from d3etr_hf.models.loading import FAMILIES
 from d3etr_hf.outputs import AUXILIARY, OWN, Queries
 from d3etr_hf.training.distillation import Distillation
+from d3etr_hf.training.distillation_schedule import DistillationSchedule
 from d3etr_hf.training.objective import D3etrObjective, Shares
 from d3etr_hf.training.teacher import Teacher
 from d3etr_hf.training.unlabeled import check_unlabeled
@@ -146,12 +147,30 @@ def test_accumulated_batches_equal_one_batch(shapes, tmp_path):
 )
 def test_what_could_not_be_learned_is_refused(changes, has_teacher, message):
     with pytest.raises(UnsupportedOptionError, match=f"^unlabeled_images: .*{message}.* leave unlabeled_images out$"):
-        check_unlabeled(Distillation(**changes), has_teacher)
+        check_unlabeled(Distillation(**changes), DistillationSchedule(), has_teacher)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"distillation_interval": 2}, "with distillation_interval=2: set it to 1"),
+        ({"distillation_end": 0.5}, "with distillation_end=0.5: set it to 1"),
+        ({"distillation_interval": 3, "distillation_end": 0.5, "distillation_decay": True}, "and .* set them to 1"),
+        ({"distillation_decay": True}, None),
+    ],
+)
+def test_steps_in_which_nothing_would_be_learned_are_refused(schedule, message):
+    schedule = DistillationSchedule(**schedule)
+    plain = [step for step in range(8) if not schedule.at(Distillation(), step, 8).follows_teacher]
+    assert bool(plain) == (message is not None)
+    refused = pytest.raises(UnsupportedOptionError, match=message) if plain else nullcontext()
+    with refused:
+        check_unlabeled(Distillation(), schedule)
 
 
 @pytest.mark.parametrize("changes", [{"fitnet_weight": 1.0}, {"shared_query_weight": 1.0}])
 def test_one_term_that_reads_no_ground_truth_is_enough(changes):
-    check_unlabeled(Distillation(auxiliary_queries="none", adaptive_matching=False, **changes))
+    check_unlabeled(Distillation(auxiliary_queries="none", adaptive_matching=False, **changes), DistillationSchedule())
 
 
 def test_a_trainer_refuses_what_the_data_bring(shapes, tmp_path):
