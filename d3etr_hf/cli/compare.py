@@ -36,7 +36,7 @@ from d3etr_hf.runs.comparison import DISTILLED, Comparison
 from d3etr_hf.runs.comparison_results import is_finished, key_of, line_of, lines_of, read_lines, record
 from d3etr_hf.runs.equal_seconds import options_in_full
 from d3etr_hf.runs.folder_lock import holding
-from d3etr_hf.runs.inputs import identity_now, identity_of
+from d3etr_hf.runs.inputs import InputsNow, identity_of
 from d3etr_hf.runs.planned_run import PlannedRun, plan
 from d3etr_hf.runs.run_pool import Job, run_jobs
 from d3etr_hf.training.checkpoints import checkpoints_of, was_saved
@@ -174,11 +174,14 @@ def check_runs(runs: Sequence[PlannedRun], source: str) -> None:
                 family_of_checkpoint(path, f"{place}: {role}")
                 checked.add(path)
         data = arguments[DataArguments]
-        distillation = arguments[D3etrTrainingArguments].distillation
+        training = arguments[D3etrTrainingArguments]
         try:
-            check_unlabeled_option(data.unlabeled_images, distillation, run.options.get("teacher"))
+            check_unlabeled_option(
+                data.unlabeled_images, training.distillation, training.schedule, run.options.get("teacher")
+            )
         except UnsupportedOptionError as error:
-            raise UnsupportedOptionError(f"{place}: {error}") from None
+            remedy = "" if "teacher" in run.options else ", or give it to modes with a teacher alone, in mode_options"
+            raise UnsupportedOptionError(f"{place}: {error}{remedy}") from None
         where = repr([getattr(data, name) for name in sorted(OF_DATA)])
         if where not in checked:
             check_places(data)
@@ -200,18 +203,16 @@ def refuse_changed_inputs(runs: Sequence[PlannedRun]) -> None:
         ComparisonError: there are such; the message names all.
         DatasetError: the data cannot be loaded.
     """
-    now: dict[str, dict[str, str]] = {}  # many runs read the same
+    inputs_now = InputsNow()
     changed: dict[str, list[str]] = {}
     for run in filter(is_finished, runs):
         if not (before := identity_of(run.folder)):
             continue
         arguments = arguments_of(run, run.name)
         teacher = arguments.get(TeacherArguments, TeacherArguments())
-        sources = arguments[ModelArguments], teacher, arguments[DataArguments]
-        if (key := repr(sources)) not in now:
-            now[key] = identity_now(*sources)
-        for name in sorted(now[key].keys() & before.keys()):
-            if now[key][name] != before[name]:
+        now = inputs_now.identity(arguments[ModelArguments], teacher, arguments[DataArguments])
+        for name in sorted(now.keys() & before.keys()):
+            if now[name] != before[name]:
                 changed.setdefault(f"the {name}", []).append(str(run.folder))
     if changed:
         raise ComparisonError(

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,7 +11,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-OF_UNLABELED, OF_VISIT = 5, 6  # what is drawn, as other numbers say elsewhere
+
+class Draw(IntEnum):
+    """What is drawn of a seed: the last of the numbers that `mixed` takes, four of them at least."""
+
+    STEP = 1
+    RANDOM_QUERIES = 2
+    DENOISING = 4
+    UNLABELED_ORDER = 5
+    VISIT = 6
+    CLASS_EMBEDDING = 7
 
 
 class TrainingSample(NamedTuple):
@@ -36,13 +46,13 @@ class TrainingSample(NamedTuple):
 
     def image_seed(self, image_id: int) -> int:
         """What all that is drawn for this image in this epoch comes from."""
-        again = (self.visit, OF_VISIT) if self.visit else ()
+        again = (self.visit, Draw.VISIT) if self.visit else ()
         return mixed(self.seed, self.epoch, image_id, *again)
 
     @property
     def step_seed(self) -> int:
         """What all that is drawn for a whole optimizer step comes from."""
-        return mixed(self.seed, self.epoch, self.step, 1)
+        return mixed(self.seed, self.epoch, self.step, Draw.STEP)
 
 
 class TrainingSampler(Sampler[TrainingSample]):
@@ -128,7 +138,7 @@ class TrainingSampler(Sampler[TrainingSample]):
         """Their order when all of them come for so many times, from 0."""
         if not self.shuffle:
             return list(range(self.unlabeled))
-        generator = torch.Generator().manual_seed(mixed(self.seed, number, OF_UNLABELED) % 2**63)
+        generator = torch.Generator().manual_seed(mixed(self.seed, number, 0, Draw.UNLABELED_ORDER) % 2**63)
         return torch.randperm(self.unlabeled, generator=generator).tolist()
 
     def __len__(self) -> int:
@@ -148,6 +158,6 @@ def drawing_from(seed: int) -> Iterator[None]:
 
 
 def mixed(*numbers: int) -> int:
-    """One seed of several: neighbouring numbers give unrelated ones."""
+    """One seed of several: neighbouring numbers give unrelated ones. Zeros at the end count for nothing."""
     words = [number % 2**64 for number in numbers]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])

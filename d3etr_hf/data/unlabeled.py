@@ -110,7 +110,7 @@ def _rows_left_out(
         )
     told = [
         f"Left out: {faults}" if faults else "",
-        _describe_labeled(unlabeled, train, labeled),
+        _describe_labeled(unlabeled, train, len(labeled), len(unlabeled) - len({*labeled, *broken})),
         describe_shared(rest, val, [[place for place in group if place[0] != 2] for group in groups]),
     ]
     for message in filter(None, told):
@@ -123,11 +123,11 @@ def _paths_of(dataset: DetectionDataset) -> Sequence[str]:
     return dataset.rows["image_path"][:] if "image_path" in dataset.rows.column_names else []
 
 
-def _describe_labeled(unlabeled: DetectionDataset, train: DetectionDataset, rows: list[int]) -> str:
-    """The sentence about images that have labels after all; empty if there are none."""
-    if not rows:
+def _describe_labeled(unlabeled: DetectionDataset, train: DetectionDataset, labeled: int, left: int) -> str:
+    """The sentence about so many images that have labels after all, and how many are left; empty if there are none."""
+    if not labeled:
         return ""
     return (
-        f"{unlabeled.name}: {len(rows)} of {len(unlabeled)} images are in {train.name}, with their labels, and left "
-        f"out here; {len(unlabeled) - len(rows)} remain without labels."
+        f"{unlabeled.name}: {labeled} of {len(unlabeled)} images are in {train.name}, with their labels, and left out "
+        f"here; {left} remain without labels."
     )

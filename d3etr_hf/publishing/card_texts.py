@@ -163,12 +163,12 @@ def data_table(data: dict) -> str:
 def instability_note(training: dict) -> str | None:
     """How much matchings changed between two visits of an image; None where it was not logged."""
     shares = training.get("instability", {})
-    told = [
-        f"{of_whom} {first:.0%} at first and {last:.0%} at the end"
-        for kind, of_whom in INSTABILITY_OF.items()
-        if kind in shares
-        for first, last in [shares[kind]]
-    ]
+    told = []
+    for kind, of_whom in INSTABILITY_OF.items():
+        if kind in shares:
+            points = zip(shares[kind]["shares"], shares[kind]["steps"], strict=True)
+            first, last = (f"{share:.0%} at step {step:,}" for share, step in points)
+            told.append(f"{of_whom} {first} and {last}")
     if not told:
         return None
     return (

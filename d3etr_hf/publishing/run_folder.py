@@ -312,14 +312,17 @@ def describe_training(run: PublishedRun, configuration: dict) -> dict:
     return {name: value for name, value in training.items() if value is not None}
 
 
-def first_and_last(instability: dict[str, dict[int, list[tuple[int, float]]]]) -> dict[str, list[float]]:
-    """By kind the first and the last share that was logged, each the mean of the decoder layers.
+def first_and_last(instability: dict[str, dict[int, list[tuple[int, float]]]]) -> dict[str, dict[str, list]]:
+    """By kind the first and the last share that was logged, each the mean of the decoder layers, and their steps.
 
     Args:
-        instability: from `logged_instability`.
+        instability: from `logged_instability`; the layers of a kind are logged together.
     """
     return {
-        kind: [fmean(points[place][1] for points in layers.values()) for place in (0, -1)]
+        kind: {
+            "steps": [next(iter(layers.values()))[place][0] for place in (0, -1)],
+            "shares": [fmean(points[place][1] for points in layers.values()) for place in (0, -1)],
+        }
         for kind, layers in instability.items()
     }
 

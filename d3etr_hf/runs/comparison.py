@@ -11,6 +11,7 @@ from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.training_arguments import fields_of
 
 TEACHER, ALONE, DISTILLED = "teacher", "alone", "distilled"
+OF_PAIR = "→"  # between the teacher's entry and the student's in the name of a pair
 # what `mode_options` need not say
 STANDARD_MODES: dict[str, dict] = {
     ALONE: {"auxiliary_queries": "none", "adaptive_matching": False},
@@ -51,7 +52,8 @@ class Comparison:
         {},
         "Options by mode, of modes other than alone, teacherless and distilled, or instead of what those mean; or "
         "{same_as: MODE, equal_seconds_with: OTHER}, which is MODE for as many steps as take the seconds of OTHER, by "
-        "the median over seeds of how many times as long its steps take; on a CPU in the processor's own time.",
+        "the median over seeds of how many times as long its steps take; on a CPU in the processor's own time, "
+        "that of data loader workers aside.",
     )
     baseline: str | None = option(
         None, "The mode whose AP the table subtracts from that of the others; by default alone, if it is a mode."
@@ -64,6 +66,8 @@ class Comparison:
     workers: int = option(2, "Runs at once, each a process with one thread.")
 
     def __post_init__(self):
+        if not self.results.endswith(".jsonl"):
+            raise ValueError(f"results is {self.results!r}: must end with .jsonl; table and pictures lie beside it")
         if self.workers < 1:
             raise ValueError(f"workers is {self.workers}: it must be at least 1")
         _check_seeds(self.seeds, self.teacher_seeds)
@@ -94,7 +98,7 @@ class Comparison:
         entry, lender = self.entry(student), self.entry(teacher)
         if entry.teacher_entry == teacher:
             return entry
-        return Entry(f"{teacher}→{student}", entry.options, entry.student, lender.teacher, teacher, student)
+        return Entry(f"{teacher}{OF_PAIR}{student}", entry.options, entry.student, lender.teacher, teacher, student)
 
     def all_pairs(self) -> list["Entry"]:
         """What `pairs` asks for, by student, then by teacher."""
@@ -140,13 +144,15 @@ class Comparison:
     @property
     def differs_in_length_alone(self) -> bool:
         """Whether its entries, at least two, are one student under one teacher, trained for more and fewer steps."""
-        rest = []
+        rest, lengths = [], []
         for entry in map(self.entry, self.entries):
             # one that is trained for longer is another teacher
             teacher = self.teacher_options(entry.teacher_entry) if isinstance(entry.teacher, dict) else entry.teacher
             student = entry.options | entry.student
+            lengths.append([student.get(key) for key in OF_LENGTH])
             rest.append((teacher, {key: value for key, value in student.items() if key not in OF_LENGTH}))
-        return len(rest) > 1 and all(each == rest[0] for each in rest)
+        different = all(lengths.count(each) == 1 for each in lengths)
+        return len(rest) > 1 and different and all(each == rest[0] for each in rest)
 
     @property
     def subtracted(self) -> str | None:
@@ -176,6 +182,11 @@ class Comparison:
             self._check_equal_seconds(name)
         if self.baseline is not None and self.baseline not in self.modes:
             raise ValueError(f"baseline is {self.baseline!r}: choose one of the modes {self.modes}")
+        if self.baseline is not None and self.equal_seconds(self.baseline) is not None:
+            raise ValueError(
+                f"baseline is {self.baseline!r}, whose runs have other steps than those of the other modes: choose a "
+                "mode with steps of its own; at equal seconds the two modes are compared anyway"
+            )
 
     def _check_equal_seconds(self, name: str) -> None:
         if (equal := self.equal_seconds(name)) is None:

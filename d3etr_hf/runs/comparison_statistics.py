@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from d3etr_hf.runs.comparison import TEACHER
+from d3etr_hf.runs.comparison import OF_PAIR, TEACHER
 
 CONFIDENCE = 0.95
 
@@ -50,21 +50,26 @@ def values_of(lines: Iterable[Mapping], entry: str, mode: str, measure: str = "A
     return dict(sorted(found.items()))
 
 
-def differing_inputs(lines: Iterable[Mapping]) -> list[str]:
+def differing_inputs(lines: Iterable[Mapping], teacher_of_each_seed: bool) -> list[str]:
     """What runs that a table sets beside each other have read otherwise, in words; nothing where all is well.
 
-    The validation split must be the same for all students of an entry, a teacher for all of a seed, and all else for
-    all of a mode, which may set it. Lines without `inputs` say nothing.
+    The validation split must be the same for all runs of a student, the teacher for all of an entry, or of each of its
+    seeds, and all else for all of a mode, which may set it. Lines without `inputs` say nothing.
+
+    Args:
+        lines: of finished runs.
+        teacher_of_each_seed: whether every seed has a teacher of its own.
     """
     marks: dict[tuple[str, str], set[str]] = {}
     students = [line for line in lines if line["mode"] != TEACHER]
     for line in students:
         for name, mark in line.get("inputs", {}).items():
-            place = line["family"]
-            if name == "teacher":
-                place += f" seed {line['seed']}"
-            elif not name.startswith("validation"):
-                place += f" {line['mode']}"
+            if name.startswith("validation"):
+                place = line["family"].rpartition(OF_PAIR)[-1]
+            elif name == "teacher":
+                place = line["family"] + (f" seed {line['seed']}" if teacher_of_each_seed else "")
+            else:
+                place = f"{line['family']} {line['mode']}"
             marks.setdefault((place, name), set()).add(mark)
     return [f"{place}: the {name}" for (place, name), found in marks.items() if len(found) > 1]
 

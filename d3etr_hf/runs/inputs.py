@@ -30,6 +30,19 @@ OF_CHECKPOINT = (
     "config.json",
     "preprocessor_config.json",
 )
+# options of data that change no annotation
+OF_PIXELS = {
+    "short_side",
+    "long_side",
+    "image_size",
+    "augmentation",
+    "augmentation_short_sides",
+    "strong_end_fraction",
+    "mosaic",
+    "mosaic_end_fraction",
+    "unlabeled_images",
+    "unlabeled_ratio",
+}
 # contents of up to so many bytes are hashed anyway: it takes a moment
 BYTES_HASHED_ANYWAY = 2**28
 ROWS = 64  # of embedded images at once
@@ -205,20 +218,45 @@ def identity_of(output: Path) -> dict[str, str]:
     return marks_of(read)
 
 
-def identity_now(
-    model_arguments: ModelArguments, teacher_arguments: TeacherArguments, data_arguments: DataArguments
-) -> dict[str, str]:
-    """As `identity_of`, of what a run would read now: annotations, and the models that are there.
+class InputsNow:
+    """What runs would read now: annotations, and the models that are there. Each is read once for all runs."""
 
-    Raises:
-        DatasetError: the data cannot be loaded.
-    """
-    splits = zip(("training", "validation"), load_annotated(data_arguments), strict=True)
-    found = {f"{name} annotations": annotations_of(split) for name, split in splits}
-    for name, path in models_of(model_arguments, teacher_arguments).items():
-        with suppress(OSError):
-            found[name] = checkpoint_at(path)
-    return marks_of({name: each.fingerprint(whole=True) for name, each in found.items()})
+    def __init__(self) -> None:
+        self._annotations: dict[str, dict[str, str]] = {}
+        self._models: dict[str, str | None] = {}
+
+    def identity(
+        self, model_arguments: ModelArguments, teacher_arguments: TeacherArguments, data_arguments: DataArguments
+    ) -> dict[str, str]:
+        """As `identity_of`, of a run with these arguments.
+
+        Raises:
+            DatasetError: the data cannot be loaded.
+        """
+        data = repr({name: value for name, value in vars(data_arguments).items() if name not in OF_PIXELS})
+        if data not in self._annotations:
+            self._annotations[data] = _annotations_now(data_arguments)
+        found = dict(self._annotations[data])
+        for name, path in models_of(model_arguments, teacher_arguments).items():
+            if path not in self._models:
+                self._models[path] = _model_now(path)
+            if (mark := self._models[path]) is not None:
+                found[name] = mark
+        return found
+
+
+def _annotations_now(arguments: DataArguments) -> dict[str, str]:
+    splits = zip(("training", "validation"), load_annotated(arguments), strict=True)
+    return marks_of({f"{name} annotations": annotations_of(split).fingerprint(whole=True) for name, split in splits})
+
+
+def _model_now(path: str) -> str | None:
+    """None where it is not there: a folder that is gone, or a Hub id whose newest weights nobody has loaded yet."""
+    with suppress(OSError):
+        found = checkpoint_at(path)
+        if any(name.endswith(".safetensors") for name in found.names):
+            return marks_of({"model": found.fingerprint(whole=True)})["model"]
+    return None
 
 
 def marks_of(read: Mapping[str, Fingerprint]) -> dict[str, str]:

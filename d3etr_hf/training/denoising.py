@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from d3etr_hf.data.sampling import mixed
+from d3etr_hf.data.sampling import Draw, mixed
 from d3etr_hf.errors import UnsupportedOptionError
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.outputs import NO_OBJECT, DetectorOutput, GroupOutput, Queries, Supervised, Targets
@@ -78,7 +78,7 @@ def noised_queries(
     batch, most = len(targets.counts), targets.boxes.shape[1]
     noise = torch.zeros(options.denoising_groups, batch, most, 6)
     for image, (image_id, count) in enumerate(zip(image_ids, targets.counts, strict=False)):
-        generator = torch.Generator().manual_seed(mixed(seed, step, image_id, 4))
+        generator = torch.Generator().manual_seed(mixed(seed, step, image_id, Draw.DENOISING))
         noise[:, image, :count] = torch.rand(options.denoising_groups, count, 6, generator=generator)
     boxes, labels = targets.boxes, targets.class_labels
     noise = noise.to(boxes.device)

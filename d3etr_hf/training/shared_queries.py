@@ -20,7 +20,7 @@ decoder makes the position as it does of its own. The paper's other half is
 
 import torch
 
-from d3etr_hf.data.sampling import drawing_from, mixed
+from d3etr_hf.data.sampling import Draw, drawing_from, mixed
 from d3etr_hf.errors import IncompatibleTeacherError
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.other_detector import OtherDetector
@@ -71,7 +71,7 @@ def random_queries(teacher: Detector, count: int, seed: int, step: int) -> Queri
         seed: of the run.
         step: the optimizer step, from 0.
     """
-    with drawing_from(mixed(seed, step, 2)):
+    with drawing_from(mixed(seed, step, 0, Draw.RANDOM_QUERIES)):
         drawn = teacher.new_queries(count)
         content, position = drawn.content, drawn.position
         if content is None and position is None:  # boxes alone; another family may need an embedding, too
@@ -92,6 +92,6 @@ def object_queries(teacher: Detector, targets: Targets, classes: int, seed: int)
     Returns:
         Content `(B, T, d_t)`, float32, and anchors `(B, T, 4)`, cxcywh in 0..1.
     """
-    with drawing_from(mixed(seed, 5)):
+    with drawing_from(mixed(seed, 0, 0, Draw.CLASS_EMBEDDING)):
         embedding = torch.randn(classes, teacher.width)
     return Queries(content=embedding.to(targets.boxes.device)[targets.class_labels], anchors=targets.boxes)

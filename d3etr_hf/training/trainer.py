@@ -1,6 +1,5 @@
 """`DistillationTrainer`: Transformers' Trainer with a teacher, a second query group and COCO evaluation."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -44,6 +43,7 @@ from d3etr_hf.training.teacher import Teacher, check_image_processors, teacher_p
 from d3etr_hf.training.teacher_cache import TeacherCache
 from d3etr_hf.training.term_log import StartAfresh, TermLog
 from d3etr_hf.training.training_arguments import D3etrTrainingArguments
+from d3etr_hf.training.unlabeled import is_labeled
 from d3etr_hf.training.weight_average import WeightAverage
 
 
@@ -487,11 +487,6 @@ class DistillationTrainer(ResumableTrainer):
         if refusal is not None:
             raise refusal
         return metrics
-
-
-def is_labeled(label: Mapping[str, Any]) -> bool:
-    """Whether an image of a batch has ground truth, by what the collator tells of it."""
-    return label.get("labeled", True)
 
 
 def runs_teacher(teacher: Teacher, options: Distillation) -> bool:

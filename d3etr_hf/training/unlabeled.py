@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -68,6 +69,11 @@ def check_unlabeled(options: Distillation, schedule: DistillationSchedule, has_t
             f"unlabeled_images: nothing is learned from such images in steps without distillation, and there would be "
             f"some with {' and '.join(given)}: set {'it' if len(given) == 1 else 'them'} to 1, {REMEDY}"
         )
+
+
+def is_labeled(label: Mapping[str, Any]) -> bool:
+    """Whether an image of a batch has ground truth, by what the collator tells of it."""
+    return label.get("labeled", True)
 
 
 def labeled_part(

@@ -62,13 +62,13 @@ def format_comparison(comparison: Comparison, lines: Sequence[dict]) -> str:
             "teacher and student:",
             format_pairs(comparison, lines),
         ]
-    return "\n\n".join([*notes_of(lines), *blocks, *lengths]) + "\n"
+    return "\n\n".join([*notes_of(comparison, lines), *blocks, *lengths]) + "\n"
 
 
-def notes_of(lines: Sequence[dict]) -> list[str]:
+def notes_of(comparison: Comparison, lines: Sequence[dict]) -> list[str]:
     """What keeps runs from being compared: other data or models than one another's, other machines."""
     notes = []
-    if differing := differing_inputs(lines):
+    if differing := differing_inputs(lines, teacher_of_each_seed=len(comparison.teacher_seeds) > 1):
         notes.append(
             f"**Not comparable**: the runs of some rows have read different data or models ({'; '.join(differing)}). "
             "Remove the folders of those that have not read what is there now, and call d3etr compare again."

@@ -15,10 +15,10 @@ from d3etr_hf.data.shapes import make_shapes
 from d3etr_hf.errors import CommandLineError, ComparisonError, DatasetError, DetectorLoadError, UnsupportedOptionError
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
-from d3etr_hf.runs import run_pool
+from d3etr_hf.runs import inputs, run_pool
 from d3etr_hf.runs.comparison import STANDARD_MODES
 from d3etr_hf.runs.comparison_results import read_lines
-from d3etr_hf.runs.inputs import identity_now
+from d3etr_hf.runs.inputs import InputsNow
 from d3etr_hf.runs.run_pool import Job
 from tests.cli.test_training_run import model_config
 from tests.tiny import tiny_model
@@ -152,15 +152,41 @@ def test_whole_comparison(content, call, shapes, monkeypatch, fresh_processes, t
 
 
 def test_a_model_that_is_gone_is_not_compared(shapes, tmp_path):
-    """As the teacher of another comparison may be, whose students are done."""
-    sources = ModelArguments(model_config={}), TeacherArguments(teacher=str(tmp_path / "gone"))
-    found = identity_now(*sources, DataArguments(data_folder=str(shapes)))
+    """As the teacher of another comparison may be, whose students are done; or as the cache holds a newer one of a Hub
+    id, of which nothing but the configuration was looked at."""
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer" / "config.json").write_text("{}")
+    data, now = DataArguments(data_folder=str(shapes)), InputsNow()
+    gone, newer = (
+        now.identity(ModelArguments(model_config={}), TeacherArguments(teacher=str(tmp_path / name)), data)
+        for name in ("gone", "newer")
+    )
+    (tmp_path / "newer" / "model.safetensors").write_text("1")
+    loaded = InputsNow().identity(ModelArguments(model=str(tmp_path / "newer")), TeacherArguments(), data)
+    assert loaded.keys() - newer.keys() == {"model to start from"}
+    assert gone == newer
+    found = newer
     digests = [
         hashlib.sha256(hashlib.sha256((shapes / "annotations" / f"{split}.json").read_bytes()).hexdigest().encode())
         for split in ("train", "val")
     ]
     names = ("training annotations", "validation annotations")
     assert found == {name: each.hexdigest()[:12] for name, each in zip(names, digests, strict=True)}
+
+
+def test_data_and_models_are_read_once_for_all_runs(shapes, tmp_path, monkeypatch):
+    """However the runs see the images, and whatever each calls the model."""
+    read = []
+    for name in ("load_annotated", "checkpoint_at"):
+        really = getattr(inputs, name)
+        monkeypatch.setattr(inputs, name, lambda of, really=really: read.append(of) or really(of))
+    tiny_model(seed=1).save_pretrained(tmp_path / "teacher")
+    now, folder = InputsNow(), str(tmp_path / "teacher")
+    small = DataArguments(data_folder=str(shapes), short_side=32, long_side=32, augmentation="multiscale")
+    large = DataArguments(data_folder=str(shapes))
+    taught = now.identity(ModelArguments(model_config={}), TeacherArguments(teacher=folder), small)
+    again = now.identity(ModelArguments(model=folder), TeacherArguments(), large)
+    assert len(read) == 2 and taught["teacher"] == again["model to start from"]
 
 
 def test_a_stopped_comparison_goes_on(content, call, journal, monkeypatch):
@@ -353,11 +379,9 @@ def test_models_teachers_and_data_are_looked_for_first(content, refused, tmp_pat
     photos = STANDARD_MODES["alone"] | {"unlabeled_images": content["shared"]["data_folder"]}
     message = refused(UnsupportedOptionError, mode_options={"alone": photos})
     assert "comparison.yaml: tiny alone seed 0: unlabeled_images: only a teacher can supervise" in message
+    assert message.endswith("or give it to modes with a teacher alone, in mode_options")
     message = refused(DatasetError, shared=content["shared"] | {"data_folder": str(tmp_path / "nothing")})
     assert f"data_folder {str(tmp_path / 'nothing')!r}: there is no such folder" in message
-    mode = {"auxiliary_queries": "none", "adaptive_matching": False, "unlabeled_images": str(tmp_path)}
-    message = refused(UnsupportedOptionError, mode_options={"alone": mode})
-    assert "tiny alone seed 0: unlabeled_images: only a teacher can supervise images without labels" in message
 
 
 def test_a_checkpoint_teaches(content, call, journal, tmp_path):

@@ -84,8 +84,9 @@ def test_broken_images_are_left_out_beside_labelled_ones(folder):  # noqa: F811
     (folder / "train" / "7.png").write_text("no image")
     sound = (folder / "train" / "6.png").read_bytes()
     (folder / "train" / "8.png").write_bytes(sound[: len(sound) // 2])
-    train, _ = loaded(folder, folder / "train", max_train_images=2, skip_broken_images=True)
+    train, told = loaded(folder, folder / "train", max_train_images=2, skip_broken_images=True)
     assert names_of(train) == ["3.png", "4.png", "5.png", "6.png"]
+    assert any("2 of 8 images are in" in message and "; 4 remain without labels" in message for message in told)
 
 
 def test_ids_are_below_those_of_the_training_split(folder, photos):  # noqa: F811

@@ -228,15 +228,16 @@ def test_what_was_not_measured_is_left_out(prepared, metrics, tmp_path):
 
 
 def test_instability_is_told_where_it_was_logged(distilled, prepared):
-    """From the log history to the picture and the sentence: means of the layers, first and last."""
+    """From the log history to the picture and the sentence: means of the layers, first and last, with their steps."""
     assert "instability" not in (prepared / "README.md").read_text()
     history = json.loads((distilled / "log_history.json").read_text())
-    for entry, (one, other) in zip(history, ((0.5, 0.9), (0.2, 0.3)), strict=False):
-        entry |= {"instability/adaptive/layer_0": one, "instability/adaptive/layer_1": other}
+    for entry, step, (one, other) in zip(history, (100, 1200), ((0.5, 0.9), (0.2, 0.3)), strict=False):
+        entry |= {"instability/adaptive/layer_0": one, "instability/adaptive/layer_1": other, "step": step}
     (distilled / "log_history.json").write_text(json.dumps(history))
     card = write_model_card(distilled).read_text()
     assert (
-        "visit before (mean of the decoder layers): of the teacher's in adaptive matching 70% at first and 25%" in card
+        "visit before (mean of the decoder layers): of the teacher's in adaptive matching 70% at step 100 and 25% at "
+        "step 1,200." in card
     )
     assert "](instability.png)" in card and (distilled / "instability.png").exists()
 

@@ -88,6 +88,8 @@ def test_only_a_students_length_may_differ(teachers, alone):
         for name, steps, teacher in zip(("first", "second"), (3, 6), teachers, strict=True)
     }
     assert comparison(entries=entries, modes=["alone"]).differs_in_length_alone == alone
+    entries["second"]["options"]["max_steps"] = 3
+    assert not comparison(entries=entries, modes=["alone"]).differs_in_length_alone
 
 
 def test_pairs_take_the_student_of_one_and_the_teacher_of_the_other():
@@ -175,10 +177,15 @@ def test_pairs_take_the_student_of_one_and_the_teacher_of_the_other():
             "mode_options: longer: give {same_as: MODE, equal_seconds_with: MODE} and nothing besides",
         ),
         ({"baseline": "none"}, "baseline is 'none': choose one of the modes"),
+        (
+            {"modes": ["alone", "distilled", "longer"], "mode_options": LONGER, "baseline": "longer"},
+            "baseline is 'longer', whose runs have other steps",
+        ),
         ({"seeds": []}, r"seeds is \[\]: give at least one"),
         ({"seeds": [1, 1]}, "seeds: 1 is given twice"),
         ({"seeds": [-1]}, r"seeds is \[-1\]: .*at least 0"),
         ({"seeds": [0, 1, 2], "teacher_seeds": [0, 1]}, r"teacher_seeds is \[0, 1\]: give one for all, or the seeds"),
+        ({"results": "x.md"}, "results is 'x.md': must end with .jsonl"),
         ({"workers": 0}, "workers is 0: it must be at least 1"),
         ({"pairs": {"teachers": ["first"]}}, "pairs must hold 'teachers' and 'students', holds"),
         ({"pairs": {"teachers": ["x"], "students": []}}, "pairs: teachers: there is no entry 'x'"),

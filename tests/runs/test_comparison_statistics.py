@@ -47,24 +47,30 @@ READ = {"training annotations": "t", "validation annotations": "v", "teacher": "
 
 
 @pytest.mark.parametrize(
-    ("mode", "seed", "changed", "said"),
+    ("entry", "mode", "seed", "changed", "said"),
     [
-        ("distilled", 1, {}, []),
-        ("distilled", 1, {"training annotations": "u"}, ["a distilled: the training annotations"]),
-        ("few_labels", 1, {"training annotations": "u"}, []),  # a mode may have data of its own
-        ("few_labels", 1, {"validation annotations": "u"}, ["a: the validation annotations"]),
-        ("distilled", 1, {"model to start from": "u"}, ["a distilled: the model to start from"]),
-        ("pretrained", 0, {"model to start from": "u"}, []),
-        ("few_labels", 0, {"teacher": "u"}, ["a seed 0: the teacher"]),
-        ("distilled", 1, {"teacher": "u"}, []),  # each seed may have a teacher of its own
-        ("teacher", 0, {name: "u" for name in READ}, []),
+        ("a", "distilled", 1, {}, []),
+        ("a", "distilled", 1, {"training annotations": "u"}, ["a distilled: the training annotations"]),
+        ("a", "few_labels", 1, {"training annotations": "u"}, []),  # a mode may have data of its own
+        ("a", "few_labels", 1, {"validation annotations": "u"}, ["a: the validation annotations"]),
+        ("c→a", "distilled", 1, {"validation annotations": "u"}, ["a: the validation annotations"]),
+        ("a", "distilled", 1, {"model to start from": "u"}, ["a distilled: the model to start from"]),
+        ("a", "pretrained", 0, {"model to start from": "u"}, []),
+        ("a", "few_labels", 0, {"teacher": "u"}, ["a: the teacher"]),
+        ("a", "distilled", 1, {"teacher": "u"}, ["a: the teacher"]),
+        ("c→a", "distilled", 0, {"teacher": "u"}, []),
+        ("a", "teacher", 0, {name: "u" for name in READ}, []),
     ],
 )
-def test_what_compared_runs_have_read_otherwise(mode, seed, changed, said):
+def test_what_compared_runs_have_read_otherwise(entry, mode, seed, changed, said):
     lines = [{"family": "a", "mode": "distilled", "seed": 0, "inputs": READ}]
     lines += [{"family": "b", "mode": "distilled", "seed": 0, "inputs": dict.fromkeys(READ, "other")}]
     lines += [{"family": "a", "mode": "alone", "seed": 0}]
-    assert differing_inputs([*lines, {"family": "a", "mode": mode, "seed": seed, "inputs": READ | changed}]) == said
+    lines += [{"family": entry, "mode": mode, "seed": seed, "inputs": READ | changed}]
+    assert differing_inputs(lines, teacher_of_each_seed=False) == said
+    of_seeds = [] if seed == 1 and "teacher" in changed else said
+    in_words = [each.replace("a: the teacher", "a seed 0: the teacher") for each in of_seeds]
+    assert differing_inputs(lines, teacher_of_each_seed=True) == in_words
 
 
 def test_devices_of_runs():
