@@ -76,3 +76,14 @@ def test_a_checkpoint_may_be_called_like_a_configuration(tmp_path):
     names = ["model.yaml", "model.yml", "models/student.json", f"{'x' * 300}.yaml"]
     others = ["runs/student/config.json", str(folder), "user/student"]
     assert [benchmark.is_configuration(name) for name in names + others] == [True] * 4 + [False] * 3
+
+
+def test_height_and_width_keep_their_places_and_operations_are_of_one_image(saved, monkeypatch):
+    """Of an image twice as wide as it is high; a batch is timed alone."""
+    monkeypatch.setattr(inference_cost, "seconds_of", lambda call: 1.0)
+    one, several = (
+        benchmark.measure_costs([saved["small"]], 30, 60, size, use_cpu=True)[saved["small"]] for size in (1, 3)
+    )
+    assert (one["height"], one["width"]) == (32, 64)
+    del one["milliseconds"], several["milliseconds"]
+    assert one == several
