@@ -120,6 +120,12 @@ def test_they_are_augmented_as_the_labelled_ones_are(folder, photos):  # noqa: F
     assert plain[TrainingSample(6, seed=1, epoch=0, step=0)].keys() == {"image", "target", "sample", "labeled"}
 
 
+def test_mosaics_that_are_asked_for_are_made_of_them_too(folder, photos):  # noqa: F811
+    arguments = DataArguments(str(folder), unlabeled_images=str(photos), augmentation="flip", mosaic=0.5)
+    train, _ = load_splits(arguments, small_image_processor())
+    assert train.unlabeled.images.mosaic is train.mosaic is not None
+
+
 def test_images_of_validation_are_warned_of(folder, photos):  # noqa: F811
     shutil.copy(folder / "val" / "2.png", photos / "deeper" / "z.png")
     train, (line,) = loaded(folder, photos)
