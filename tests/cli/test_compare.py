@@ -16,9 +16,10 @@ from d3etr_hf.errors import CommandLineError, ComparisonError, DatasetError, Det
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.runs import run_pool
-from d3etr_hf.runs.comparison import STANDARD_MODES
+from d3etr_hf.runs.comparison import STANDARD_MODES, Comparison
 from d3etr_hf.runs.comparison_results import read_lines
 from d3etr_hf.runs.inputs import identity_now
+from d3etr_hf.runs.planned_run import plan
 from d3etr_hf.runs.run_pool import Job
 from tests.cli.test_training_run import model_config
 from tests.tiny import tiny_model
@@ -353,6 +354,36 @@ def test_models_teachers_and_data_are_looked_for_first(content, refused, tmp_pat
     mode = {"auxiliary_queries": "none", "adaptive_matching": False, "unlabeled_images": str(tmp_path)}
     message = refused(UnsupportedOptionError, mode_options={"alone": mode})
     assert "tiny alone seed 0: unlabeled_images: only a teacher can supervise images without labels" in message
+
+
+def test_a_model_to_start_from_is_looked_for_first(content, refused, tmp_path):
+    student = {"model": str(tmp_path / "nowhere")}
+    message = refused(DetectorLoadError, entries={"tiny": content["entries"]["tiny"] | {"student": student}})
+    assert "comparison.yaml: tiny alone seed 0: model" in message and "nowhere': there is no such folder" in message
+
+
+def test_each_run_is_compared_with_the_data_of_its_own_options(content, monkeypatch):
+    """A mode may have others than the rest."""
+    options = {"few": STANDARD_MODES["alone"] | {"data_folder": "few"}}
+    runs = plan(Comparison(**(content | {"modes": ["alone", "few"], "mode_options": options})))
+    read = {run.folder: {"training annotations": run.options["data_folder"]} for run in runs}
+    monkeypatch.setattr(compare, "is_finished", lambda run: True)
+    monkeypatch.setattr(compare, "identity_of", read.get)
+    monkeypatch.setattr(compare, "identity_now", lambda *sources: {"training annotations": sources[2].data_folder})
+    compare.refuse_changed_inputs(runs)
+    assert len({each["training annotations"] for each in read.values()}) == 2
+
+
+def test_a_run_that_was_stopped_is_listed_with_its_newest_whole_checkpoint(content, call, tmp_path):
+    """One whose saving was cut off has no state yet."""
+    _, alone, distilled = plan(Comparison(**content))
+    for run, names in ((alone, ("checkpoint-2", "checkpoint-10", "checkpoint-12")), (distilled, ("checkpoint-2",))):
+        for name in names:
+            (run.folder / name).mkdir(parents=True)
+    for name in ("checkpoint-2", "checkpoint-10"):
+        (alone.folder / name / "trainer_state.json").write_text("{}")
+    rows = call(content, "--list").splitlines()
+    assert [row.partition("  ")[0].strip() for row in rows[:3]] == ["to run", "to go on from checkpoint-10", "to run"]
 
 
 def test_a_checkpoint_teaches(content, call, journal, tmp_path):
