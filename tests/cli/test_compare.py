@@ -12,7 +12,14 @@ from d3etr_hf.cli import compare
 from d3etr_hf.configurations import read_yaml, write_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.errors import CommandLineError, ComparisonError, DatasetError, DetectorLoadError, UnsupportedOptionError
+from d3etr_hf.errors import (
+    CommandLineError,
+    ComparisonError,
+    DatasetError,
+    DetectorLoadError,
+    UnsupportedOptionError,
+    WriteError,
+)
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.runs import run_pool
@@ -289,6 +296,16 @@ def test_a_run_that_fails_does_not_end_the_others_and_is_tried_again(content, ca
     bad.unlink()
     assert "6 of 6 runs" in call(content)
     assert sorted(journal()) == sorted([*RUNS[:3], *RUNS[:3], *RUNS[:2]])
+
+
+def test_results_that_cannot_be_written_or_read_are_told_before_a_run_starts(content, call, journal, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(WriteError, match="out cannot be written"):
+        call(content)
+    (tmp_path / "results.jsonl").write_text("no result\n\n")
+    with pytest.raises(ComparisonError, match="results.jsonl: line 1 is no result of d3etr compare: remove it"):
+        call(content | {"results": str(tmp_path / "results.jsonl")})
+    assert not journal()
 
 
 def test_a_report_needs_results(content, call):

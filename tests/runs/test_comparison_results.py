@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from d3etr_hf.errors import ComparisonError
+from d3etr_hf.errors import ComparisonError, WriteError
 from d3etr_hf.runs.comparison_results import line_of, lines_of, read_lines, record
 from d3etr_hf.runs.planned_run import plan
 from tests.runs.test_comparison import TRAINED, comparison
@@ -104,6 +104,28 @@ def test_a_line_that_is_no_result_is_named(tmp_path):
     path.write_text(f"{json.dumps(line())}\n{{}}\n{json.dumps(line(seed=1))}\n")
     with pytest.raises(ComparisonError, match=f"{path}: line 2 is no result of d3etr compare: remove it"):
         read_lines(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}\n", None], ids=["no text", "a folder"])
+def test_results_that_cannot_be_read_are_named(tmp_path, content):
+    path = tmp_path / "results.jsonl"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ComparisonError, match=f"{path}: cannot be read as results .*: move it away, or name another"):
+        read_lines(path)
+
+
+def test_a_line_of_no_run_is_named(tmp_path):
+    """Whose key no run can have."""
+    path = tmp_path / "results.jsonl"
+    path.write_text(f"{json.dumps(line(seed=[0]))}\n")
+    with pytest.raises(ComparisonError, match=f"{path}: line 1 is no result of d3etr compare: remove it"):
+        read_lines(path)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(WriteError, match=f"{tmp_path / 'out'} cannot be written"):
+        record(tmp_path / "out" / "results.jsonl", line())
 
 
 def test_only_lines_of_the_same_options_count(runs):
