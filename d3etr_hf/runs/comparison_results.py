@@ -93,6 +93,8 @@ def read_lines(path: Path) -> list[dict]:
         try:
             line = json.loads(text)
             hash(key_of(line))
+            if not all(isinstance(line[name], int | float) for name in ("AP", "parameters")):
+                raise TypeError
         except (ValueError, KeyError, TypeError):
             if number == len(texts):  # no newline ends it
                 logger.warning(f"{path}: line {number} was cut off while it was written and is passed over")

@@ -8,7 +8,7 @@ import yaml
 from transformers import RTDetrConfig, RTDetrForObjectDetection
 
 from d3etr_hf.cli import benchmark
-from d3etr_hf.errors import CommandLineError, DetectorLoadError
+from d3etr_hf.errors import CommandLineError, DetectorLoadError, ImageSizeError
 from d3etr_hf.models import image_processors
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.publishing import inference_cost
@@ -44,6 +44,11 @@ def test_table_of_two_detectors(saved, monkeypatch, capsys):
     assert int(small[2].replace(",", "")) < int(large[2].replace(",", ""))
     assert 0 < float(small[3]) < float(large[3]) and float(small[4]) > 0
     assert [line[0] for line in lines] == ["model", small[0], *PARTS, large[0], *PARTS]
+
+
+def test_an_image_too_narrow_to_resize_is_refused(saved):
+    with pytest.raises(ImageSizeError, match="small: an image of 5000×1 pixels cannot be resized .*: choose another"):
+        benchmark.measure_costs([saved["small"]], height=1, width=5000, use_cpu=True)
 
 
 PARTS = ["backbone", "encoder", "decoder", "heads", "queries"]

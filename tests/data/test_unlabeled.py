@@ -172,6 +172,15 @@ def test_a_folder_without_images_and_none_at_all(folder, photos, tmp_path):  # n
         loaded(folder, tmp_path / "phtos")
 
 
+def test_names_that_are_no_text_are_refused(folder, photos):  # noqa: F811
+    try:
+        os.rename(photos / "a.png", os.fsencode(photos) + b"/\xff.png")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(DatasetError, match=r"1 of its images have names that are no UTF-8, the first .*: rename them"):
+        loaded(folder, photos)
+
+
 @pytest.mark.parametrize("ratio", [0, -1, 101, float("nan")])
 def test_ratios_out_of_range_are_refused(ratio):
     with pytest.raises(ValueError, match=f"unlabeled_ratio is {ratio}: it must be above 0, and at most 100"):

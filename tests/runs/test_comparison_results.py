@@ -14,7 +14,7 @@ RESULTS = {"AP": 0.5, "AP50": 0.7, "AP/circle": 0.4, "parameters": 12, "steps": 
 
 
 def line(family="a", mode="alone", seed=0, ap=0.5, fingerprint="f0") -> dict:
-    return {"family": family, "mode": mode, "seed": seed, "AP": ap, "fingerprint": fingerprint}
+    return {"family": family, "mode": mode, "seed": seed, "AP": ap, "parameters": 12, "fingerprint": fingerprint}
 
 
 @pytest.fixture
@@ -114,10 +114,11 @@ def test_results_that_cannot_be_read_are_named(tmp_path, content):
         read_lines(path)
 
 
-def test_a_line_of_no_run_is_named(tmp_path):
-    """Whose key no run can have."""
+@pytest.mark.parametrize("wrong", [{"seed": [0]}, {"AP": "high"}, {"parameters": None}])
+def test_a_line_of_no_run_is_named(tmp_path, wrong):
+    """Whose key no run can have, or that tables could not show."""
     path = tmp_path / "results.jsonl"
-    path.write_text(f"{json.dumps(line(seed=[0]))}\n")
+    path.write_text(f"{json.dumps(line() | wrong)}\n")
     with pytest.raises(ComparisonError, match=f"{path}: line 1 is no result of d3etr compare: remove it"):
         read_lines(path)
 
