@@ -557,7 +557,7 @@ MUTATIONS = [
      "Entry(name, entry.options, entry.student, lender", "Entry(name, lender.options, entry.student, lender",
      "tests/runs/test_comparison.py::test_a_teacher_is_trained_borrowed_or_a_checkpoint"),
     ("compare: a pair takes the options of its teacher's entry", "d3etr_hf/runs/comparison.py",
-     '→{student}", entry.options,', '→{student}", lender.options,',
+     '{OF_PAIR}{student}", entry.options,', '{OF_PAIR}{student}", lender.options,',
      "tests/runs/test_comparison.py::test_pairs_take_the_student_of_one_and_the_teacher_of_the_other"),
     ("convert: dropout by default", f"{MODELS}/official_names.py", 'options.get("dropout", 0.1)', "0.1",
      "tests/cli/test_convert.py::test_converted_checkpoint_computes_the_same"),

@@ -20,6 +20,7 @@ from transformers.utils import CONFIG_NAME
 
 from d3etr_hf.cli.command_line import parse_arguments
 from d3etr_hf.configurations import option
+from d3etr_hf.errors import ImageSizeError, one_line
 from d3etr_hf.models.detector import Detector
 from d3etr_hf.models.image_processors import image_processor_of
 from d3etr_hf.models.loading import load_detector
@@ -99,7 +100,11 @@ def is_configuration(path: str) -> bool:
 def costs_of(
     detectors: dict[str, Detector], height: int, width: int, batch_size: int = 1, use_cpu: bool = False
 ) -> dict[str, dict]:
-    """As `measure_costs`, of detectors by what they were made of; they end in eval mode where they ran."""
+    """As `measure_costs`, of detectors by what they were made of; they end in eval mode where they ran.
+
+    Raises:
+        ImageSizeError: the image is so narrow that it cannot be resized.
+    """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not use_cpu else "cpu"
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     costs: dict[str, dict] = {}
@@ -107,7 +112,13 @@ def costs_of(
     for path, detector in detectors.items():
         torch.nn.Module.to(detector.eval(), device)
         processor = image_processor_of(detector.config.model_type, None if is_configuration(path) else path)
-        pixel_values = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"].to(device)
+        try:
+            pixel_values = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"].to(device)
+        except ValueError as error:  # of a side that would be no pixel long
+            raise ImageSizeError(
+                f"{path}: an image of {width}×{height} pixels cannot be resized ({one_line(error)}): choose another "
+                "height or width"
+            ) from error
         costs[path] = count_cost(detector, pixel_values)
         timed[path] = (detector.to_stock(), pixel_values.repeat(batch_size, 1, 1, 1))
     for path, milliseconds in measure_milliseconds(timed).items():

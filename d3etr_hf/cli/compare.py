@@ -24,7 +24,7 @@ from d3etr_hf.cli.command_line import build_arguments, parse_arguments
 from d3etr_hf.configurations import option, write_yaml
 from d3etr_hf.data import DataArguments, check_places
 from d3etr_hf.errors import CommandLineError, ComparisonError, UnsupportedOptionError
-from d3etr_hf.files import write_whole
+from d3etr_hf.files import make_folder, write_whole
 from d3etr_hf.models.loading import (
     ModelArguments,
     TeacherArguments,
@@ -90,11 +90,14 @@ def compare(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
 
     Raises:
         FolderInUseError: another call is at work on these runs.
-        ComparisonError: some runs failed, and the others are done; or see `refuse_changed_inputs`.
+        ComparisonError: some runs failed, and the others are done; or see `refuse_changed_inputs` and `read_lines`.
+        WriteError: there is no place for the results.
     """
     results = Path(comparison.results)
     with holding(Path(comparison.output_dir), "another d3etr compare") as descriptor:
         refuse_changed_inputs(runs)
+        make_folder(results.parent)  # before runs take hours
+        read_lines(results)
         finished = [run for run in runs if is_finished(run)]
         for run in finished:
             # a call that was stopped between a run's end and the writing of its line
@@ -111,7 +114,7 @@ def compare(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
 
         def begin(job: Job) -> None:
             run = to_do[job.name]
-            run.configuration.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(run.configuration.parent)
             options = options_in_full(run, lines_of(runs, read_lines(results)))
             write_whole(run.configuration, write_yaml(options))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 
 from d3etr_hf.data.coco import COCO_FEATURES
+from d3etr_hf.data.coco_fields import is_text
 from d3etr_hf.data.converted import images_below
 from d3etr_hf.data.dataset import DetectionDataset
 from d3etr_hf.data.duplicates import describe_shared, same_content
@@ -31,13 +32,19 @@ def load_unlabeled(folder: str | Path, train: DetectionDataset, anywhere: bool =
         anywhere: whether files may lie outside of the folder, as links lead there.
 
     Raises:
-        DatasetError: there is no such folder or no image in it, or files are elsewhere or no files.
+        DatasetError: there is no such folder or no image in it, or files are elsewhere, no files, or of names that are
+            no text.
     """
     require_place(str(folder), OPTION)
     folder, source = Path(folder), f"{OPTION} {quoted(str(folder))}"
     paths = [str(path) for path in images_below(folder)]
     if not paths:
         raise DatasetError(f"{source}: there is no image in this folder, nor in those in it: name another one.")
+    if unwritable := [path for path in paths if not is_text(path)]:
+        raise DatasetError(
+            f"{source}: {len(unwritable)} of its images have names that are no UTF-8, the first "
+            f"{quoted(unwritable[0])}: rename them."
+        )
     check_image_files(paths, None if anywhere else [folder], source)
     with ThreadPoolExecutor(THREADS) as threads:
         sizes = [size or SIZE_OF_BROKEN for size in threads.map(upright_size, paths)]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from d3etr_hf.errors import ComparisonError
-from d3etr_hf.files import write_whole
+from d3etr_hf.errors import ComparisonError, one_line
+from d3etr_hf.files import make_folder, write_errors, write_whole
 from d3etr_hf.runs.inputs import identity_of
 from d3etr_hf.runs.output_folder import ENVIRONMENT, HISTORY, RESULTS, read_record
 from d3etr_hf.runs.planned_run import PlannedRun
@@ -75,18 +75,26 @@ def read_lines(path: Path) -> list[dict]:
     A last line that was cut off while it was written is passed over with a warning: its run has its own results.
 
     Raises:
-        ComparisonError: a line is no result.
+        ComparisonError: it cannot be read, or a line is no result.
     """
     if not path.exists():
         return []
     lines: list[dict] = []
-    texts = path.read_text(encoding="utf-8").split("\n")
+    try:
+        texts = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ComparisonError(
+            f"{path}: cannot be read as results of d3etr compare ({one_line(error)}): move it away, or name another "
+            "file as results; runs that are done are written into it again"
+        ) from error
     for number, text in enumerate(texts, start=1):
         if not text:
             continue
         try:
             line = json.loads(text)
-            key_of(line)
+            hash(key_of(line))
+            if not all(isinstance(line[name], int | float) for name in ("AP", "parameters")):
+                raise TypeError
         except (ValueError, KeyError, TypeError):
             if number == len(texts):  # no newline ends it
                 logger.warning(f"{path}: line {number} was cut off while it was written and is passed over")
@@ -100,15 +108,19 @@ def record(path: Path, line: dict) -> None:
     """Add a line to a results file, in one write that is on the disk when this returns.
 
     A line of the same run gives way to it, and so does one that was cut off: the file is then written anew.
+
+    Raises:
+        ComparisonError: see `read_lines`.
+        WriteError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lines, text = read_lines(path), f"{json.dumps(line)}\n"
     others = [other for other in lines if key_of(other) != key_of(line)]
     whole = not path.exists() or path.read_bytes().endswith(b"\n") or path.stat().st_size == 0
     if len(others) < len(lines) or not whole:
         write_whole(path, "".join(f"{json.dumps(other)}\n" for other in others) + text)
         return
-    with path.open("ab", buffering=0) as file:
+    with write_errors(path), path.open("ab", buffering=0) as file:
         file.write(text.encode())
         os.fsync(file.fileno())
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from d3etr_hf.errors import UserError
+from d3etr_hf.files import write_errors
 
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_END = 20  # that a process has to end itself before it is killed
@@ -72,10 +73,10 @@ def run_jobs(
                 waiting.remove(job)
                 try:
                     begin(job)
+                    running[job.name] = start(job, descriptor)
                 except UserError as error:
                     fail(job, str(error), failures, bar)
                     continue
-                running[job.name] = start(job, descriptor)
                 bar.set_postfix_str(", ".join(running))
             time.sleep(SECONDS_BETWEEN_LOOKS)
             for name in [name for name, process in running.items() if process.poll() is not None]:
@@ -84,10 +85,16 @@ def run_jobs(
 
 
 def start(job: Job, descriptor: int | None = None) -> subprocess.Popen:
-    """Start a job's process, on one thread: two that spin on both cores are many times slower than one each."""
+    """Start a job's process, on one thread: two that spin on both cores are many times slower than one each.
+
+    Raises:
+        WriteError: its log cannot be written.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("ab") as log:
+    with write_errors(job.log):
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        log = job.log.open("ab")
+    with log:
         return subprocess.Popen(
             job.command,
             stdin=subprocess.DEVNULL,

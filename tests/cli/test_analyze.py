@@ -88,3 +88,52 @@ def test_verdict(decoder, layers, expected, absent):
     said = " ".join(analyze.verdict(cost, layers))
     assert expected in said and absent not in said
     assert ("d3etr compare configs/evidence/decoder_layers.yaml" in said) == bool(layers)
+
+
+def test_figures_of_a_verdict():
+    """The second of three layers is as good as the last, which looks at objects three times as much as evenly."""
+    parts = {"backbone": {"flops": 300}, "encoder": {"flops": 200}, "decoder": {"flops": 500}}
+    layers = [layer(0.1, on_objects=0.25), layer(0.298), layer(0.3, on_objects=0.75)]
+    said = " ".join(analyze.verdict({"flops": 1000, "parts": parts}, layers))
+    for figure in (
+        "Decoder: 50% of the operations; backbone and encoder: 50%.",
+        "Layer 1 alone has AP 29.8 of the last layer's 30.0: a student with 2 of 3 decoder layers",
+        "Cross-attention lies on objects 3.0 times as much",
+    ):
+        assert figure in said
+    said = " ".join(analyze.verdict({"flops": 1000, "parts": parts}, [layer(0.1), layer(0.2), layer(0.3)]))
+    assert "(AP 10.0 after the first, 30.0 after the last)" in said
+
+
+def test_a_line_of_the_table_by_hand():
+    of_self, of_cross = {"self_sinks": 1.5, "self_sink_mass": 0.1}, {"cross_sinks": 2.5, "cross_sink_mass": 0.2}
+    row = {"AP": 0.123, "AP50": 0.456, **of_self, **of_cross, "cross_on_objects": 0.4, "object_area": 0.25}
+    header, line, _ = analyze.format_layers([row]).splitlines()
+    assert line.split() == ["0", "12.3", "45.6", "1.5", "10%", "2.5", "20%", "40%", "25%"]
+    assert header.split() == "layer AP AP50 query sinks mass cell sinks mass on objects even".split()
+
+
+def test_what_is_asked_for_is_measured(tmp_path, monkeypatch):
+    asked = []
+
+    def costs_of(detectors, height, width, batch_size=1, use_cpu=False):
+        asked.append((detectors, height, width, batch_size, use_cpu))
+        return {"model": {"flops": 1, "parts": {}}}
+
+    def analyze_layers(detector, source, data, batch_size=8):
+        asked.append((detector, source, data.data_folder, batch_size))
+        return [layer(0.3)]
+
+    monkeypatch.setattr(analyze, "check_places", lambda data: None)
+    monkeypatch.setattr(analyze, "detector_of", lambda path: f"what {path} holds")
+    monkeypatch.setattr(analyze, "format_costs", lambda cost: "")
+    monkeypatch.setattr(analyze, "costs_of", costs_of)
+    monkeypatch.setattr(analyze, "analyze_layers", analyze_layers)
+    sizes = ["--height", "30", "--width", "60", "--batch_size", "3", "--use_cpu", "true"]
+    call = ["d3etr analyze", "model", "--data_folder", "data", "--output_dir", str(tmp_path), *sizes]
+    monkeypatch.setattr(sys, "argv", call)
+    analyze.main()
+    assert asked == [
+        ({"model": "what model holds"}, 30, 60, 1, True),
+        ("what model holds", "model", "data", 3),
+    ]

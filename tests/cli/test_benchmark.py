@@ -8,7 +8,7 @@ import yaml
 from transformers import RTDetrConfig, RTDetrForObjectDetection
 
 from d3etr_hf.cli import benchmark
-from d3etr_hf.errors import CommandLineError, DetectorLoadError
+from d3etr_hf.errors import CommandLineError, DetectorLoadError, ImageSizeError
 from d3etr_hf.models import image_processors
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.publishing import inference_cost
@@ -46,6 +46,11 @@ def test_table_of_two_detectors(saved, monkeypatch, capsys):
     assert [line[0] for line in lines] == ["model", small[0], *PARTS, large[0], *PARTS]
 
 
+def test_an_image_too_narrow_to_resize_is_refused(saved):
+    with pytest.raises(ImageSizeError, match="small: an image of 5000×1 pixels cannot be resized .*: choose another"):
+        benchmark.measure_costs([saved["small"]], height=1, width=5000, use_cpu=True)
+
+
 PARTS = ["backbone", "encoder", "decoder", "heads", "queries"]
 
 
@@ -76,3 +81,14 @@ def test_a_checkpoint_may_be_called_like_a_configuration(tmp_path):
     names = ["model.yaml", "model.yml", "models/student.json", f"{'x' * 300}.yaml"]
     others = ["runs/student/config.json", str(folder), "user/student"]
     assert [benchmark.is_configuration(name) for name in names + others] == [True] * 4 + [False] * 3
+
+
+def test_height_and_width_keep_their_places_and_operations_are_of_one_image(saved, monkeypatch):
+    """Of an image twice as wide as it is high; a batch is timed alone."""
+    monkeypatch.setattr(inference_cost, "seconds_of", lambda call: 1.0)
+    one, several = (
+        benchmark.measure_costs([saved["small"]], 30, 60, size, use_cpu=True)[saved["small"]] for size in (1, 3)
+    )
+    assert (one["height"], one["width"]) == (32, 64)
+    del one["milliseconds"], several["milliseconds"]
+    assert one == several

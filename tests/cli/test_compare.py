@@ -12,13 +12,21 @@ from d3etr_hf.cli import compare
 from d3etr_hf.configurations import read_yaml, write_yaml
 from d3etr_hf.data import DataArguments
 from d3etr_hf.data.shapes import make_shapes
-from d3etr_hf.errors import CommandLineError, ComparisonError, DatasetError, DetectorLoadError, UnsupportedOptionError
+from d3etr_hf.errors import (
+    CommandLineError,
+    ComparisonError,
+    DatasetError,
+    DetectorLoadError,
+    UnsupportedOptionError,
+    WriteError,
+)
 from d3etr_hf.models.image_processors import load_image_processor
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.runs import inputs, run_pool
-from d3etr_hf.runs.comparison import STANDARD_MODES
+from d3etr_hf.runs.comparison import STANDARD_MODES, Comparison
 from d3etr_hf.runs.comparison_results import read_lines
 from d3etr_hf.runs.inputs import InputsNow
+from d3etr_hf.runs.planned_run import plan
 from d3etr_hf.runs.run_pool import Job
 from tests.cli.test_training_run import model_config
 from tests.tiny import tiny_model
@@ -321,6 +329,16 @@ def test_a_run_that_fails_does_not_end_the_others_and_is_tried_again(content, ca
     assert sorted(journal()) == sorted([*RUNS[:3], *RUNS[:3], *RUNS[:2]])
 
 
+def test_results_that_cannot_be_written_or_read_are_told_before_a_run_starts(content, call, journal, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(WriteError, match="out cannot be written"):
+        call(content)
+    (tmp_path / "results.jsonl").write_text("no result\n\n")
+    with pytest.raises(ComparisonError, match="results.jsonl: line 1 is no result of d3etr compare: remove it"):
+        call(content | {"results": str(tmp_path / "results.jsonl")})
+    assert not journal()
+
+
 def test_a_report_needs_results(content, call):
     with pytest.raises(ComparisonError, match="results.jsonl holds no result of these runs: call d3etr compare"):
         call(content, "--report")
@@ -382,6 +400,36 @@ def test_models_teachers_and_data_are_looked_for_first(content, refused, tmp_pat
     assert message.endswith("or give it to modes with a teacher alone, in mode_options")
     message = refused(DatasetError, shared=content["shared"] | {"data_folder": str(tmp_path / "nothing")})
     assert f"data_folder {str(tmp_path / 'nothing')!r}: there is no such folder" in message
+
+
+def test_a_model_to_start_from_is_looked_for_first(content, refused, tmp_path):
+    student = {"model": str(tmp_path / "nowhere")}
+    message = refused(DetectorLoadError, entries={"tiny": content["entries"]["tiny"] | {"student": student}})
+    assert "comparison.yaml: tiny alone seed 0: model" in message and "nowhere': there is no such folder" in message
+
+
+def test_each_run_is_compared_with_the_data_of_its_own_options(content, monkeypatch):
+    """A mode may have others than the rest."""
+    options = {"few": STANDARD_MODES["alone"] | {"data_folder": "few"}}
+    runs = plan(Comparison(**(content | {"modes": ["alone", "few"], "mode_options": options})))
+    read = {run.folder: {"training annotations": run.options["data_folder"]} for run in runs}
+    monkeypatch.setattr(compare, "is_finished", lambda run: True)
+    monkeypatch.setattr(compare, "identity_of", read.get)
+    monkeypatch.setattr(InputsNow, "identity", lambda now, *sources: {"training annotations": sources[2].data_folder})
+    compare.refuse_changed_inputs(runs)
+    assert len({each["training annotations"] for each in read.values()}) == 2
+
+
+def test_a_run_that_was_stopped_is_listed_with_its_newest_whole_checkpoint(content, call, tmp_path):
+    """One whose saving was cut off has no state yet."""
+    _, alone, distilled = plan(Comparison(**content))
+    for run, names in ((alone, ("checkpoint-2", "checkpoint-10", "checkpoint-12")), (distilled, ("checkpoint-2",))):
+        for name in names:
+            (run.folder / name).mkdir(parents=True)
+    for name in ("checkpoint-2", "checkpoint-10"):
+        (alone.folder / name / "trainer_state.json").write_text("{}")
+    rows = call(content, "--list").splitlines()
+    assert [row.partition("  ")[0].strip() for row in rows[:3]] == ["to run", "to go on from checkpoint-10", "to run"]
 
 
 def test_a_checkpoint_teaches(content, call, journal, tmp_path):

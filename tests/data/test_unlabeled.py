@@ -121,6 +121,12 @@ def test_they_are_augmented_as_the_labelled_ones_are(folder, photos):  # noqa: F
     assert plain[TrainingSample(6, seed=1, epoch=0, step=0)].keys() == {"image", "target", "sample", "labeled"}
 
 
+def test_mosaics_that_are_asked_for_are_made_of_them_too(folder, photos):  # noqa: F811
+    arguments = DataArguments(str(folder), unlabeled_images=str(photos), augmentation="flip", mosaic=0.5)
+    train, _ = load_splits(arguments, small_image_processor())
+    assert train.unlabeled.images.mosaic is train.mosaic is not None
+
+
 def test_images_of_validation_are_warned_of(folder, photos):  # noqa: F811
     shutil.copy(folder / "val" / "2.png", photos / "deeper" / "z.png")
     train, (line,) = loaded(folder, photos)
@@ -165,6 +171,15 @@ def test_a_folder_without_images_and_none_at_all(folder, photos, tmp_path):  # n
         loaded(folder, tmp_path / "empty")
     with pytest.raises(DatasetError, match="unlabeled_images .*phtos.*: there is no such folder.*photos"):
         loaded(folder, tmp_path / "phtos")
+
+
+def test_names_that_are_no_text_are_refused(folder, photos):  # noqa: F811
+    try:
+        os.rename(photos / "a.png", os.fsencode(photos) + b"/\xff.png")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(DatasetError, match=r"1 of its images have names that are no UTF-8, the first .*: rename them"):
+        loaded(folder, photos)
 
 
 @pytest.mark.parametrize("ratio", [0, -1, 101, float("nan")])

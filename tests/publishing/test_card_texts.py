@@ -179,3 +179,15 @@ def test_versions(metrics):
     assert card_texts.versions(metrics) == "Trained and measured with torch 1."
     metrics["training"]["environment"]["versions"]["torch"] = "0"
     assert card_texts.versions(metrics) == "Trained with torch 0; measured with torch 1."
+
+
+def test_every_kind_of_instability_is_told_of_its_queries():
+    shares = {"adaptive": [0.1, 0.2], "own": [0.3, 0.4], "auxiliary_own": [0.5, 0.6], "teacher_given": [0.7, 0.8]}
+    logged = {kind: {"steps": [90, 2000], "shares": values} for kind, values in shares.items()}
+    told = card_texts.instability_note({"instability": logged}).partition("layers): ")[2]
+    assert told.rstrip(".").split("; ") == [
+        "of the teacher's in adaptive matching 10% at step 90 and 20% at step 2,000",
+        "of the student's in its own label assignment 30% at step 90 and 40% at step 2,000",
+        "of the auxiliary group's in its own label assignment 50% at step 90 and 60% at step 2,000",
+        "of the auxiliary group's in the assignment that the teacher gives 70% at step 90 and 80% at step 2,000",
+    ]

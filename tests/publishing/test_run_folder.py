@@ -6,7 +6,8 @@ import pytest
 
 from d3etr_hf.data import DataArguments
 from d3etr_hf.errors import PublishError
-from d3etr_hf.publishing.run_folder import describe_training, merged_data_arguments
+from d3etr_hf.publishing import run_folder
+from d3etr_hf.publishing.run_folder import describe_training, load_run, merged_data_arguments
 from d3etr_hf.runs.output_folder import RESULTS
 
 
@@ -31,3 +32,17 @@ def test_data_named_anew_replace_the_old_splits():
     assert merged_data_arguments(old, DataArguments()) == DataArguments(**old)
     with pytest.raises(PublishError, match=r"options given here \(validation_fraction 0.2\) .*not both"):
         merged_data_arguments(old, DataArguments(validation_fraction=0.2))
+
+
+@pytest.mark.parametrize(("options", "looked_at"), [("", False), ("unlabeled_images: photos\n", True)])
+def test_images_without_labels_are_loaded_to_be_counted(tmp_path, monkeypatch, options, looked_at):
+    """Which `load_splits` does only for a training."""
+    (tmp_path / "run.yaml").write_text(f"data_folder: data\n{options}")
+    (tmp_path / RESULTS).write_text("{}")
+    asked = []
+    student = SimpleNamespace(config=SimpleNamespace(model_type="detr"))
+    monkeypatch.setattr(run_folder, "load_detector", lambda *_: student)
+    monkeypatch.setattr(run_folder, "image_processor_of", lambda *_: None)
+    monkeypatch.setattr(run_folder, "load_splits", lambda *_, trains: asked.append(trains) or (None, None))
+    load_run(tmp_path)
+    assert asked == [looked_at]

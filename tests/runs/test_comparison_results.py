@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from d3etr_hf.errors import ComparisonError
+from d3etr_hf.errors import ComparisonError, WriteError
 from d3etr_hf.runs.comparison_results import line_of, lines_of, read_lines, record
 from d3etr_hf.runs.planned_run import plan
 from tests.runs.test_comparison import TRAINED, comparison
@@ -14,7 +14,7 @@ RESULTS = {"AP": 0.5, "AP50": 0.7, "AP/circle": 0.4, "parameters": 12, "steps": 
 
 
 def line(family="a", mode="alone", seed=0, ap=0.5, fingerprint="f0") -> dict:
-    return {"family": family, "mode": mode, "seed": seed, "AP": ap, "fingerprint": fingerprint}
+    return {"family": family, "mode": mode, "seed": seed, "AP": ap, "parameters": 12, "fingerprint": fingerprint}
 
 
 @pytest.fixture
@@ -104,6 +104,29 @@ def test_a_line_that_is_no_result_is_named(tmp_path):
     path.write_text(f"{json.dumps(line())}\n{{}}\n{json.dumps(line(seed=1))}\n")
     with pytest.raises(ComparisonError, match=f"{path}: line 2 is no result of d3etr compare: remove it"):
         read_lines(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}\n", None], ids=["no text", "a folder"])
+def test_results_that_cannot_be_read_are_named(tmp_path, content):
+    path = tmp_path / "results.jsonl"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ComparisonError, match=f"{path}: cannot be read as results .*: move it away, or name another"):
+        read_lines(path)
+
+
+@pytest.mark.parametrize("wrong", [{"seed": [0]}, {"AP": "high"}, {"parameters": None}])
+def test_a_line_of_no_run_is_named(tmp_path, wrong):
+    """Whose key no run can have, or that tables could not show."""
+    path = tmp_path / "results.jsonl"
+    path.write_text(f"{json.dumps(line() | wrong)}\n")
+    with pytest.raises(ComparisonError, match=f"{path}: line 1 is no result of d3etr compare: remove it"):
+        read_lines(path)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(WriteError, match=f"{tmp_path / 'out'} cannot be written"):
+        record(tmp_path / "out" / "results.jsonl", line())
 
 
 def test_only_lines_of_the_same_options_count(runs):

@@ -5,15 +5,18 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import pytest
 
+from d3etr_hf.data import DataArguments
 from d3etr_hf.data.hub_datasets import load_hub_split
 from d3etr_hf.errors import DamagedFileError, OutputFolderError
 from d3etr_hf.models.loading import ModelArguments, TeacherArguments
 from d3etr_hf.runs import inputs
 from d3etr_hf.runs.inputs import (
+    InputsNow,
     annotations_of,
     check_inputs,
     checkpoint_at,
@@ -202,6 +205,18 @@ def test_what_tells_whether_two_runs_have_read_the_same(folder, tmp_path, monkey
     images, teachers = ([each[name] for each in found] for name in ("training images", "teacher"))
     assert len(set(images[:4])) == 1 and len(set(images)) == 2 and images[4] == images[5]
     assert len(set(teachers)) == 3 and teachers[::2] == teachers[1::2]
+
+
+def test_a_large_model_is_compared_by_its_content(tmp_path, monkeypatch):
+    """With what a run that is done has read, which was hashed however large it is."""
+    monkeypatch.setattr(inputs, "BYTES_HASHED_ANYWAY", 0)
+    splits = [SimpleNamespace(annotations_digest=digest) for digest in ("t", "v")]
+    monkeypatch.setattr(inputs, "load_annotated", lambda arguments: splits)
+    (tmp_path / "config.json").write_bytes(b"")
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    found = InputsNow().identity(ModelArguments(model=str(tmp_path)), TeacherArguments(), DataArguments("data"))
+    contents = {"training annotations": b"t", "validation annotations": b"v", "model to start from": b"1"}
+    assert found == {name: hashlib.sha256(content).hexdigest()[:12] for name, content in contents.items()}
 
 
 def test_a_run_of_which_nobody_wrote_down_what_it_read_goes_on_with_a_warning(tmp_path, caplog):

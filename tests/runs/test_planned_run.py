@@ -165,3 +165,10 @@ def test_a_run_takes_the_seconds_of_its_own_entry():
     runs = plan(comparison(**modes, entries={"a": TRAINED, "b": TRAINED}))
     longer = {run.entry: run for run in runs if run.mode == "longer"}
     assert {name: {needed.entry for needed in run.needs} for name, run in longer.items()} == {"a": {"a"}, "b": {"b"}}
+
+
+def test_runs_of_equal_seconds_come_seed_after_seed_too():
+    """Of all entries with one seed, then with the next: what is interrupted has whole seeds."""
+    modes = {"modes": ["alone", "longer", "distilled"], "mode_options": LONGER}
+    runs = names(**modes, entries={"a": TRAINED, "b": TRAINED}, seeds=[0, 1])
+    assert runs[-4:] == ["a longer seed 0", "b longer seed 0", "a longer seed 1", "b longer seed 1"]

@@ -107,6 +107,13 @@ def test_a_job_that_cannot_begin_fails_and_the_others_run(job, tmp_path):
     assert journal(tmp_path) == ["START other", "END other"]
 
 
+def test_a_job_whose_log_cannot_be_written_fails_and_the_others_run(job, tmp_path):
+    (tmp_path / "logs" / "bad.log").mkdir(parents=True)
+    failures = run_jobs([job("other"), job("bad")], 2, lambda each: None)
+    assert list(failures) == ["bad"] and "bad.log cannot be written (Is a directory)" in failures["bad"]
+    assert journal(tmp_path) == ["START other", "END other"]
+
+
 def test_a_failure_is_shown_and_keeps_back_only_what_needs_it(job, tmp_path, capsys):
     bad = job("bad", script="import sys\nprint('reading', end='\\r')\nprint('no data at all\\n')\nsys.exit(3)")
     jobs = [bad, job("taught", "done before", "bad"), job("pupil", "taught"), job("other")]

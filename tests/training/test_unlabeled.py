@@ -108,6 +108,14 @@ def test_a_batch_without_a_label_is_distilled(shapes, tmp_path, family):
     assert first["loss/student/class"] > 0 and first["loss/student/prediction"] > 0
 
 
+def test_an_epoch_has_some_of_the_images_and_any_may_be_followed(shapes, tmp_path):
+    """Of five without labels three come in an epoch, with one that has labels: a whole batch of four."""
+    data = load_shapes(shapes, "train")
+    train = data.select([0]).with_unlabeled(data.select([1, 2, 3, 4, 5]), ratio=3)
+    trainer = shapes_trainer(shapes, tmp_path, train=train, log_instability=True, dataloader_drop_last=True)
+    assert trainer.num_examples(trainer.get_train_dataloader()) == 4 and trainer.instability.images == 6
+
+
 def test_accumulated_batches_equal_one_batch(shapes, tmp_path):
     """The second of them without a label; DETR's classes are divided by the labelled images of the whole step."""
     data = load_shapes(shapes, "train", family="detr")

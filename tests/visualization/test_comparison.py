@@ -9,9 +9,9 @@ from d3etr_hf.visualization import comparison as module
 from d3etr_hf.visualization.comparison import TEACHER_COLOUR, draw_comparison
 from d3etr_hf.visualization.training_curves import RUN_COLOURS
 from tests.recorded_figures import record_figures
-from tests.runs.test_comparison import comparison
+from tests.runs.test_comparison import TRAINED, comparison
 from tests.visualization.drawn import pixels_of
-from tests.visualization.test_comparison_tables import ENTRIES, LINES
+from tests.visualization.test_comparison_tables import ENTRIES, LINES, line
 
 
 def test_bars_are_means_and_dots_are_seeds(tmp_path, monkeypatch):
@@ -58,3 +58,23 @@ def test_the_same_results_are_drawn_as_the_same_bytes(tmp_path):
     for name in ("one.png", "two.png"):
         draw_comparison(made, LINES, tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_of_many_modes_each_bar_stands_over_its_name(tmp_path, monkeypatch):
+    """In every entry: each bar's height tells which mode it is of."""
+    figures = record_figures(monkeypatch, module)
+    modes = [f"mode_{index}" for index in range(7)]
+    made = comparison(entries={"a": TRAINED, "b": TRAINED}, modes=modes, mode_options={mode: {} for mode in modes})
+    lines = [
+        line(entry, mode, 0, first + index / 100)
+        for entry, first in (("a", 0.1), ("b", 0.5))
+        for index, mode in enumerate(modes)
+    ]
+    draw_comparison(made, lines, tmp_path / "comparison.png")
+    (axes,) = figures[0].axes
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+    of_bars = [modes[round(bar.get_height()) % 10] for bar in axes.patches]
+    assert list(axes.get_xticks()) == pytest.approx(middles) and len(middles) == 14
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == of_bars
+    entries = {text.get_text(): text.xy[0] for text in axes.texts}
+    assert entries == {"a": pytest.approx(middles[3]), "b": pytest.approx(middles[10])}

@@ -136,7 +136,7 @@ def test_what_keeps_runs_from_being_compared_comes_first():
     )
     lines = [line | {"seed": 0} | inputs for line, inputs in zip(LINES[2:5], read, strict=True)]
     assert format_comparison(made, lines).startswith(
-        "**Not comparable**: the runs of some rows have read different data or models (a seed 0: the teacher). Remove"
+        "**Not comparable**: the runs of some rows have read different data or models (a: the teacher). Remove"
     )
 
 
@@ -144,3 +144,14 @@ def test_a_borrowed_teacher_is_shown_where_it_teaches():
     entries = {"a": TRAINED, "c": NO_TEACHER | {"teacher": {"entry": "a"}}}
     text = format_comparison(comparison(entries=entries, modes=["alone", "distilled"]), LINES)
     assert block_of(text, "AP (0..100), seed 0:")[2] == ["c", "—", "70.0", "—", "—"]
+
+
+def test_entries_of_different_length_are_at_equal_steps():
+    """A difference is of runs of one entry."""
+    lines = [
+        line(entry, mode, 0, 0.1, steps=steps)
+        for entry, steps in (("a", 3), ("b", 6))
+        for mode in ("alone", "distilled")
+    ]
+    text = format_comparison(comparison(entries=ENTRIES, modes=["alone", "distilled"]), lines)
+    assert len(block_of(text, "AP minus AP alone, of the same seed, at equal steps:")) == 3

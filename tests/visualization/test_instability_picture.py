@@ -42,3 +42,18 @@ def test_every_panel_shows_its_lines(tmp_path, monkeypatch):
 def test_nothing_to_draw(tmp_path):
     assert not draw_instability([{"step": 1, "loss": 2.0}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_every_kind_has_its_own_title(tmp_path, monkeypatch):
+    """By the names that the log has: of each kind another share is drawn."""
+    figures = record_figures(monkeypatch, module)
+    shares = {"adaptive": 0.1, "own": 0.2, "auxiliary_own": 0.3, "teacher_given": 0.4}
+    logged = {f"instability/{kind}/layer_0": share for kind, share in shares.items()}
+    draw_instability([{"step": step, **logged} for step in (5, 10)], tmp_path / "one.png")
+    drawn = {axes.get_title(): round(axes.lines[0].get_ydata()[0]) for axes in figures[0].axes}
+    assert drawn == {
+        "adaptive matching": 10,
+        "own assignment": 20,
+        "own, auxiliary group": 30,
+        "given by the teacher": 40,
+    }
