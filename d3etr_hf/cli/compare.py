@@ -24,7 +24,7 @@ from d3etr_hf.cli.command_line import build_arguments, parse_arguments
 from d3etr_hf.configurations import option, write_yaml
 from d3etr_hf.data import DataArguments, check_places
 from d3etr_hf.errors import CommandLineError, ComparisonError, UnsupportedOptionError
-from d3etr_hf.files import make_folder, write_whole
+from d3etr_hf.files import make_folder, write_errors, write_whole
 from d3etr_hf.models.loading import (
     ModelArguments,
     TeacherArguments,
@@ -252,6 +252,7 @@ def report(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
 
     Raises:
         ComparisonError: no run is finished.
+        WriteError: a file cannot be written.
     """
     results = Path(comparison.results)
     everything = read_lines(results)
@@ -260,6 +261,16 @@ def report(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
         raise ComparisonError(f"{results} holds no result of these runs: call d3etr compare without --report first")
     text = format_comparison(comparison, lines)
     write_whole(results.with_suffix(TABLE), text)
+    with write_errors(results.with_suffix(PICTURE)):
+        pictures = draw(comparison, lines, results)
+    others = len({key_of(line) for line in everything}) - len(lines)
+    note = f"; {others} lines of {results} are of other options or seeds, and left out" if others else ""
+    files = ", ".join(map(str, [results.with_suffix(TABLE), *pictures]))
+    return f"{text}\n{len(lines)} of {len(runs)} runs: {files}{note}"
+
+
+def draw(comparison: Comparison, lines: Sequence[dict], results: Path) -> list[Path]:
+    """Draw what there is to draw of finished runs, at least one; the pictures, beside the results."""
     pictures = [results.with_suffix(PICTURE)]
     draw_comparison(comparison, lines, pictures[0])
     for entry in comparison.entries:
@@ -269,7 +280,4 @@ def report(comparison: Comparison, runs: Sequence[PlannedRun]) -> str:
     budgets = results.with_name(BUDGETS.format(results.stem))
     if draw_budgets(comparison, lines, budgets):
         pictures.append(budgets)
-    others = len({key_of(line) for line in everything}) - len(lines)
-    note = f"; {others} lines of {results} are of other options or seeds, and left out" if others else ""
-    files = ", ".join(map(str, [results.with_suffix(TABLE), *pictures]))
-    return f"{text}\n{len(lines)} of {len(runs)} runs: {files}{note}"
+    return pictures

@@ -302,6 +302,18 @@ def test_a_run_whose_folder_is_gone_is_run_again(content, call, journal, tmp_pat
     assert len(read_lines(Path(content["results"]))) == 3
 
 
+def test_a_picture_that_cannot_be_written_fails_one_run_and_loses_no_result(content, call, journal, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    content["modes"] = ["alone"]
+    content["seeds"] = [0, 1]
+    monkeypatch.setattr(compare, "draw_comparison", full)
+    with pytest.raises(ComparisonError, match=r"2 of 2 runs failed.*\n.*results.png.*No space left on device"):
+        call(content)
+    assert len(read_lines(Path(content["results"]))) == 2
+
+
 def test_changed_options_are_run_beside_the_old_ones(content, call, journal):
     call(content)
     content["entries"]["tiny"]["student"]["max_steps"] = 3
