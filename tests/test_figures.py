@@ -151,6 +151,14 @@ def test_blood_cells():
     assert figures(said) == expected
 
 
+def test_the_teacher_of_blood_cells():
+    """That the comparison's students are taught by, as its own folder has measured it."""
+    results, said = read("bccd_teacher/results.json"), SECTIONS["on-photographs"].replace("\n", " ")
+    ap, ap50 = (f"{100 * results[name]:.1f}" for name in ("AP", "AP50"))
+    assert f"a teacher of {results['parameters'] / 1e6:.2f} million parameters and AP {ap} (AP50 {ap50})" in said
+    assert f"for {results['steps']} steps of 8" in said
+
+
 def test_structure():
     """Where operations go, and what each decoder layer of the teacher is worth, as `d3etr analyze` wrote it."""
     parts = ("backbone", "encoder", "queries", "decoder", "heads")
