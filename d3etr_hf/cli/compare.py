@@ -179,9 +179,7 @@ def check_runs(runs: Sequence[PlannedRun], source: str) -> None:
         data = arguments[DataArguments]
         training = arguments[D3etrTrainingArguments]
         try:
-            check_unlabeled_option(
-                data.unlabeled_images, training.distillation, training.schedule, run.options.get("teacher")
-            )
+            check_unlabeled_option(data.unlabeled_images, training, run.options.get("teacher"))
         except UnsupportedOptionError as error:
             remedy = "" if "teacher" in run.options else ", or give it to modes with a teacher alone, in mode_options"
             raise UnsupportedOptionError(f"{place}: {error}{remedy}") from None

@@ -90,12 +90,7 @@ def train_detector(
     launcher()
     refuse_split_launch(training_arguments)
     check_best_metric(training_arguments)
-    check_unlabeled_option(
-        data_arguments.unlabeled_images,
-        training_arguments.distillation,
-        training_arguments.schedule,
-        teacher_arguments.teacher,
-    )
+    check_unlabeled_option(data_arguments.unlabeled_images, training_arguments, teacher_arguments.teacher)
     output = Path(training_arguments.output_dir)
     # with the model's options themselves: a path would not tell that the file has changed
     described = replace(model_arguments, model_config=read_model_options(model_arguments))

@@ -12,6 +12,7 @@ from d3etr_hf.models.memory_methods import MEMORY_METHODS
 from d3etr_hf.outputs import DetectorOutput, GroupOutput, Supervised, Targets
 from d3etr_hf.training.distillation import Distillation
 from d3etr_hf.training.distillation_schedule import DistillationSchedule
+from d3etr_hf.training.training_arguments import D3etrTrainingArguments
 
 # options of distillation terms that read ground truth
 OF_GROUND_TRUTH = (
@@ -24,14 +25,12 @@ OF_PLAIN_STEPS = ("distillation_interval", "distillation_end")
 REMEDY = "or leave unlabeled_images out"
 
 
-def check_unlabeled_option(
-    folder: str | None, options: Distillation, schedule: DistillationSchedule, teacher: str | None
-) -> None:
+def check_unlabeled_option(folder: str | None, arguments: D3etrTrainingArguments, teacher: str | None) -> None:
     """`check_unlabeled` of what a run is asked to do, before anything is loaded.
 
     Args:
         folder: of images without labels; None for none.
-        schedule: when it distils.
+        arguments: what it distils, and when.
         teacher: its place; None without one.
 
     Raises:
@@ -39,7 +38,7 @@ def check_unlabeled_option(
     """
     if folder is not None:
         require_place(folder, "unlabeled_images")
-        check_unlabeled(options, schedule, has_teacher=teacher is not None)
+        check_unlabeled(arguments.distillation, arguments.schedule, has_teacher=teacher is not None)
 
 
 def check_unlabeled(options: Distillation, schedule: DistillationSchedule, has_teacher: bool = True) -> None:

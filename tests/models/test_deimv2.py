@@ -104,7 +104,8 @@ def test_every_variant_is_saved_and_reduced(variant, tmp_path):
         assert biases == {each.model.decoder.bbox_embed[layer].layers[-1].bias for layer in range(3)}
         assert len(biases) == (1 if variant.config.share_bbox_head else 3)
     for each in (type(variant), variant.stock_class):
-        assert torch.equal(each.from_pretrained(tmp_path)(PIXELS).logits, variant(PIXELS).logits)
+        loaded = each.from_pretrained(tmp_path)  # whose weights lie elsewhere: some processors round otherwise then
+        torch.testing.assert_close(loaded(PIXELS).logits, variant(PIXELS).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("normed", [False, True])
